@@ -1,0 +1,192 @@
+"""The command line: every setting is a flag made from the field that describes it, every stage a command.
+
+Nothing heavy is imported before a command runs, so that `edgepeft --help` answers at once. Errors for the user leave
+as one text on standard error and a non-zero exit status: 2 for what was asked, 1 for what went wrong, 130 for Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgepeft import __version__
+from edgepeft.config import Config, flag, resolve
+from edgepeft.console import say
+from edgepeft.errors import EdgePeftError
+
+EXAMPLES = """\b
+Examples:
+  edgepeft build --target rpi
+  edgepeft build --target rpi --model ./my-bert --data tickets.csv --label-column topic
+  edgepeft run edgepeft-out/bundle "turn the kitchen lights off"
+"""
+
+
+def _option(field: dataclasses.Field) -> Callable:
+    """Make the flag of one field; its default is shown, not set, so that a file may set it."""
+    kind: Any = type(field.default)
+    text = f"{field.metadata['help']}  [default: {field.default}]"
+    if kind is bool:
+        return click.option(f"{flag(field.name)}/--no-{flag(field.name)[2:]}", field.name, default=None, help=text)
+    return click.option(flag(field.name), field.name, type=kind, default=None, help=text, metavar=kind.__name__.upper())
+
+
+def _settings(command: Callable) -> Callable:
+    """Give a command every field as a flag, and --config."""
+    for field in reversed(dataclasses.fields(Config)):
+        command = _option(field)(command)
+    path = click.Path(path_type=Path)
+    return click.option("--config", "config_file", type=path, help="TOML file with these settings.")(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES)
+@click.version_option(__version__, prog_name="edgepeft")
+def cli() -> None:
+    """Quantize a model, train an adapter on it, and ship both to an ARM board in one verified bundle."""
+
+
+@cli.command(epilog=EXAMPLES)
+@_settings
+@click.option("--dry-run", is_flag=True, help="Print the resolved plan with sizes and stop.")
+def build(config_file: Path | None, dry_run: bool, **flags: Any) -> None:
+    """Run every stage: quantize, train, merge or keep, export, verify, bundle.
+
+    A build that was interrupted continues where it stopped when the same command is given again.
+    """
+    from edgepeft import pipeline
+
+    config = resolve(config_file, flags)
+    if dry_run:
+        from edgepeft.plan import plan_text
+
+        click.echo(plan_text(config))
+        return
+    folder = pipeline.build(config)
+    say(f'\nbundle: {folder}\ntry it: edgepeft run {folder} "..."')
+    click.echo(folder)
+
+
+REMEMBERED = "Settings not given are those that earlier stages left in the --output folder."
+
+
+def _stage_command(name: str, help_text: str) -> None:
+    """Add the command of one stage; settings not given are those the run folder was made with."""
+
+    @_settings
+    def command(config_file: Path | None, **flags: Any) -> None:
+        from edgepeft import pipeline
+
+        output = Path(flags["output"] or Config.output)
+        saved = pipeline.saved_settings(output)
+        given = {**saved, **{key: value for key, value in flags.items() if value is not None}}
+        click.echo(pipeline.build(resolve(config_file, given), [pipeline.stage_named(name)]))
+
+    command.__doc__ = f"{help_text}\n\n{REMEMBERED}"
+    cli.command(name)(command)
+
+
+_stage_command("quantize", "Pack the frozen backbone into the weight format.")
+_stage_command("train", "Train the adapter and the task head on the packed backbone.")
+_stage_command("merge", "Fold the adapter into the weights, measure what survives (only with --adapter merged).")
+_stage_command("export", "Write the ONNX graph with the fused adapter op.")
+_stage_command("verify", "Compare the exported files with the trained model, through the real runtime.")
+_stage_command("bundle", "Collect what the device needs into one folder.")
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("texts", nargs=-1)
+@click.option("--file", "file", type=click.Path(path_type=Path), help="One text per line; '-' reads standard input.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per text.")
+@click.option("--adapter", default=None, help="Adapter to use, or 'none' for the base model.")
+@click.option("--top-k", type=int, default=1, show_default=True, help="Labels to show per text.")
+@click.option("--threads", type=int, default=0, show_default=True, help="CPU threads; 0 takes all.")
+def run(bundle: Path, texts: Sequence[str], file: Path | None, as_json: bool, **options: Any) -> None:
+    """Classify texts with a bundle.
+
+    \b
+    Examples:
+      edgepeft run edgepeft-out/bundle "turn the kitchen lights off"
+      cat texts.txt | edgepeft run edgepeft-out/bundle --file - --json
+    """
+    from edgepeft.runtime.tasks import run_cli
+
+    run_cli(bundle, list(texts), file, as_json, **options)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--threads", type=int, multiple=True, help="Thread counts to measure; may be repeated.")
+@click.option("--baseline", is_flag=True, help="Also measure the same model in float32 (needs the build extra).")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures to this file.")
+def bench(bundle: Path, threads: Sequence[int], baseline: bool, json_file: Path | None) -> None:
+    """Measure latency, memory, load time, adapter overhead and swap time of a bundle on this machine.
+
+    \b
+    Example:
+      edgepeft bench edgepeft-out/bundle --threads 1 --threads 2 --json bench.json
+    """
+    from edgepeft.bench.measure import bench_cli
+
+    bench_cli(bundle, list(threads), baseline, json_file)
+
+
+@cli.command()
+def targets() -> None:
+    """List the targets and what each is."""
+    from edgepeft.console import table
+    from edgepeft.deploy.targets import load_target, target_names
+
+    rows = [load_target(name) for name in target_names()]
+    click.echo(table([{"target": row.name, "what": row.description} for row in rows]))
+
+
+def _no_space(error: BaseException) -> bool:
+    """Tell whether an error, or one it came from, is a full disk, whichever library raised it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if "No space left on device" in str(error):
+        return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and _no_space(cause)
+
+
+def _terminate(*_: Any) -> None:
+    """Turn SIGTERM into Ctrl-C, so that both clean up."""
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line and turn errors for the user into text and an exit status."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except EdgePeftError as error:
+        say(f"error: {error}")
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        say("\nstopped. What was done is kept; the same command goes on from there.")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if not _no_space(error):
+            raise
+        say(f"error: the disk is full ({error}). Nothing half-written was kept; free some space and run it again.")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""The configuration: one frozen record, filled from defaults, then a TOML file, then flags.
+
+Every field is a key of the file (`rank = 16`) and a flag of the command line (`--rank 16`); the help text and the set
+of allowed names live with the field, so the three cannot drift apart. Fields that name a member of a table are checked
+against that table when the record is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgepeft.errors import ConfigError, unknown
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - the same parser under its former name
+    import tomli as tomllib
+
+
+def _adapter_forms() -> Iterable[str]:
+    return ("separate", "merged")
+
+
+def _activations() -> Iterable[str]:
+    return ("int8", "float")
+
+
+def _formats() -> Iterable[str]:
+    from edgepeft.quant.formats import FORMATS
+
+    return FORMATS
+
+
+def _embedding_formats() -> Iterable[str]:
+    from edgepeft.quant.formats import EMBEDDING_FORMATS
+
+    return [*EMBEDDING_FORMATS, "float"]
+
+
+def _solvers() -> Iterable[str]:
+    from edgepeft.quant.solvers import SOLVERS
+
+    return SOLVERS
+
+
+def _methods() -> Iterable[str]:
+    from edgepeft.adapt.methods import METHODS
+
+    return METHODS
+
+
+def _tasks() -> Iterable[str]:
+    from edgepeft.train.tasks import TASKS
+
+    return TASKS
+
+
+def _targets() -> Iterable[str]:
+    from edgepeft.deploy.targets import target_names
+
+    return target_names()
+
+
+def _field(
+    default: Any,
+    help_text: str,
+    choices: Callable[[], Iterable[str]] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    group: str = "model",
+) -> Any:
+    """Describe one field: its default, its help, and what values it takes."""
+    meta = {"help": help_text, "choices": choices, "low": low, "high": high, "group": group}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All settings of one build. Raises ConfigError, naming every problem at once, when one cannot be used."""
+
+    model: str = _field("minilm", "Model folder, hub name, or 'minilm' for the embedded default.")
+    data: str = _field("home-assistant", "Labelled file or saved data set, or 'home-assistant' for the shipped one.")
+    text_column: str = _field("text", "Column that holds the text.", group="data")
+    label_column: str = _field("label", "Column that holds the label.", group="data")
+    task: str = _field("text-classification", "What the model is tuned for.", _tasks, group="data")
+    target: str = _field("host", "Where the bundle will run.", _targets, group="deploy")
+    format: str = _field("i4b32", "Weight format of the frozen linear layers.", _formats, group="quantize")
+    embedding_format: str = _field("i4b32", "Weight format of the embeddings.", _embedding_formats, group="quantize")
+    double_quant: bool = _field(False, "nf4 only: store the block scales in 8 bits, as QLoRA does.", group="quantize")
+    solver: str = _field("rtn", "How codes and scales are found.", _solvers, group="quantize")
+    method: str = _field("lora", "Adapter method.", _methods, group="train")
+    rank: int = _field(16, "Rank R of the adapter.", low=1, high=1024, group="train")
+    alpha: float = _field(32.0, "LoRA alpha; the adapter is scaled by alpha / rank.", low=0, group="train")
+    dropout: float = _field(0.05, "Dropout on the adapter's input.", low=0, high=0.9, group="train")
+    epochs: int = _field(12, "Passes over the training set.", low=1, group="train")
+    batch_size: int = _field(32, "Examples per training step.", low=1, group="train")
+    learning_rate: float = _field(2e-3, "Peak learning rate.", low=0, group="train")
+    max_length: int = _field(64, "Longest text in tokens; longer ones are cut.", low=4, group="train")
+    seed: int = _field(0, "Seed of every random choice.", low=0, group="train")
+    adapter: str = _field("separate", "Ship the adapter beside the base or merged.", _adapter_forms, group="export")
+    min_retention: float = _field(0.5, "Merged: least share of the adapter to survive.", low=0, high=1, group="export")
+    max_metric_drop: float = _field(0.01, "Merged: most the validation metric may fall.", low=0, group="export")
+    activation: str = _field("int8", "Activations of the fused op.", _activations, group="export")
+    threads: int = _field(0, "CPU threads to train and verify with; 0 takes all.", low=0, group="run")
+    output: str = _field("edgepeft-out", "Folder for everything that is made.", group="run")
+
+    def __post_init__(self) -> None:
+        problems = [p for f in dataclasses.fields(self) if (p := _problem(f, getattr(self, f.name)))]
+        if self.double_quant and not self.format.startswith("nf4"):
+            problems.append(f"double_quant needs format nf4b64; found {self.format!r}.")
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    def replace(self, **changes: Any) -> Config:
+        """Return a copy with some fields changed, checked anew."""
+        return dataclasses.replace(self, **changes)
+
+
+def flag(name: str) -> str:
+    """Return the command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _problem(field: dataclasses.Field, value: Any) -> str | None:
+    """Say what is wrong with one value, or nothing."""
+    meta = field.metadata
+    if meta["choices"] is not None and value not in (known := list(meta["choices"]())):
+        return f"{flag(field.name)}: " + unknown(field.name.replace("_", " "), value, known)
+    for bound, low in ((meta["low"], True), (meta["high"], False)):
+        if bound is not None and not (value >= bound if low else value <= bound):
+            return f"{flag(field.name)}: expected at {'least' if low else 'most'} {bound:g}, found {value!r}."
+    return None
+
+
+def _coerce(field: dataclasses.Field, value: Any, where: str) -> Any:
+    """Turn a TOML value into the field's type: an int may serve as a float, nothing else is bent."""
+    kind = type(field.default)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is kind:
+        return value
+    raise ConfigError(f"{where}: {field.name} should be a {kind.__name__}, found {value!r}.")
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Read a TOML configuration. Raises ConfigError for a missing file, bad TOML, unknown keys or wrong types."""
+    try:
+        with open(path, "rb") as stream:
+            table = tomllib.load(stream)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}.") from None
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    table = {key.replace("-", "_"): value for key, value in table.items()}
+    strange = [f"{path}: " + unknown("key", key, fields) for key in table if key not in fields]
+    if strange:
+        raise ConfigError("\n".join(strange))
+    return {key: _coerce(fields[key], value, str(path)) for key, value in table.items()}
+
+
+def resolve(file: Path | None, flags: Mapping[str, Any]) -> Config:
+    """Merge defaults, file and flags, later ones winning; a flag that is None was not given."""
+    values = read_file(file) if file else {}
+    values.update({key: value for key, value in flags.items() if value is not None})
+    return Config(**values)

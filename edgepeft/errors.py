@@ -1,0 +1,50 @@
+"""The errors a user can meet. Each text says where, what was expected, what was found and what to do.
+
+Anything else that escapes is a defect of edgepeft itself and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EdgePeftError(Exception):
+    """Base of all errors raised for the user; the command line prints the text alone and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(EdgePeftError):
+    """A flag, a configuration file or a combination of them cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(EdgePeftError):
+    """A data file is missing, damaged or does not hold what the task needs."""
+
+
+class ModelError(EdgePeftError):
+    """A model folder is missing, damaged or of a kind that is not supported."""
+
+
+class ArtifactError(EdgePeftError):
+    """A file edgepeft wrote earlier is missing or was changed since."""
+
+
+class VerifyError(EdgePeftError):
+    """An exported file does not do what the trained model does."""
+
+
+class TargetError(EdgePeftError):
+    """A target, its toolchain or its runtime cannot be used."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return the sentence for an unknown name: the nearest one first, then all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(name).lower(), [n.lower() for n in names], n=1, cutoff=0.5)
+    nearest = next((n for n in names if close and n.lower() == close[0]), None)
+    hint = f" Did you mean {nearest!r}?" if nearest else ""
+    return f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}."

@@ -1,0 +1,84 @@
+"""What a build would do, before it does it: the resolved settings, each stage's state, and sizes in bytes.
+
+Sizes are computed from the shapes in the checkpoint's header and the table of formats, so nothing is loaded:
+
+    packed  = sum over weights of codes and scales       adapter = 2 bytes x R x (K + N) over the adapted linears
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from edgepeft.artifact import Run
+from edgepeft.config import Config
+from edgepeft.console import table
+from edgepeft.errors import ArtifactError
+from edgepeft.pipeline import STAGES, Stage, stage_key
+
+HALF_BYTES, FLOAT_BYTES = 2, 4
+
+
+def plan_text(config: Config) -> str:
+    """Return the plan of a build. Raises EdgePeftError when model, data or target cannot be used."""
+    from edgepeft.backbone.families import family_of
+    from edgepeft.backbone.load import resolve_model
+    from edgepeft.deploy.targets import load_target
+    from edgepeft.train.data import load_splits
+
+    source, target, data = resolve_model(config), load_target(config.target), load_splits(config)
+    family = family_of(source.settings, str(source.path))
+    counts = ", ".join(f"{len(getattr(data, name))} {name}" for name in ("train", "validation", "test"))
+    lines = [
+        "settings",
+        table([{"setting": name, "value": str(value)} for name, value in dataclasses.asdict(config).items()]),
+        f"\nmodel   {source.path} ({family.tag}, {source.settings[family.layers_setting]} layers)",
+        f"data    {counts}; {len(data.labels)} labels",
+        f"target  {target.name}: {target.description}",
+        "\nsizes in MB (1e6 bytes)",
+        table(sizes(config)),
+        "\nstages",
+        table([{"stage": stage.name, "state": _state(stage, config)} for stage in STAGES]),
+    ]
+    return "\n".join(lines)
+
+
+def sizes(config: Config) -> list[dict[str, Any]]:
+    """Return float and packed megabytes of each kind of tensor, of the adapter, and their sum."""
+    from edgepeft.backbone.families import family_of
+    from edgepeft.backbone.load import resolve_model, tensor_shapes
+    from edgepeft.quant.stage import format_for
+
+    source = resolve_model(config)
+    family = family_of(source.settings, str(source.path))
+    kinds = family.tensors(source.settings)
+    rows: dict[str, list[int]] = {}
+    adapter = 0
+    for old, shape in tensor_shapes(source).items():
+        kind = kinds.get(family.rename(old) or "")
+        if kind is None:
+            continue
+        size = math.prod(shape) * FLOAT_BYTES
+        fmt, _ = format_for(config, kind, shape)
+        row = rows.setdefault({"bias": "float", "norm": "float"}.get(kind, kind), [0, 0, 0])
+        row[0], row[1], row[2] = row[0] + 1, row[1] + size, row[2] + (fmt.size_bytes(*shape) if fmt else size)
+        adapter += HALF_BYTES * config.rank * sum(shape) if kind == "linear" else 0
+    rows["adapter"] = [0, 0, 0 if config.adapter == "merged" else adapter]
+    rows["sum"] = [sum(column) for column in zip(*rows.values(), strict=True)]
+    return [
+        {"part": part, "tensors": row[0] or None, "float32": row[1] / 1e6, "shipped": row[2] / 1e6}
+        for part, row in rows.items()
+    ]
+
+
+def _state(stage: Stage, config: Config) -> str:
+    """Say whether a stage is up to date, to do, or has nothing to do."""
+    run = Run(Path(config.output))
+    if not stage.applies(config):
+        return f"nothing to do (--adapter {config.adapter})"
+    try:
+        return "up to date" if run.holds(stage.folder, stage_key(stage, config, run)) else "to do"
+    except ArtifactError:
+        return "to do"

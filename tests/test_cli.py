@@ -1,0 +1,96 @@
+"""The command line: answers at once, says what is wrong in one text, and offers what the settings offer."""
+
+import dataclasses
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from edgepeft import cli, pipeline
+from edgepeft.config import Config, flag
+
+
+def edgepeft(*arguments, **environment):
+    """Run the command line as a user does."""
+    command = [sys.executable, "-m", "edgepeft", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+
+
+@pytest.mark.parametrize("command", [None, *cli.cli.commands])
+def test_help_shows_examples_and_every_setting(command):
+    text = CliRunner().invoke(cli.cli, [*([command] if command else []), "--help"], terminal_width=200).output
+    if command in (None, "build", "run", "bench"):
+        assert "Example" in text
+    if command in ("build", *(stage.name for stage in pipeline.STAGES)):
+        assert all(flag(field.name) in text for field in dataclasses.fields(Config))
+
+
+@pytest.mark.parametrize(
+    "module", ["edgepeft", "edgepeft.cli", "edgepeft.config", "edgepeft.runtime", "edgepeft.deploy.targets"]
+)
+def test_light_modules_stay_light(module):
+    heavy = "{'torch', 'transformers', 'peft', 'onnx', 'datasets', 'matplotlib', 'click' if 'runtime' in name else 'torch'}"
+    code = f"import sys; name = {module!r}; __import__(name); print(sorted(set(sys.modules) & {heavy}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_importing_and_help_do_not_load_numpy():
+    code = "import sys; import edgepeft.cli; edgepeft.config.Config(); print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_every_stage_is_a_command_and_the_targets_are_listed():
+    assert {stage.name for stage in pipeline.STAGES} <= set(cli.cli.commands)
+    done = edgepeft("targets")
+    assert done.returncode == 0
+    assert "rpi" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["build", "--format", "i4b3"], 2, "Did you mean 'i4b32'"),
+        (["build", "--config", "none.toml"], 2, "no such configuration file"),
+        (["build", "--rank", "many"], 2, "not a valid integer"),
+        (["build", "--model", "no-such-folder/x", "--output", "OUT"], 1, "no-such-folder"),
+        (["build", "--data", "none.csv", "--output", "OUT", "--dry-run"], 1, "none.csv"),
+        (["train", "--output", "OUT"], 1, "Run 'edgepeft quantize' first"),
+        (["run", "no-bundle", "text"], 1, "no-bundle"),
+        (["bench", "no-bundle"], 1, "no-bundle"),
+        (["biuld"], 2, "No such command"),
+    ],
+)
+def test_a_mistake_gets_one_text_and_a_status(tmp_path, arguments, status, said):
+    done = edgepeft(*[str(tmp_path / "out") if word == "OUT" else word for word in arguments], HF_HUB_OFFLINE="1")
+    assert done.returncode == status, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "the disk is full"),
+        (RuntimeError("write failed: No space left on device (os error 28)"), 1, "the disk is full"),
+        (KeyboardInterrupt(), 130, "goes on from there"),
+        (ValueError("a defect"), None, None),
+    ],
+)
+def test_what_leaves_main(monkeypatch, capsys, raised, status, said):
+    def stop(**_):
+        raise raised
+
+    monkeypatch.setattr(cli, "cli", stop)
+    if status is None:
+        with pytest.raises(ValueError, match="a defect"):
+            cli.main()
+        return
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == status
+    assert said in capsys.readouterr().err

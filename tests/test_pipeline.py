@@ -1,0 +1,143 @@
+"""The whole road on a tiny model: what it leaves, and that no interruption changes or loses anything."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from builders import tiny_bert, tiny_data
+
+from edgepeft.artifact import digests
+from edgepeft.pipeline import STAGES
+
+SETTINGS = ["--rank", "4", "--epochs", "2", "--batch-size", "8", "--target", "host", "--adapter", "separate"]
+# Files that hold measured times or memory; everything else has to be the same, byte for byte.
+MEASURED = {"training.json", "report.json", "manifest.json", "curves.png", "README.md"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return ["--model", str(tiny_bert(folder / "model")), "--data", str(tiny_data(folder / "data"))]
+
+
+def start(inputs, output, *more):
+    """Start a build as a user does, in a process of its own."""
+    command = [sys.executable, "-m", "edgepeft", "build", *inputs, *SETTINGS, "--output", str(output), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    """Wait for a build and return its standard error; it must have worked."""
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
+def result(output):
+    """Return the digests of everything in the bundle that does not depend on the clock."""
+    return {name: value for name, value in digests(output / "bundle").items() if name.split("/")[-1] not in MEASURED}
+
+
+@pytest.fixture(scope="module")
+def built(inputs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("built")
+    finish(start(inputs, output))
+    return output
+
+
+def test_a_build_leaves_every_stage_and_a_second_one_does_nothing(inputs, built):
+    expected = {stage.folder for stage in STAGES if stage.folder != "merged"}
+    assert set(json.loads((built / "run.json").read_text())["stages"]) == expected
+    said = finish(start(inputs, built))
+    assert said.count("up to date") == len(expected)
+
+
+def test_the_bundle_runs(built):
+    command = [sys.executable, "-m", "edgepeft", "run", str(built / "bundle"), "--json", "turn off the lamp in the hall"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["label"] in ("light_on", "light_off", "music")
+
+
+def test_a_changed_byte_is_made_again_and_nothing_before_it(inputs, built, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(built, output)
+    model = output / "export" / "model.onnx"
+    model.write_bytes(model.read_bytes()[:-1])
+    said = finish(start(inputs, output))
+    assert "quantize: up to date" in said
+    assert "train: up to date" in said
+    assert "export: up to date" not in said
+    assert result(output) == result(built)
+
+
+def litter(output):
+    """Return what a finished or failed build must not leave."""
+    return [path.name for path in output.glob(".*.tmp")]
+
+
+def interrupt(inputs, output, stage, how):
+    """Start a build and send it a signal as soon as the stage has begun to write."""
+    process = start(inputs, output)
+    while process.poll() is None:
+        if any(output.glob(f".{stage.folder}.*.tmp")):
+            time.sleep(0.3)
+            process.send_signal(how)
+            break
+        time.sleep(0.002)
+    _, said = process.communicate(timeout=120)
+    return process.returncode, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
+@pytest.mark.parametrize("stage", [s for s in STAGES if s.folder != "merged"], ids=lambda stage: stage.name)
+def test_an_interrupted_build_goes_on_to_the_same_result(inputs, built, tmp_path, stage, how):
+    status, said = interrupt(inputs, tmp_path, stage, how)
+    if status != 0:  # the stage may have been over before the signal came
+        assert status == (130 if how is signal.SIGINT else -signal.SIGKILL), said
+        assert how is signal.SIGKILL or not litter(tmp_path)
+        assert "Traceback" not in said
+    done = finish(start(inputs, tmp_path))
+    earlier = [s for s in STAGES[: STAGES.index(stage)] if s.folder != "merged"]
+    assert all(f"{s.name}: up to date" in done for s in earlier)
+    assert result(tmp_path) == result(built)
+    assert not litter(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a file system of one size in bytes; needs root."""
+    mounted = []
+
+    def mount(size):
+        place = tmp_path / f"disk{len(mounted)}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+        if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a small file system needs root")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_a_full_disk_is_said_and_loses_nothing(inputs, built, small_disk, share):
+    need = sum(path.stat().st_size for path in built.rglob("*") if path.is_file())
+    output = small_disk(int(need * share) // 4096 * 4096 + 65536) / "out"
+    process = start(inputs, output)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 1, said
+    assert "the disk is full" in said
+    assert not litter(output)
+    subprocess.run(["mount", "-o", f"remount,size={need * 4}", str(output.parent)], check=True)
+    finish(start(inputs, output))
+    assert result(output) == result(built)
