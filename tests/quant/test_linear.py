@@ -1,0 +1,185 @@
+"""Packed layers: the same numbers as float ones on the dequantized weight, no float copy, and PEFT takes them."""
+
+import copy
+
+import numpy as np
+import pytest
+
+from edgepeft.errors import ModelError
+from edgepeft.quant import native
+from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS
+
+torch = pytest.importorskip("torch")
+
+from edgepeft.quant import linear as layers  # noqa: E402
+from edgepeft.quant.linear import QuantEmbedding, QuantLinear  # noqa: E402
+
+N, K = 40, 256
+every_format = pytest.mark.parametrize("tag", FORMATS)
+
+
+def packed_layer(tag, n=N, k=K, bias=True, seed=0):
+    torch.manual_seed(seed)
+    return QuantLinear.from_float(torch.nn.Linear(k, n, bias), tag)
+
+
+def bits(layer):
+    return {name: (t.dtype, t.contiguous().view(torch.uint8).numpy().tobytes()) for name, t in layer.named_buffers()}
+
+
+@pytest.mark.parametrize("library", [True, False], ids=["library", "torch"])
+@pytest.mark.parametrize("n", [1, 16, 40])
+@every_format
+def test_weight_is_the_numpy_reference_bit_for_bit(tag, n, library, monkeypatch):
+    if library and not native.available():
+        pytest.skip("no host library")
+    monkeypatch.setattr(native, "available", lambda: library)
+    layer = packed_layer(tag, n)
+    expected = FORMATS[tag].dequantize(layer.packed())
+    np.testing.assert_array_equal(layer.get_weight().numpy(), expected)
+    np.testing.assert_array_equal(native.dequantize(layer.packed()), expected)
+
+
+def test_the_library_refuses_what_it_does_not_know():
+    if not native.available():
+        pytest.skip("no host library")
+    packed = packed_layer("i4b32").packed()
+    out = np.empty((N, K), np.float32)
+    with pytest.raises(RuntimeError, match="refused"):
+        native.dequantize_into("i5b32", packed.w, packed.scale, N, K, out)
+    with pytest.raises(ValueError, match="contiguous"):
+        native.dequantize_into("i4b32", packed.w, packed.scale, N, K, out[:, ::2])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@every_format
+def test_forward_and_gradient_are_those_of_a_float_layer(tag, bias):
+    layer = packed_layer(tag, bias=bias)
+    x = torch.randn(3, 5, K, requires_grad=True)
+    seed = torch.randn(3, 5, N)
+    layer(x).backward(seed)
+    found, x.grad = x.grad, None
+    expected = torch.nn.functional.linear(x, layer.get_weight(), layer.bias)
+    assert torch.equal(layer(x), expected)
+    expected.backward(seed)
+    assert torch.allclose(found, x.grad, rtol=1e-5, atol=1e-6)
+
+
+@every_format
+def test_nothing_float_is_kept_between_forward_and_backward(tag):
+    layer = packed_layer(tag)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        layer(torch.randn(2, K, requires_grad=True))
+    assert not [count for count in kept if count >= N * K]
+    held = sum(t.numel() * t.element_size() for t in [*layer.parameters(), *layer.buffers()])
+    w_shape, scale_shape = FORMATS[tag].packed_shapes(N, K)
+    scale_bytes = np.dtype(FORMATS[tag].scale_dtype).itemsize * np.prod(scale_shape)
+    assert held == np.prod(w_shape) + scale_bytes + 4 * N
+    assert list(layer.parameters()) == []
+
+
+@every_format
+def test_setting_the_own_weight_changes_no_bit(tag):
+    layer = packed_layer(tag)
+    before = bits(layer)
+    layer.set_weight(layer.get_weight())
+    assert bits(layer) == before
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "to"])
+@every_format
+def test_no_cast_rounds_the_packed_bits(tag, cast):
+    layer = packed_layer(tag)
+    before, weight = bits(layer), layer.get_weight()
+    model = torch.nn.Sequential(layer)
+    model = model.to(torch.float16) if cast == "to" else getattr(model, cast)()
+    after = bits(layer)
+    assert all(after[name] == before[name] for name in ("qweight", "qscale"))
+    assert torch.equal(layer.get_weight(), weight)
+    x = torch.randn(2, K).to(layer.bias.dtype)
+    assert layer(x).dtype == x.dtype
+
+
+def test_autocast_computes_in_its_dtype():
+    layer = packed_layer("i4b32")
+    x = torch.randn(2, K, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.float().sum().backward()
+    assert (y.dtype, x.grad.dtype) == (torch.bfloat16, torch.float32)
+
+
+@every_format
+def test_state_dict_carries_the_packed_bits(tag):
+    layer, other = packed_layer(tag), packed_layer(tag, seed=1)
+    state = layer.state_dict()
+    assert set(state) == {"qweight", "qscale", "bias"}
+    other.load_state_dict(state)
+    assert bits(other) == bits(layer) == bits(copy.deepcopy(layer))
+
+
+def test_a_weight_that_is_no_number_is_refused():
+    layer = packed_layer("i4b32")
+    with pytest.raises(ModelError, match="NaN"):
+        layer.set_weight(torch.full((N, K), float("nan")))
+
+
+def test_nf4_bits_turn_into_those_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    layer = packed_layer("nf4b64")
+    w, state = layers.bitsandbytes_state(layer)
+    assert torch.equal(functional.dequantize_4bit(w, state), layer.get_weight())
+
+
+@pytest.mark.parametrize("tag", EMBEDDING_FORMATS)
+def test_embedding_gives_the_dequantized_rows(tag):
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(50, 64, padding_idx=0)
+    layer = QuantEmbedding.from_float(table, tag)
+    expected = torch.from_numpy(EMBEDDING_FORMATS[tag].dequantize(EMBEDDING_FORMATS[tag].quantize(table.weight.detach())))
+    assert torch.equal(layer.get_weight(), expected)
+    ids = torch.tensor([[0, 49, 3], [3, 3, 7]])
+    assert torch.equal(layer(ids), expected[ids])
+    scale = layer.qscale.clone()
+    assert layer.bfloat16()(ids).dtype == torch.bfloat16
+    assert torch.equal(layer.qscale, scale)
+
+
+class Net(torch.nn.Module):
+    def __init__(self, tag):
+        super().__init__()
+        self.first, self.second = packed_layer(tag, 128, 128), packed_layer(tag, 128, 128, seed=1)
+        self.head = torch.nn.Linear(128, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+@pytest.mark.parametrize("targets", [["first", "second"], "all-linear"], ids=["list", "all-linear"])
+@every_format
+def test_peft_adapts_packed_layers_as_any_linear(tag, targets, tmp_path):
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, modules_to_save=["head"])
+    torch.manual_seed(0)
+    net = Net(tag)
+    model = peft.get_peft_model(copy.deepcopy(net), settings)
+    assert {type(m) for m in model.modules()} >= {peft.tuners.lora.Linear, QuantLinear}
+    before = bits(model)
+    x, y = torch.randn(16, 128), torch.randint(0, 3, (16,))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    steps = torch.optim.AdamW(trained, 1e-2)
+    losses = []
+    model.train()
+    for _ in range(20):
+        steps.zero_grad()
+        losses.append(torch.nn.functional.cross_entropy(model(x), y))
+        losses[-1].backward()
+        steps.step()
+    assert losses[-1] < 0.7 * losses[0]
+    assert bits(model) == before
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(net), tmp_path)
+    assert torch.equal(again(x), model.eval()(x))
+    with model.disable_adapter():
+        assert not torch.equal(model(x), again(x))
