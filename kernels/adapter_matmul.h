@@ -1,0 +1,166 @@
+// What a kernel row is, and how one call of the op is cut into work for it.
+//
+//   y = s_out . ( W.(s_in . x) + B.( gate . (A.x) ) ) + bias        W: N x K packed, A: R x K, B: N x R
+//
+// A row of kernels.inc gives three functions for one (format, activation, ISA):
+//   quantize  one row of x -> int8, scale and correction per activation block (int8 activations only)
+//   project   t = A.x for some rows of x
+//   tile      16 outputs x up to kJobRows rows of x, complete: weights, adapter, s_out, bias, stored once
+// A new ISA is one isa_<name>.cc that emits its rows with EP_EMIT_ROWS, one line each in kernels.inc, and a line in
+// EP_ISAS. Everything else (checks, dispatch, the ONNX op) reads those tables.
+#pragma once
+#include "formats.h"
+
+enum class Act : int { int8, float32 };
+
+// ---- what a row computes ------------------------------------------------------------------------------------------
+constexpr int kJobRows = 256;  // most rows of x in one tile job: bounds what a tile keeps on its stack
+constexpr int kRankPad = 16;   // t rows are zero padded to this many floats, so that vector loads may overrun R
+
+struct TileJob {
+  int64_t k;               // columns
+  int64_t m;               // rows of x, 1..kJobRows
+  const uint8_t* w;        // this tile: K/32 units
+  const void* w_scale;     // this tile: [B,16]
+  const float* x;          // [m,K], float activations only
+  const int8_t* q;         // [m,K], int8 activations only, with
+  const float* q_scale;    //   [m,K/act_block] value of one step; NaN where the block holds NaN or Inf
+  const int32_t* q_fix;    //   [m,K/act_block] -zero * sum(q), zero being the row's
+  int64_t rank;            // 0: no adapter, and t, b are not read
+  const float* t;          // [m,t_stride] gate . (A.x), zero from rank on
+  int64_t t_stride;        // rank rounded up to kRankPad
+  const void* b;           // [columns,rank] float16 or float32
+  bool b_half;
+  const float* bias;       // [16]
+  const float* s_out;      // s_out[n * s_out_step] for n in columns, or null: neutral
+  int64_t s_out_step;
+  float* y;                // [m,y_stride]: exactly `columns` of each row are written
+  int64_t y_stride;
+  int columns;             // 1..16
+};
+
+struct RowOps {
+  int tile_m;     // rows of x in one register tile
+  int32_t zero;   // what the row subtracts from the integers it multiplies; quantize's corrections are made with it
+  void (*quantize)(const float* x, int64_t k, int block, int32_t zero, int8_t* q, float* scale, int32_t* fix);
+  void (*project)(const void* a, bool a_half, int64_t rank, int64_t k, const float* x, int64_t m, float* t,
+                  int64_t t_stride);  // t[m, 0..rank) = A.x
+  void (*tile)(const TileJob& job);
+};
+
+// ---- the rows, from kernels.inc -----------------------------------------------------------------------------------
+// X(isa): every instruction set that kernels.inc may name.
+#define EP_ISAS(X) X(scalar) X(avx2) X(avx512vnni) X(neon) X(dotprod) X(i8mm)
+
+enum class Isa : int {
+#define EP_ISA(isa) isa,
+  EP_ISAS(EP_ISA)
+#undef EP_ISA
+  count
+};
+
+// EP_WHEN(probe, code) is `code` where the macro `probe` is defined as EP_YES, else nothing: this is how a file takes
+// its own lines out of kernels.inc, and how rows of another architecture vanish, with no #if beside any row.
+#define EP_YES ~, EP_KEEP
+#define EP_KEEP(...) __VA_ARGS__
+#define EP_DROP(...)
+#define EP_SECOND(a, b, ...) b
+#define EP_CHOOSE(...) EP_SECOND(__VA_ARGS__)
+#define EP_WHEN(probe, ...) EP_CHOOSE(probe, EP_DROP, ~)(__VA_ARGS__)
+
+#define EP_HAVE_scalar EP_YES
+#if defined(__x86_64__)
+#define EP_HAVE_avx2 EP_YES
+#define EP_HAVE_avx512vnni EP_YES
+#elif defined(__aarch64__)
+#define EP_HAVE_neon EP_YES
+#define EP_HAVE_dotprod EP_YES
+#define EP_HAVE_i8mm EP_YES
+#endif
+
+#define EP_ROW_SYMBOL(op, format, act, isa) ep_##op##_##format##_##act##_##isa
+
+// In an ISA file, `#define EP_MINE_<isa> EP_YES` and then
+//   #define EP_ROW(op, format, act, tile_m, isa) EP_WHEN(EP_MINE_##isa, EP_DEFINE_ROW(op, format, act, tile_m, isa))
+//   #include "kernels.inc"
+// defines its rows, given functions quantize, project and a template tile<Format, Act, tile_m> and zero<Format, Act>.
+#define EP_DEFINE_ROW(op, format, act, tile_m, isa)                                       \
+  extern const RowOps EP_ROW_SYMBOL(op, format, act, isa);                                \
+  const RowOps EP_ROW_SYMBOL(op, format, act, isa) = {tile_m, zero<Format::format, Act::act>(), quantize, project, \
+                                                      tile<Format::format, Act::act, tile_m>};
+
+struct Row {
+  const char* name;  // "<format>_<act>_<isa>", as edgepeft_kernels() lists it
+  Isa isa;
+  Format format;
+  Act act;
+  const RowOps* ops;
+};
+
+extern const Row kRows[];    // in the order of kernels.inc: best first
+extern const int kRowCount;
+bool cpu_runs(Isa isa);
+const char* isa_name(Isa isa);
+const Row* find_row(const char* name);      // by row name; null if unknown
+const Row* select_row(Format f, Act act);   // best that runs here, or what edgepeft_force_kernel asked for
+const FormatInfo* find_format(const char* tag, Format* f);
+bool same(const char* a, const char* b);
+
+// Whole pages from the system: the library links to no libc. Null when there are none.
+void* map_pages(size_t bytes);
+void unmap_pages(void* p, size_t bytes);
+
+// ---- one call -----------------------------------------------------------------------------------------------------
+constexpr int kMaxGroups = 3;
+
+struct Group {                // one of the outputs that share x
+  int64_t n;                  // real rows
+  int64_t rank;
+  const void *a, *b;          // [R,K], [n,R]
+  bool half;                  // a and b are float16
+  const float* gate;          // gate[m * gate_row + r * gate_step]; null: neutral
+  int64_t gate_row, gate_step;
+  const float* s_out;         // s_out[n * s_out_step]; null: neutral
+  int64_t s_out_step;
+  float* y;                   // [M,n]
+};
+
+struct Call {
+  Format format;
+  const RowOps* ops;
+  Act act;
+  int64_t m, k;
+  const float* x;             // [M,K]
+  const float* s_in;          // s_in[k * s_in_step]; null: neutral
+  int64_t s_in_step;
+  const uint8_t* w;
+  const void* w_scale;
+  const float* bias;          // [16*tiles]; null: none
+  int groups;
+  Group group[kMaxGroups];
+  // Filled in by plan().
+  int64_t tiles_per_task, tile_tasks, row_tasks, tasks, prepare_tasks, rows_per_prepare;
+  const float* x_in;          // s_in . x
+  int8_t* q;
+  float* q_scale;
+  int32_t* q_fix;
+  float* t[kMaxGroups];
+};
+
+int64_t plan(Call& call);                       // returns the scratch it needs, in bytes
+void place(Call& call, void* scratch);          // scratch: 64-byte aligned
+void prepare(const Call& call, int64_t task);   // task in 0..prepare_tasks-1; all of them before the first run()
+void run(const Call& call, int64_t task);       // task in 0..tasks-1
+
+// ---- code for a CPU that is found at run time ---------------------------------------------------------------------
+// Everything between PUSH and POP is compiled for the named features, with no per-file compiler flags. Such code stays
+// in an anonymous namespace: a shared inline function compiled for AVX would otherwise be linked into generic callers.
+#define EP_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#if defined(__clang__)
+#define EP_TARGET_PUSH(features) EP_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define EP_TARGET_POP EP_PRAGMA(clang attribute pop)
+#else
+#define EP_TARGET_PUSH(features) EP_PRAGMA(GCC push_options) EP_PRAGMA(GCC target(features))
+#define EP_TARGET_POP EP_PRAGMA(GCC pop_options)
+#endif
+#define EP_INLINE inline __attribute__((always_inline))

@@ -1,0 +1,134 @@
+// AVX2 + FMA + F16C: 8 outputs in a vector.
+//
+// 4-bit codes are unsigned, so vpmaddubsw takes them as they are: 8 steps of 4 columns sum to at most
+// 8*2*15*127 = 30480 in 16 bits, and one vpmaddwd per unit widens. 8-bit integers (i8c, the NF4 table) would overflow
+// there: they multiply as |w| * sign(w)x, at most 2*127*127, and widen every step.
+#include "adapter_matmul.h"
+
+#if defined(__x86_64__)
+#if defined(EP_FREESTANDING)
+#define __MM_MALLOC_H  // clang's immintrin.h would ask for stdlib.h through it
+#endif
+#include <immintrin.h>
+
+EP_TARGET_PUSH("avx2,fma,f16c")
+namespace {
+
+struct Avx2 {
+  static constexpr int lanes = 8;
+  using F = __m256;
+  using I = __m256i;
+
+  static EP_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+  static EP_INLINE F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+  static EP_INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static EP_INLINE F set1(float v) { return _mm256_set1_ps(v); }
+  static EP_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static EP_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static EP_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static EP_INLINE float sum(F v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+  static EP_INLINE F sum_each(const F (&v)[8]) {
+    const F low = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    const F high = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+  }
+  static EP_INLINE I load_int(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+  static EP_INLINE I set_int(int32_t v) { return _mm256_set1_epi32(v); }
+  static EP_INLINE I field(I v, int shift, int mask) { return _mm256_and_si256(_mm256_srli_epi32(v, shift), set_int(mask)); }
+  static EP_INLINE F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+  static EP_INLINE F nf4(I index) {
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(load(kNf4), index), _mm256_permutevar8x32_ps(load(kNf4 + 8), index),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  }
+
+  static EP_INLINE uint32_t peak(const float* x, int n) {
+    I top = set_int(0);
+    for (int i = 0; i < n; i += 8) top = _mm256_max_epi32(top, _mm256_and_si256(load_int(x + i), set_int(0x7fffffff)));
+    __m128i t = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+    t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0x4e));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_max_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
+  }
+  static EP_INLINE int32_t quantize_unit(const float* x, float step, int8_t* q) {
+    I v[4];
+    for (int i = 0; i < 4; i++) v[i] = _mm256_cvtps_epi32(mul(load(x + 8 * i), set1(step)));
+    const I pairs = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+    const I bytes = _mm256_permutevar8x32_epi32(pairs, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256((__m256i*)q, bytes);
+    const I s = _mm256_add_epi32(_mm256_add_epi32(v[0], v[1]), _mm256_add_epi32(v[2], v[3]));
+    __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+    t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
+  }
+
+  // ---- weights as integers
+  template <Format F>
+  static constexpr bool nibbles() { return info(F).bits == 4 && !info(F).nf4; }  // unsigned 0..15, else signed 8 bit
+  template <Format F>
+  static constexpr int32_t zero() { return nibbles<F>() ? info(F).zero : 0; }
+  template <Format F>
+  static constexpr int stage_bytes() { return kTileRows * kUnit; }
+
+  // 8 outputs x 4 columns (step j of 8) of a packed unit, rows 8*v..
+  template <Format F>
+  static EP_INLINE I codes(const uint8_t* w, int j, int v) {
+    if constexpr (info(F).bits == 8) return _mm256_xor_si256(load_int(w + j * 64 + v * 32), _mm256_set1_epi8(-128));
+    I c = load_int(w + j % 4 * 64 + v * 32);
+    if (j >= 4) c = _mm256_srli_epi16(c, 4);
+    c = _mm256_and_si256(c, _mm256_set1_epi8(15));
+    return info(F).nf4 ? _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)kNf4I8)), c) : c;
+  }
+  template <Format F>
+  static EP_INLINE void unpack_unit(const uint8_t* w, uint8_t* out) {
+    for (int j = 0; j < 8; j++)
+      for (int v = 0; v < 2; v++) _mm256_store_si256((__m256i*)(out + j * 64 + v * 32), codes<F>(w, j, v));
+  }
+  static EP_INLINE I widen(I pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+
+  // 4 columns: R x 16 products of the codes in c. 4-bit ones gather in pairs, others in d at once.
+  template <Format F, int R>
+  static EP_INLINE void dot_step(I c0, I c1, const int8_t* q, int64_t q_stride, I (&pairs)[R][2], I (&d)[R][2]) {
+    for (int r = 0; r < R; r++) {
+      int32_t x4;
+      __builtin_memcpy(&x4, q + r * q_stride, 4);
+      const I x = set_int(x4);
+      for (int v = 0; v < 2; v++) {
+        const I c = v ? c1 : c0;
+        if constexpr (nibbles<F>()) {
+          pairs[r][v] = _mm256_add_epi16(pairs[r][v], _mm256_maddubs_epi16(c, x));
+          asm volatile("" : "+x"(pairs[r][v]));  // one after the other, or gcc runs out of registers
+        }
+        else d[r][v] = _mm256_add_epi32(d[r][v], widen(_mm256_maddubs_epi16(_mm256_abs_epi8(c), _mm256_sign_epi8(x, c))));
+      }
+    }
+  }
+  template <Format F, int R, bool packed>
+  static EP_INLINE void dot_unit(const uint8_t* w, const int8_t* q, int64_t q_stride, I (&d)[R][2]) {
+    I pairs[R][2];
+    for (int r = 0; r < R; r++) pairs[r][0] = pairs[r][1] = set_int(0);
+    if constexpr (packed) {
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; j++) dot_step<F, R>(codes<F>(w, j, 0), codes<F>(w, j, 1), q + 4 * j, q_stride, pairs, d);
+    } else {
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; j++) dot_step<F, R>(load_int(w + j * 64), load_int(w + j * 64 + 32), q + 4 * j, q_stride, pairs, d);
+    }
+    if constexpr (nibbles<F>())
+      for (int r = 0; r < R; r++)
+        for (int v = 0; v < 2; v++) d[r][v] = _mm256_add_epi32(d[r][v], widen(pairs[r][v]));
+  }
+};
+
+#include "tile.h"
+EP_ROWS_FROM(Avx2)
+
+}  // namespace
+EP_TARGET_POP
+
+#define EP_MINE_avx2 EP_YES
+#define EP_ROW(op, format, act, tile_m, isa) EP_WHEN(EP_MINE_##isa, EP_DEFINE_ROW(op, format, act, tile_m, isa))
+#include "kernels.inc"
+#endif

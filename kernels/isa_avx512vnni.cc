@@ -1,0 +1,115 @@
+// AVX-512 with VNNI: a tile row is one vector, and vpdpbusd multiplies codes as the unsigned bytes they are.
+//
+// What is then subtracted is zero * sum(q): 8 for 4-bit codes, 128 for 8-bit ones and for the NF4 table, which is
+// stored 128 up. Tests also build this file with EP_SIMDE, which runs the same code on any CPU.
+#include "adapter_matmul.h"
+
+#if defined(__x86_64__)
+#if defined(EP_SIMDE)
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#include <simde/x86/fma.h>
+#undef EP_TARGET_PUSH
+#undef EP_TARGET_POP
+#define EP_TARGET_PUSH(features)
+#define EP_TARGET_POP
+#else
+#if defined(EP_FREESTANDING)
+#define __MM_MALLOC_H  // clang's immintrin.h would ask for stdlib.h through it
+#endif
+#include <immintrin.h>
+#endif
+
+EP_TARGET_PUSH("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+namespace {
+
+struct Avx512 {
+  static constexpr int lanes = 16;
+  using F = __m512;
+  using I = __m512i;
+
+  static EP_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  static EP_INLINE F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  static EP_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static EP_INLINE F set1(float v) { return _mm512_set1_ps(v); }
+  static EP_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static EP_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static EP_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static EP_INLINE __m256 halves(F v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+  static EP_INLINE float sum(F v) {
+    const __m256 h = halves(v);
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+  static EP_INLINE __m256 sum_8(const F* v) {
+    __m256 pair[4];
+    for (int i = 0; i < 4; i++) pair[i] = _mm256_hadd_ps(halves(v[2 * i]), halves(v[2 * i + 1]));
+    const __m256 low = _mm256_hadd_ps(pair[0], pair[1]), high = _mm256_hadd_ps(pair[2], pair[3]);
+    return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+  }
+  static EP_INLINE F sum_each(const F (&v)[16]) { return _mm512_insertf32x8(_mm512_castps256_ps512(sum_8(v)), sum_8(v + 8), 1); }
+  static EP_INLINE I load_int(const void* p) { return _mm512_loadu_si512(p); }
+  static EP_INLINE I set_int(int32_t v) { return _mm512_set1_epi32(v); }
+  static EP_INLINE I field(I v, int shift, int mask) { return _mm512_and_si512(_mm512_srli_epi32(v, shift), set_int(mask)); }
+  static EP_INLINE F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+  static EP_INLINE F nf4(I index) { return _mm512_permutexvar_ps(index, load(kNf4)); }
+
+  static EP_INLINE uint32_t peak(const float* x, int n) {
+    I top = set_int(0);
+    for (int i = 0; i < n; i += 16) top = _mm512_max_epi32(top, _mm512_and_si512(load_int(x + i), set_int(0x7fffffff)));
+    return (uint32_t)_mm512_reduce_max_epi32(top);
+  }
+  static EP_INLINE int32_t quantize_unit(const float* x, float step, int8_t* q) {
+    const I a = _mm512_cvtps_epi32(mul(load(x), set1(step))), b = _mm512_cvtps_epi32(mul(load(x + 16), set1(step)));
+    _mm_storeu_si128((__m128i*)q, _mm512_cvtepi32_epi8(a));
+    _mm_storeu_si128((__m128i*)(q + 16), _mm512_cvtepi32_epi8(b));
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+  }
+
+  // ---- weights as unsigned bytes
+  template <Format F>
+  static constexpr int32_t zero() { return info(F).bits == 4 && !info(F).nf4 ? info(F).zero : 128; }
+  template <Format F>
+  static constexpr int stage_bytes() { return kTileRows * kUnit; }
+
+  template <Format F>
+  static EP_INLINE I codes(const uint8_t* w, int j) {  // 16 outputs x 4 columns, step j of 8
+    if constexpr (info(F).bits == 8) return load_int(w + j * 64);
+    I c = load_int(w + j % 4 * 64);
+    if (j >= 4) c = _mm512_srli_epi16(c, 4);
+    c = _mm512_and_si512(c, _mm512_set1_epi8(15));
+    if constexpr (!info(F).nf4) return c;
+    const __m128i table = _mm_xor_si128(_mm_load_si128((const __m128i*)kNf4I8), _mm_set1_epi8(-128));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), c);
+  }
+  template <Format F>
+  static EP_INLINE void unpack_unit(const uint8_t* w, uint8_t* out) {
+    for (int j = 0; j < 8; j++) _mm512_storeu_si512(out + j * 64, codes<F>(w, j));
+  }
+
+  template <Format F, int R, bool packed>
+  static EP_INLINE void dot_unit(const uint8_t* w, const int8_t* q, int64_t q_stride, I (&d)[R][1]) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+      const I c = packed ? codes<F>(w, j) : load_int(w + j * 64);
+      for (int r = 0; r < R; r++) {
+        int32_t x4;
+        __builtin_memcpy(&x4, q + r * q_stride + 4 * j, 4);
+        d[r][0] = _mm512_dpbusd_epi32(d[r][0], c, set_int(x4));
+      }
+    }
+  }
+};
+
+#include "tile.h"
+EP_ROWS_FROM(Avx512)
+
+}  // namespace
+EP_TARGET_POP
+
+#define EP_MINE_avx512vnni EP_YES
+#define EP_ROW(op, format, act, tile_m, isa) EP_WHEN(EP_MINE_##isa, EP_DEFINE_ROW(op, format, act, tile_m, isa))
+#include "kernels.inc"
+#endif

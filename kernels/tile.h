@@ -1,0 +1,346 @@
+// The shape of every SIMD row, once: an ISA file brings a small vocabulary V and gets quantize, project and tile.
+// Include it inside the file's anonymous namespace and target region, after V's intrinsics header.
+//
+// tile: 16 outputs x m rows of x. K goes by in chunks whose weights are unpacked (int8) or dequantized (float) once
+// into a stage that fits L1; each group of R rows of x then runs over the stage with its sums in registers. Sums wait
+// in `acc` between chunks. When few rows share the weights they are read packed, straight from memory. B.t joins the
+// same sums in the last chunk, so y is written once, and never read.
+//
+// V supplies, all static (nv = 16 / lanes vectors hold one row of a tile):
+//   lanes, F (lanes floats), I (lanes int32)
+//   load(float*) load_half(uint16*) store(float*, F) set1(float) add mul fma(a,b,c) = a*b+c   F
+//   sum(F) -> float;  sum_each(F v[lanes]) -> F whose lane i is sum(v[i])
+//   set_int(int32) load_int(void*) field(I, shift, mask) to_float(I) nf4(I index) -> F
+//   peak(x, n) -> largest |x| as bits;  quantize_unit(x, step, q) -> sum: 32 floats to q = round_even(x * step)
+//   zero<Format>() what dot_unit's integers still carry beyond code - zero (see RowOps::zero)
+//   stage_bytes<Format>(), unpack_unit<Format>(w, out): one unit in the form dot_unit<.., packed = false> reads
+//   dot_unit<Format, R, packed>(w, q, q_stride, I d[R][nv]): adds R x 16 dot products over 32 columns
+#pragma once
+
+constexpr int kChunk = 1024;      // int8 columns in a stage
+constexpr int kFloatChunk = 256;  // float columns in a stage
+constexpr int kPanel = 64;        // ranks of B in a panel
+
+template <class V>
+constexpr int kVectors = kTileRows / V::lanes;
+template <class V, int R>
+using Sums = typename V::F[R][kTileRows / V::lanes];
+
+template <class V>
+EP_INLINE typename V::F load_any(const void* p, bool half, int64_t i) {
+  return half ? V::load_half(static_cast<const uint16_t*>(p) + i) : V::load(static_cast<const float*>(p) + i);
+}
+
+// ---- weights ------------------------------------------------------------------------------------------------------
+template <class V, Format F>
+EP_INLINE typename V::F scale_vector(const void* w_scale, int64_t block, int v) {
+  return load_any<V>(w_scale, info(F).half_scale, (info(F).block ? block : 0) * kTileRows + v * V::lanes);
+}
+
+// One unit as float [32][16].
+template <class V, Format F>
+EP_INLINE void dequantize_unit(const uint8_t* w, const void* w_scale, int64_t block, float* out) {
+  constexpr FormatInfo f = info(F);
+  const typename V::F minus_zero = V::set1(static_cast<float>(-f.zero));
+  for (int v = 0; v < kVectors<V>; v++) {
+    const typename V::F scale = scale_vector<V, F>(w_scale, block, v);
+    for (int j = 0; j < f.bits; j++) {  // 4 columns at a time, in 4 bit the 4 of the other half unit beside them
+      const typename V::I lanes = V::load_int(w + (j * kTileRows + v * V::lanes) * 4);
+      for (int c = 0; c < 32 / f.bits; c++) {
+        const int byte = f.bits == 8 ? c : c / 2, high = f.bits == 8 ? 0 : c % 2;
+        const typename V::I code = V::field(lanes, byte * 8 + high * 4, f.bits == 8 ? 255 : 15);
+        const typename V::F value = f.nf4 ? V::nf4(code) : V::add(V::to_float(code), minus_zero);
+        V::store(out + (4 * j + byte + 16 * high) * kTileRows + v * V::lanes, V::mul(value, scale));
+      }
+    }
+  }
+}
+
+// ---- one chunk of K, R rows of x ----------------------------------------------------------------------------------
+// int8: integer dot products per block, then one fma with both scales.
+template <class V, Format F, bool packed>
+struct Int8Chunk {
+  static constexpr int columns = packed ? 1 << 30 : kChunk;
+  static constexpr int blocks_in_stage = kChunk / info(F).act_block;
+  static constexpr int unit_stage = packed ? kTileRows * kUnit * info(F).bits / 8 : V::template stage_bytes<F>();
+  alignas(64) uint8_t stage[packed ? 1 : kChunk / kUnit * unit_stage];
+  alignas(64) float scales[packed ? 1 : blocks_in_stage * kTileRows];
+
+  void fill(const TileJob& job, int64_t k0, int64_t k1) {
+    if constexpr (!packed) {
+      constexpr FormatInfo f = info(F);
+      const uint8_t* w = job.w + k0 / kUnit * unit_bytes(f);
+      for (int64_t u = 0; u < (k1 - k0) / kUnit; u++) V::template unpack_unit<F>(w + u * unit_bytes(f), stage + u * unit_stage);
+      for (int64_t b = k0 / f.act_block, i = 0; b < k1 / f.act_block; b++)
+        for (int v = 0; v < kVectors<V>; v++, i += V::lanes) V::store(scales + i, weight_scale(job, b, v));
+    }
+  }
+  static EP_INLINE typename V::F weight_scale(const TileJob& job, int64_t block, int v) {
+    const typename V::F scale = scale_vector<V, F>(job.w_scale, block, v);
+    return info(F).nf4 ? V::mul(scale, V::set1(int_scale(info(F)))) : scale;
+  }
+  template <int R>
+  __attribute__((noinline)) void add(const TileJob& job, int64_t m, int64_t k0, int64_t k1, Sums<V, R>& sums) const {
+    constexpr int block = info(F).act_block;
+    const int64_t blocks = job.k / block;
+    const uint8_t* w = packed ? job.w : stage;
+    const int8_t* q = job.q + m * job.k + k0;
+    const float* q_scale = job.q_scale + m * blocks;
+    const int32_t* q_fix = job.q_fix + m * blocks;
+    const float* scale = scales;
+    for (int64_t b = k0 / block; b < k1 / block; b++, scale += kTileRows) {
+      typename V::I d[R][kVectors<V>];
+      for (int r = 0; r < R; r++)
+        for (int v = 0; v < kVectors<V>; v++) d[r][v] = V::set_int(q_fix[r * blocks + b]);
+      for (int u = 0; u < block / kUnit; u++, w += unit_stage, q += kUnit) V::template dot_unit<F, R, packed>(w, q, job.k, d);
+      for (int r = 0; r < R; r++) {
+        const typename V::F x_scale = V::set1(q_scale[r * blocks + b]);
+        for (int v = 0; v < kVectors<V>; v++) {
+          const typename V::F w_scale = packed ? weight_scale(job, b, v) : V::load(scale + v * V::lanes);
+          sums[r][v] = V::fma(V::to_float(d[r][v]), V::mul(w_scale, x_scale), sums[r][v]);
+        }
+      }
+    }
+  }
+};
+
+template <class V, Format F>
+struct FloatChunk {
+  static constexpr int columns = kFloatChunk;
+  alignas(64) float stage[kFloatChunk * kTileRows];
+
+  void fill(const TileJob& job, int64_t k0, int64_t k1) {
+    constexpr FormatInfo f = info(F);
+    for (int64_t k = k0; k < k1; k += kUnit)
+      dequantize_unit<V, F>(job.w + k / kUnit * unit_bytes(f), job.w_scale, f.block ? k / f.block : 0,
+                            stage + (k - k0) * kTileRows);
+  }
+  template <int R>
+  EP_INLINE void add(const TileJob& job, int64_t m, int64_t k0, int64_t k1, Sums<V, R>& sums) const {
+    const float* x = job.x + m * job.k;
+    for (int64_t k = k0; k < k1; k++) {
+      typename V::F w[kVectors<V>];
+      for (int v = 0; v < kVectors<V>; v++) w[v] = V::load(stage + (k - k0) * kTileRows + v * V::lanes);
+      for (int r = 0; r < R; r++) {
+        const typename V::F x_rk = V::set1(x[r * job.k + k]);
+        for (int v = 0; v < kVectors<V>; v++) sums[r][v] = V::fma(w[v], x_rk, sums[r][v]);
+      }
+    }
+  }
+};
+
+// ---- the adapter: up to kPanel ranks of the tile's B as float -----------------------------------------------------
+// Few rows of x: the panel stays [16][kPanel] and each output is a dot product over R. Many: it is turned to
+// [R][16], which costs more to make and less to use.
+template <class V>
+struct Panel {
+  int64_t r0, ranks;
+  bool turned;
+  alignas(64) float b[kPanel * kTileRows];
+
+  void fill(const TileJob& job, int64_t first, bool turn) {
+    r0 = first;
+    ranks = job.rank - first < kPanel ? job.rank - first : kPanel;
+    turned = turn;
+    const int64_t padded = (ranks + kRankPad - 1) / kRankPad * kRankPad;
+    for (int n = 0; n < kTileRows; n++) {
+      alignas(64) float line[kPanel];
+      float* to = turned ? line : b + n * kPanel;
+      int64_t r = n < job.columns ? convert(job, n * job.rank + first, to) : 0;
+      while (r < padded) to[r++] = 0;
+      for (r = 0; turned && r < ranks; r++) b[r * kTileRows + n] = line[r];
+    }
+  }
+  int64_t convert(const TileJob& job, int64_t at, float* to) const {
+    int64_t r = 0;
+    for (; r + V::lanes <= ranks; r += V::lanes) V::store(to + r, load_any<V>(job.b, job.b_half, at + r));
+    for (; r < ranks; r++)
+      to[r] = job.b_half ? half_float(static_cast<const uint16_t*>(job.b)[at + r]) : static_cast<const float*>(job.b)[at + r];
+    return r;
+  }
+  template <int R>
+  EP_INLINE void add(const TileJob& job, int64_t m, Sums<V, R>& sums) const {
+    const float* t = job.t + m * job.t_stride + r0;
+    if (!turned) {
+      for (int i = 0; i < R; i++, t += job.t_stride)
+        for (int v = 0; v < kVectors<V>; v++) sums[i][v] = V::add(sums[i][v], dots(b + v * V::lanes * kPanel, t));
+      return;
+    }
+    for (int64_t r = 0; r < ranks; r++)
+      for (int i = 0; i < R; i++) {
+        const typename V::F t_r = V::set1(t[i * job.t_stride + r]);
+        for (int v = 0; v < kVectors<V>; v++)
+          sums[i][v] = V::fma(V::load(b + r * kTileRows + v * V::lanes), t_r, sums[i][v]);
+      }
+  }
+  __attribute__((noinline)) typename V::F dots(const float* rows, const float* t) const {  // both zero padded to a multiple of kRankPad
+    typename V::F products[V::lanes];
+    for (int n = 0; n < V::lanes; n++) {
+      products[n] = V::mul(V::load(rows + n * kPanel), V::load(t));
+      for (int64_t r = V::lanes; r < ranks; r += V::lanes)
+        products[n] = V::fma(V::load(rows + n * kPanel + r), V::load(t + r), products[n]);
+    }
+    return V::sum_each(products);
+  }
+};
+
+// ---- a tile -------------------------------------------------------------------------------------------------------
+template <class V, class Chunk>
+struct Tile {
+  const TileJob& job;
+  Chunk chunk;
+  Panel<V> panel;
+  bool first = true;  // acc holds nothing yet
+  alignas(64) float acc[kJobRows * kTileRows];
+  alignas(64) float s_out[kTileRows];
+
+  explicit Tile(const TileJob& j) : job(j) {}
+
+  template <int R>
+  EP_INLINE void load_sums(int64_t m, Sums<V, R>& sums) const {
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < kVectors<V>; v++)
+        sums[r][v] = first ? V::set1(0.0f) : V::load(acc + (m + r) * kTileRows + v * V::lanes);
+  }
+  template <int R>
+  EP_INLINE void keep_sums(int64_t m, const Sums<V, R>& sums) {
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < kVectors<V>; v++) V::store(acc + (m + r) * kTileRows + v * V::lanes, sums[r][v]);
+  }
+  template <int R>
+  EP_INLINE void write_y(int64_t m, Sums<V, R>& sums) {
+    for (int r = 0; r < R; r++) {
+      alignas(64) float line[kTileRows];
+      float* y = job.y + (m + r) * job.y_stride;
+      float* to = job.columns == kTileRows ? y : line;
+      for (int v = 0; v < kVectors<V>; v++) {
+        const typename V::F bias = V::load(job.bias + v * V::lanes);
+        V::store(to + v * V::lanes, job.s_out ? V::fma(sums[r][v], V::load(s_out + v * V::lanes), bias) : V::add(sums[r][v], bias));
+      }
+      if (to == line) for (int n = 0; n < job.columns; n++) y[n] = line[n];
+    }
+  }
+  // Rows by R, what remains by R/2, ... 1.
+  template <int R>
+  void panel_rows(int64_t m) {
+    for (; m + R <= job.m; m += R) {
+      Sums<V, R> sums;
+      load_sums<R>(m, sums);
+      panel.template add<R>(job, m, sums);
+      keep_sums<R>(m, sums);
+    }
+    if constexpr (R > 1) panel_rows<R / 2>(m);
+  }
+  template <int R>
+  void chunk_rows(int64_t m, int64_t k0, int64_t k1) {
+    for (; m + R <= job.m; m += R) {
+      Sums<V, R> sums;
+      load_sums<R>(m, sums);
+      chunk.template add<R>(job, m, k0, k1, sums);
+      if (k1 < job.k) {
+        keep_sums<R>(m, sums);
+        continue;
+      }
+      if (job.rank) panel.template add<R>(job, m, sums);
+      write_y<R>(m, sums);
+    }
+    if constexpr (R > 1) chunk_rows<R / 2>(m, k0, k1);
+  }
+  template <int R>
+  void all() {
+    const bool turn = job.m > R;
+    for (int n = 0; job.s_out && n < kTileRows; n++) s_out[n] = n < job.columns ? job.s_out[n * job.s_out_step] : 0.0f;
+    for (int64_t r0 = kPanel; r0 < job.rank; r0 += kPanel, first = false) {  // ranks beyond one panel: rare, so a pass each
+      panel.fill(job, r0, turn);
+      panel_rows<R>(0);
+    }
+    if (job.rank) panel.fill(job, 0, turn);
+    for (int64_t k0 = 0; k0 < job.k; k0 += Chunk::columns, first = false) {
+      const int64_t k1 = job.k - k0 < Chunk::columns ? job.k : k0 + Chunk::columns;
+      chunk.fill(job, k0, k1);
+      chunk_rows<R>(0, k0, k1);
+    }
+  }
+};
+
+template <class V, Format F, Act A, int R>
+void tile_of(const TileJob& job) {
+  if constexpr (A == Act::float32) {
+    Tile<V, FloatChunk<V, F>>(job).template all<R>();
+  } else if (job.m <= R) {
+    Tile<V, Int8Chunk<V, F, true>>(job).template all<R>();
+  } else {
+    Tile<V, Int8Chunk<V, F, false>>(job).template all<R>();
+  }
+}
+
+// ---- before the tiles ---------------------------------------------------------------------------------------------
+template <class V>
+void quantize_of(const float* x, int64_t k, int block, int32_t zero, int8_t* q, float* scale, int32_t* fix) {
+  for (int64_t b = 0; b < k / block; b++, x += block, q += block) {
+    const uint32_t peak = V::peak(x, block);
+    const float top = bits_float(peak);
+    const bool finite = peak < 0x7f800000u, empty = !finite || top < 1e-30f;
+    int32_t sum = 0;
+    for (int i = 0; i < block; i += kUnit) {
+      if (empty) for (int c = 0; c < kUnit; c++) q[i + c] = 0;
+      else sum += V::quantize_unit(x + i, 127.0f / top, q + i);
+    }
+    scale[b] = !finite ? bits_float(0x7fc00000u) : empty ? 0.0f : top / 127.0f;
+    fix[b] = -zero * sum;
+  }
+}
+
+template <class V, bool half, int M, int R>
+EP_INLINE void project_block(const void* a, int64_t k, const float* x, float* t, int64_t t_stride) {
+  typename V::F sums[M][R];
+  for (int i = 0; i < M; i++)
+    for (int r = 0; r < R; r++) sums[i][r] = V::set1(0.0f);
+  for (int64_t c = 0; c < k; c += V::lanes) {
+    typename V::F a_rc[R];
+    for (int r = 0; r < R; r++) a_rc[r] = load_any<V>(a, half, r * k + c);
+    for (int i = 0; i < M; i++) {
+      const typename V::F x_ic = V::load(x + i * k + c);
+      for (int r = 0; r < R; r++) sums[i][r] = V::fma(a_rc[r], x_ic, sums[i][r]);
+    }
+  }
+  for (int i = 0; i < M; i++)
+    for (int r = 0; r < R; r++) t[i * t_stride + r] = V::sum(sums[i][r]);
+}
+
+template <class V, bool half, int M, int R>
+void project_rows(const void* a, int64_t rank, int64_t k, const float* x, int64_t m, float* t, int64_t t_stride) {
+  const int64_t row_bytes = k * (half ? 2 : 4);
+  int64_t i = 0;
+  for (; i + M <= m; i += M) {
+    int64_t r = 0;
+    for (; r + R <= rank; r += R)
+      project_block<V, half, M, R>(static_cast<const char*>(a) + r * row_bytes, k, x + i * k, t + i * t_stride + r, t_stride);
+    for (; r < rank; r++)
+      project_block<V, half, M, 1>(static_cast<const char*>(a) + r * row_bytes, k, x + i * k, t + i * t_stride + r, t_stride);
+  }
+  if constexpr (M > 1) project_rows<V, half, 1, 8>(a, rank, k, x + i * k, m - i, t + i * t_stride, t_stride);
+}
+
+template <class V>
+void project_of(const void* a, bool half, int64_t rank, int64_t k, const float* x, int64_t m, float* t, int64_t t_stride) {
+  if (half) project_rows<V, true, 4, 2>(a, rank, k, x, m, t, t_stride);
+  else project_rows<V, false, 4, 2>(a, rank, k, x, m, t, t_stride);
+}
+
+// What EP_DEFINE_ROW names, for vocabulary V.
+#define EP_ROWS_FROM(V)                                                                                             \
+  void quantize(const float* x, int64_t k, int block, int32_t zero, int8_t* q, float* scale, int32_t* fix) {        \
+    quantize_of<V>(x, k, block, zero, q, scale, fix);                                                               \
+  }                                                                                                                 \
+  void project(const void* a, bool half, int64_t rank, int64_t k, const float* x, int64_t m, float* t, int64_t s) { \
+    project_of<V>(a, half, rank, k, x, m, t, s);                                                                    \
+  }                                                                                                                 \
+  template <Format F, Act A, int R>                                                                                 \
+  void tile(const TileJob& job) {                                                                                   \
+    tile_of<V, F, A, R>(job);                                                                                       \
+  }                                                                                                                 \
+  template <Format F, Act>                                                                                          \
+  constexpr int32_t zero() {                                                                                        \
+    return V::template zero<F>();                                                                                   \
+  }
