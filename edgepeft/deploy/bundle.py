@@ -1,0 +1,201 @@
+"""The bundle: one folder with all that a device needs, and a manifest that proves it is whole.
+
+    model.onnx  model.onnx.data         the frozen backbone, weights mapped from disk
+    adapters/<name>/                    a PEFT folder and labels.json, the labels of its head
+    tokenizer.json …  config.json       as in training
+    lib/<os>-<arch>/                    the op library of the target, and of the machine that built the bundle
+    requirements.txt  sample.py  README.md
+    manifest.json                       what it is, what was measured, and size and SHA-256 of every file
+
+Everything is copied, nothing is decided here: formats, labels and figures come from the stages before. The folder is
+loaded once through the device runtime before it is handed over. The checking half is `edgepeft.runtime.manifest`, as
+the device has to do it too. Left out: signatures; a digest tells damage from wholeness, not friend from foe.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgepeft import __version__
+from edgepeft.artifact import Run, digests, read_json, sha256_file, write_bytes
+from edgepeft.console import say, table
+from edgepeft.errors import ArtifactError
+from edgepeft.runtime.manifest import NAME, check_bundle, seal
+
+if TYPE_CHECKING:
+    from edgepeft.config import Config
+    from edgepeft.deploy.targets import Target
+
+__all__ = ["bundle", "check_bundle"]
+
+REQUIRED = ("model.onnx", "config.json", "tokenizer.json")
+MINIMUM_ONNXRUNTIME = "1.20.1"
+OP_ABI = 1
+PARTS = {
+    "weights": ("model.onnx",),
+    "adapters": ("adapters/",),
+    "tokenizer": ("tokenizer", "vocab", "special_tokens_map"),
+    "libraries": ("lib/",),
+    "documents": ("",),
+}
+
+README = """# {name}: {labels} labels for {target}
+
+A {task} model: frozen weights in {format}, adapter {adapter}. Made by edgepeft {version}; `manifest.json` holds what
+was measured and the digest of every file.
+
+## On the device
+
+    scp -r {folder} {host}:{folder}
+    ssh {host}
+    cd {folder}
+    python3 -m venv venv
+    venv/bin/pip install -r requirements.txt
+    venv/bin/python sample.py "turn the kitchen lights off"
+
+`requirements.txt` pins {requirement}. {why}
+
+`sample.py` needs nothing else and is short enough to copy from. To check every digest first, to swap adapters and to
+measure, install edgepeft beside it (`pip install --no-deps edgepeft`):
+
+    from edgepeft.runtime import load
+    model = load(".")
+    print(model.classify("turn the kitchen lights off"))
+
+## More adapters
+
+An adapter trained on the same base goes into `adapters/NAME/` (the folder `export/adapters/default` of its build, with
+its `labels.json`) and is taken by `model.use("NAME")` with no reload. One of another base is refused.
+"""
+
+
+def bundle(config: Config, run: Run, out: Path) -> dict[str, Any]:
+    """Collect the exported model, libraries and documents in `out` and return their sizes in bytes.
+
+    Raises ArtifactError when a file is missing and TargetError when a library cannot be built.
+    """
+    from edgepeft.deploy.targets import load_target
+
+    target = load_target(config.target)
+    training = read_json(run.path("adapter") / "training.json")
+    _copy_export(run.path("export"), out)
+    _write_libraries(target, out)
+    values = _describe(config, run, target, training)
+    _write_documents(values, target, out)
+    sizes = part_sizes(out)
+    write_bytes(out / NAME, seal({**values, "files": file_entries(out), "sizes_bytes": sizes}))
+    _try(out)
+    say(f"requirements.txt: {', '.join(target.requirements)}\n  {why(target)}")
+    say(table([{"part": part, "bytes": size, "MB": round(size / 1e6, 2)} for part, size in sizes.items()]))
+    return {"sizes_bytes": sizes, "libraries": libraries(target), "target": target.name}
+
+
+def _copy_export(export: Path, out: Path) -> None:
+    """Copy the exported files less the stage's own record. Raises ArtifactError naming each file that is missing."""
+    missing = [name for name in REQUIRED if not (export / name).is_file()]
+    if missing:
+        raise ArtifactError(f"{export}: {', '.join(missing)} missing. Run 'edgepeft export' again.")
+    shutil.copytree(export, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("export.json"))
+
+
+def libraries(target: Target) -> list[str]:
+    """Return the platforms whose library goes into the bundle: the target's, and this machine's to try it on."""
+    from edgepeft.deploy.compile import host_platform
+
+    return list(dict.fromkeys([*target.libraries, host_platform()]))
+
+
+def _write_libraries(target: Target, out: Path) -> None:
+    from edgepeft.deploy.compile import LIBRARY, cross_library, host_library, host_platform
+
+    for platform in libraries(target):
+        place = out / "lib" / platform / LIBRARY
+        place.parent.mkdir(parents=True)
+        if platform == host_platform():
+            shutil.copy(host_library(), place)
+        else:
+            cross_library(platform, place)
+
+
+def _describe(config: Config, run: Run, target: Target, training: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest's values, less what depends on the files in the bundle."""
+    quantized = read_json(run.path("quantized") / "quantized.json")
+    exported, model = (read_json(run.path("export") / name) for name in ("export.json", "config.json"))
+    trained = training["config"]
+    places = model.get("max_position_embeddings") or trained["max_length"]
+    return {
+        "edgepeft": __version__,
+        "name": f"{Path(config.model).name}-{trained['task']}-{quantized['format']}",
+        "model": config.model,
+        "task": trained["task"],
+        "labels": training["labels"],
+        "max_length": min(trained["max_length"], places),
+        "target": target.name,
+        "format": quantized["format"],
+        "embedding_format": quantized["embedding_format"],
+        "method": trained["method"],
+        "rank": trained["rank"],
+        "adapter": exported["adapter"],
+        "activation": exported["activation"],
+        "base_digest": quantized["base_digest"],
+        "tokenizer_digest": sha256_file(run.path("export") / "tokenizer.json"),
+        "op": {"domain": "edgepeft", "abi": OP_ABI},
+        "onnxruntime": {
+            "minimum": MINIMUM_ONNXRUNTIME,
+            "requirement": target.requirements[0],
+            "broken": list(target.onnxruntime_broken),
+        },
+        "verify": read_json(run.path("verify") / "report.json"),
+        "training": {key: training[key] for key in ("validation", "test", "best_epoch", "examples") if key in training},
+        "versions": training.get("versions", {}),
+    }
+
+
+def why(target: Target) -> str:
+    """Return the sentence that explains the pinned ONNX Runtime."""
+    broken = " and ".join(target.onnxruntime_broken)
+    if not broken:
+        return f"onnxruntime {target.onnxruntime} is known to run on this target."
+    return f"onnxruntime {broken} dies with SIGILL on {target.cpu}; {target.onnxruntime} is safe on all of them."
+
+
+def _write_documents(values: Mapping[str, Any], target: Target, out: Path) -> None:
+    """Write requirements.txt, README.md and sample.py."""
+    from edgepeft.runtime import sample
+
+    (out / "requirements.txt").write_text("\n".join(target.requirements) + "\n")
+    shutil.copy(sample.__file__, out / "sample.py")
+    words = {
+        **values, "labels": len(values["labels"]), "folder": "bundle", "host": target.ssh or "DEVICE",
+        "version": __version__, "requirement": target.requirements[0], "why": why(target),
+    }  # fmt: skip
+    (out / "README.md").write_text(README.format_map(words))
+
+
+def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return {path: {"bytes", "sha256"}} of every file of a bundle but its manifest."""
+    found = {name: digest for name, digest in digests(folder).items() if name != NAME}
+    return {n: {"bytes": (folder / n).stat().st_size, "sha256": digest} for n, digest in found.items()}
+
+
+def part_sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of each part of a bundle (the first of PARTS that a path starts with), and their total."""
+    sizes = dict.fromkeys(PARTS, 0)
+    for path in _files(folder):
+        name = path.relative_to(folder).as_posix()
+        sizes[next(part for part, starts in PARTS.items() if name.startswith(starts))] += path.stat().st_size
+    return {**sizes, "total": sum(sizes.values())}
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    return (path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
+
+
+def _try(out: Path) -> None:
+    """Load the bundle as a device would and classify something, so that none leaves that cannot."""
+    from edgepeft.runtime import load
+
+    load(out, threads=1, check="full").classify("turn the kitchen lights off")
