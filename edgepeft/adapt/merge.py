@@ -1,0 +1,189 @@
+"""The stage `merge`: the adapter goes into the packed weights, and what survives is measured before anything ships.
+
+Per adapted linear the weight is dequantized, the adapter added, and the sum quantized again in the same format:
+
+    Ŵ' = quantize(Ŵ + ΔW)        ΔW = B·A (scale folded into B)        moved = Ŵ' - Ŵ
+
+A coarse grid swallows small changes, so two figures say what is left of ΔW, per layer and over all layers together:
+
+    retention = 1 - ‖moved - ΔW‖ / ‖ΔW‖        1: exact; 0: as far off as without any adapter; below 0: farther
+    share     = <moved, ΔW> / ‖ΔW‖²            how far the weights went in the adapter's direction; 1 is all the way
+
+Retention counts the rounding noise against the merge, share does not. The build stops when retention over all layers is
+below --min-retention, or when the validation metric of the merged model, read back from the files, falls more than
+--max-metric-drop below that of base and adapter apart. A linear kept in float takes ΔW exactly.
+
+Scales of blocks that serve best as they are stay, so a zero adapter changes no bit. The head is not merged: it lies in
+the adapter's file, in float.
+
+Left out: calibrated merging, methods whose effect is no sum W + ΔW (`Method.deltas` refuses them).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgepeft.adapt import peft_files
+from edgepeft.adapt.methods import METHODS, PREFIX
+from edgepeft.artifact import Run, read_json, read_tensors, write_json, write_tensors
+from edgepeft.console import progress, say, table
+from edgepeft.errors import ArtifactError, VerifyError
+from edgepeft.quant import native
+from edgepeft.quant.formats import FORMATS, Packed
+from edgepeft.quant.solvers import SOLVERS
+from edgepeft.quant.stage import describe, packed_tensors
+
+if TYPE_CHECKING:
+    from edgepeft.config import Config
+
+WORST_SHOWN = 5
+
+
+def merge(config: Config, run: Run, out: Path) -> dict[str, Any]:
+    """Write the merged weights below `out`, with merge.json, and return the figures.
+
+    Raises VerifyError with the figures when too little of the adapter survives, ArtifactError for folders that do not
+    belong together.
+    """
+    quantized, about = run.path("quantized"), read_json(run.path("quantized") / "quantized.json")
+    tensors = read_tensors(quantized / "weights.safetensors")
+    shapes = weight_shapes(tensors, about)
+    deltas = METHODS[config.method].deltas(run.path("adapter"), base_digest=about["base_digest"], shapes=shapes)
+    rows, layers = [], {layer["name"]: dict(layer) for layer in about["layers"]}
+    for module, (b_nr, a_rk) in progress(deltas.items(), "merge", len(deltas)):
+        figures, changed = merge_module(module, b_nr @ a_rk, layers.get(module), tensors, about)
+        tensors.update(changed)
+        rows.append(figures)
+    _write(quantized, out, tensors, {**about, "merged": True, "layers": list(layers.values())}, config)
+    report: dict[str, Any] = {"layers": rows, **overall(rows), "min_retention": config.min_retention}
+    _require_retention(report, config)
+    report["validation"] = _metrics(config, run, out)
+    _require_metric(report["validation"], config)
+    write_json(out / "merge.json", report)
+    _tell(report)
+    return {name: value for name, value in report.items() if name != "layers"}
+
+
+def merge_module(
+    module: str, delta_nk: np.ndarray, layer: dict[str, Any] | None, tensors: Mapping[str, np.ndarray],
+    about: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:  # fmt: skip
+    """Add ΔW [N, K] to one linear; return its figures and new tensors; bring `layer` (quantized.json) up to date."""
+    if layer is None:
+        name = f"{module}.weight"
+        if name not in tensors:
+            raise ArtifactError(
+                f"{module}: adapted, but the packed backbone has no such linear. Train the adapter anew."
+            )
+        return _figures(module, None, delta_nk, delta_nk), {name: tensors[name] + delta_nk}
+    fmt, (n, k) = FORMATS[layer["format"]], layer["shape"]
+    before = Packed(fmt.tag, n, k, tensors[f"{module}.qweight"], tensors[f"{module}.qscale"])
+    w_nk = native.dequantize(before)
+    solve = SOLVERS[about["solver"]]
+    after = solve(fmt, w_nk + delta_nk, about["double_quant"], known_nb=fmt.unpack(before)[1])
+    layer.update(describe(fmt, after, w_nk + delta_nk))
+    return _figures(module, fmt.tag, native.dequantize(after) - w_nk, delta_nk), packed_tensors(module, after)
+
+
+def weight_shapes(tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return {module: (N, K)} of all linears of a packed folder, packed or float."""
+    shapes = {layer["name"]: tuple(layer["shape"]) for layer in about["layers"] if layer["kind"] == "linear"}
+    floats = [kept["name"] for kept in about["kept"] if kept["kind"] == "linear"]
+    return {**shapes, **{name: tensors[f"{name}.weight"].shape for name in floats}}
+
+
+# --- figures -------------------------------------------------------------------------------------------------------
+
+
+def _figures(module: str, tag: str | None, moved: np.ndarray, delta: np.ndarray) -> dict[str, Any]:
+    """Return a layer's figures; the sums of squares let `overall` weigh the layers."""
+    moved, delta = moved.ravel().astype(np.float64), delta.ravel().astype(np.float64)
+    sums = {"square": delta @ delta, "missed": float(np.square(moved - delta).sum()), "along": float(moved @ delta)}
+    return {"name": module, "format": tag or "float32", **_ratios(sums), "sums": sums}
+
+
+def _ratios(sums: Mapping[str, float]) -> dict[str, float]:
+    """Return retention and share; an adapter that adds nothing is retained when nothing moved."""
+    if not sums["square"]:
+        return {"retention": float(not sums["missed"]), "share": 1.0}
+    return {
+        "retention": 1 - float(np.sqrt(sums["missed"] / sums["square"])),
+        "share": float(sums["along"] / sums["square"]),
+    }
+
+
+def overall(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return retention and share over all layers, each weighing as the square of its ΔW."""
+    sums = {key: float(sum(row["sums"][key] for row in rows)) for key in ("square", "missed", "along")}
+    return _ratios(sums)
+
+
+def _metrics(config: Config, run: Run, out: Path) -> dict[str, Any]:
+    """Return the validation metric of base and adapter apart, and of the merged model as written."""
+    import torch
+    from peft import PeftModel
+
+    from edgepeft.backbone.load import quantized_model
+    from edgepeft.train.data import load_splits
+    from edgepeft.train.loop import evaluate, load_tokenizer
+    from edgepeft.train.tasks import TASKS
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    splits, metric = load_splits(config), TASKS[config.task].select
+    tokenizer = load_tokenizer(run.path("quantized"))
+    apart = PeftModel.from_pretrained(
+        quantized_model(run.path("quantized"), splits.labels, config), str(run.path("adapter"))
+    )
+    merged = quantized_model(out, splits.labels, config)
+    heads = peft_files.read(run.path("adapter")).heads
+    merged.load_state_dict({n.removeprefix(PREFIX): torch.from_numpy(t.copy()) for n, t in heads.items()}, strict=False)
+    before, after = (evaluate(model, config, splits.validation, tokenizer)[metric] for model in (apart, merged))
+    return {"metric": metric, "separate": before, "merged": after, "drop": before - after}
+
+
+def _require_retention(report: Mapping[str, Any], config: Config) -> None:
+    if report["retention"] >= config.min_retention:
+        return
+    _tell(report)
+    raise VerifyError(
+        f"merging keeps {report['retention']:.3f} of the adapter (share {report['share']:.3f}); at least "
+        f"{config.min_retention:g} is asked for (--min-retention). The grid of the weights is too coarse for what was "
+        "trained: ship it apart (--adapter separate), take a finer --format such as i8c, or lower --min-retention."
+    )
+
+
+def _require_metric(validation: Mapping[str, Any], config: Config) -> None:
+    if validation["drop"] <= config.max_metric_drop:
+        return
+    raise VerifyError(
+        f"merging lowers validation {validation['metric']} from {validation['separate']:.4f} to "
+        f"{validation['merged']:.4f}; at most {config.max_metric_drop:g} is allowed (--max-metric-drop). Ship the "
+        "adapter apart (--adapter separate) or take a finer --format such as i8c."
+    )
+
+
+# --- writing and telling -------------------------------------------------------------------------------------------
+
+
+def _write(
+    quantized: Path, out: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any], config: Config
+) -> None:
+    """Write a folder that `quantized_model` and the export read like a quantized one."""
+    meta = {"format": "pt", "edgepeft.base": about["base_digest"], "edgepeft.format": about["format"]}
+    write_tensors(out / "weights.safetensors", tensors, {**meta, "edgepeft.merged": config.method})
+    write_json(out / "quantized.json", about)
+    shutil.copyfile(quantized / "config.json", out / "config.json")
+
+
+def _tell(report: Mapping[str, Any]) -> None:
+    rows = sorted(report["layers"], key=lambda row: row["retention"])[:WORST_SHOWN]
+    say(f"merged {len(report['layers'])} linears: retention {report['retention']:.3f}, share {report['share']:.3f}")
+    say(table([{name: row[name] for name in ("name", "format", "retention", "share")} for row in rows]))
+    if found := report.get("validation"):
+        say(f"validation {found['metric']}: {found['separate']:.4f} apart, {found['merged']:.4f} merged")

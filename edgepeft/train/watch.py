@@ -1,0 +1,165 @@
+"""What stands beside the Trainer while it works: progress and metric lines, seals, curves, peak memory, silence."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from edgepeft.console import say
+from edgepeft.errors import EdgePeftError
+from edgepeft.train import checkpoints
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgepeft.config import Config
+    from edgepeft.train.tasks import Task
+
+
+class Progress(TrainerCallback):
+    """A bar on a terminal, one line per epoch, and the seconds spent in training steps."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.step_seconds = 0.0
+        self.steps = 0
+        self._bar: Any = None
+        self._began = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="  train", unit="step", file=sys.stderr,
+            disable=None, leave=False,
+        )  # fmt: skip
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.step_seconds += time.perf_counter() - self._began
+        self.steps += 1
+        self._bar.update(1)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **_: Any) -> None:
+        best = checkpoints.best_step(state.log_history, self.task.select) == state.global_step
+        loss = epoch_rows(state.log_history)[-1]["train_loss"]
+        figures = f"train loss {loss:.4f}, validation loss {metrics['eval_loss']:.4f}"
+        figures += f", accuracy {metrics['eval_accuracy']:.4f}, macro-F1 {metrics['eval_macro_f1']:.4f}"
+        self._bar.clear()
+        say(f"  epoch {round(state.epoch)}/{args.num_train_epochs}: {figures}{' (best)' if best else ''}")
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._bar.close()
+
+
+class Sealer(TrainerCallback):
+    """Seals each checkpoint when the Trainer has written it."""
+
+    def __init__(self, work: Path, task: Task) -> None:
+        self.work, self.task = work, task
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        checkpoints.seal(self.work, state.global_step, checkpoints.best_step(state.log_history, self.task.select))
+
+
+class GuardedLoss:
+    """The task's loss; stops training, with the step and a way out, when it is not finite."""
+
+    def __init__(self, task: Task, config: Config, step: Callable[[], int]) -> None:
+        self.task, self.config, self.step = task, config, step
+
+    def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = self.task.loss(outputs.logits, labels)
+        if not math.isfinite(loss.item()):
+            rate = self.config.learning_rate
+            raise EdgePeftError(
+                f"training step {self.step() + 1}: expected a finite loss, found {loss.item()}. Lower the learning rate "
+                f"(--learning-rate {rate / 10:g} instead of {rate:g}) or alpha ({self.config.alpha:g})."
+            )
+        return loss
+
+
+def epoch_rows(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Return one row per evaluated epoch: the mean training loss since the one before and the validation figures."""
+    rows: list[dict[str, float]] = []
+    losses: list[float] = []
+    for entry in log_history:
+        if "loss" in entry:
+            losses.append(entry["loss"])
+        elif "eval_loss" in entry:
+            figures = {key[5:]: entry[f"{key}"] for key in ("eval_loss", "eval_accuracy", "eval_macro_f1")}
+            mean = sum(losses) / len(losses) if losses else math.nan
+            rows.append({"epoch": entry["epoch"], "step": entry["step"], "train_loss": mean, **figures})
+            losses = []
+    return rows
+
+
+def tensorboard(folder: Path) -> list[TrainerCallback]:
+    """Return the callback that logs for TensorBoard below `folder`, or none when it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+    except ImportError:
+        return []
+    return [TensorBoardCallback(SummaryWriter(log_dir=str(folder)))]
+
+
+def draw_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draw losses and accuracy over the epochs as a PNG, if matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    epochs = [row["epoch"] for row in rows]
+    for axis, names in zip(figure.subplots(1, 2), (("train_loss", "loss"), ("accuracy", "macro_f1")), strict=True):
+        for name in names:
+            label = "validation_loss" if name == "loss" else name
+            axis.plot(epochs, [row[name] for row in rows], marker=".", label=label.replace("_", " "))
+        axis.set_xlabel("epoch")
+        axis.legend()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def reset_peak_resident() -> None:
+    """Begin measuring the peak anew where the kernel allows it (Linux)."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as stream:
+        stream.write("5")
+
+
+def peak_resident_bytes() -> int:
+    """Return the process's largest resident size since the reset (VmHWM), or since it began elsewhere."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as stream:
+        for line in stream:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' warnings, tables and bars off the terminal."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,158 @@
+"""Every kind of source gives the same examples, and every way a source can be wrong is named with its place."""
+
+import json
+from pathlib import Path
+
+import pytest
+from builders import LABELS, sentences, tiny_data, write_rows
+
+from edgepeft.config import Config
+from edgepeft.errors import DataError
+from edgepeft.train.data import Splits, data_digest, load_splits
+
+KINDS = ("csv", "jsonl", "parquet", "folder", "dataset", "dataset-dict")
+
+
+def config(path: Path, **changes: object) -> Config:
+    return Config(data=str(path), **changes)  # type: ignore[arg-type]
+
+
+def pairs(splits: Splits) -> set[tuple[str, str]]:
+    parts = (splits.train, splits.validation, splits.test)
+    return {(text, splits.labels[label]) for part in parts for text, label in zip(part.texts, part.labels, strict=True)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_the_same_examples(tmp_path: Path, kind: str) -> None:
+    splits = load_splits(config(tiny_data(tmp_path, kind)))
+    assert splits.labels == LABELS
+    assert pairs(splits) == {(row["text"], row["label"]) for row in sentences()}
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (72, 9, 9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_digest_follows_the_bytes(tmp_path: Path, kind: str) -> None:
+    path = tiny_data(tmp_path / "a", kind)
+    assert data_digest(config(path)) == data_digest(config(path))
+    assert data_digest(config(path)) != data_digest(config(tiny_data(tmp_path / "b", kind, seed=1)))
+
+
+def test_cut_splits_are_stratified_and_hold_for_any_order(tmp_path: Path) -> None:
+    rows = sentences(40)
+    first = load_splits(config(write_rows(tmp_path / "a.csv", rows)))
+    other = load_splits(config(write_rows(tmp_path / "b.csv", rows[::-1])))
+    moved = load_splits(config(tmp_path / "a.csv", seed=1))
+    assert sorted(first.test.labels) == [0] * 4 + [1] * 4 + [2] * 4
+    assert set(first.test.texts) == set(other.test.texts) != set(moved.test.texts)
+
+
+def test_duplicates_stay_in_one_split(tmp_path: Path) -> None:
+    splits = load_splits(config(write_rows(tmp_path / "a.csv", sentences() * 3)))
+    assert not set(splits.train.texts) & set(splits.test.texts)
+    assert len(splits.test) == 27
+
+
+def test_missing_splits_are_cut_from_train(tmp_path: Path) -> None:
+    path = tiny_data(tmp_path, "folder")
+    (path / "validation.csv").unlink()
+    splits = load_splits(config(path))
+    assert (len(splits.train) + len(splits.validation), len(splits.test)) == (72, 9)
+    assert 6 <= len(splits.validation) <= 9
+    assert set(splits.train.labels) == set(splits.validation.labels)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_integer_labels_sort_as_numbers(tmp_path: Path, kind: str) -> None:
+    rows = [{"text": f"text {i}", "label": i % 11} for i in range(110)]
+    assert load_splits(config(write_rows(tmp_path / f"a.{kind}", rows))).labels == tuple(map(str, range(11)))
+
+
+def test_class_labels_are_given_by_name(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.Dataset.from_list(sentences()).class_encode_column("label")
+    saved.save_to_disk(str(tmp_path / "saved"))
+    assert load_splits(config(tmp_path / "saved")).labels == LABELS
+
+
+def test_leaks_and_contradictions_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = sentences()
+    write_rows(tmp_path / "train.csv", [*rows, {"text": rows[0]["text"], "label": "music"}])
+    write_rows(tmp_path / "validation.csv", rows[:5])
+    write_rows(tmp_path / "test.csv", [{"text": "a new song", "label": "music"}])
+    load_splits(config(tmp_path))
+    told = capsys.readouterr().err
+    assert "5 of 5 validation texts" in told
+    assert "different labels" in told
+
+
+GOOD = "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in sentences(5))
+LINES = "".join(json.dumps(row) + "\n" for row in sentences(5))
+FAULTS = {
+    "missing": ("a.csv", None, ["a.csv", "no such file"]),
+    "unknown kind": ("a.xlsx", "x", ["unknown kind '.xlsx'", ".csv", ".parquet"]),
+    "empty": ("a.csv", "", ["is empty"]),
+    "only a header": ("a.csv", "text,label\n", ["no rows"]),
+    "wrong columns": ("a.csv", "txt,lable\na,b\n", ["no column 'text'", "no column 'label'", "Nearest: 'txt'", "--text-column"]),
+    "unclosed quote": ("a.csv", GOOD + '"turn off,light_off\n', ["line 17", "not valid CSV"]),
+    "too many fields": ("a.csv", GOOD + "please, do,light_on\n", ["line 17", "expected 2 fields", "found 3"]),
+    "cut off": ("a.csv", GOOD + "turn", ["line 17", "found 1"]),
+    "not UTF-8": ("a.csv", GOOD.encode() + "f\xfcr,music\n".encode("latin-1"), ["line 17", "0xfc", "UTF-8"]),
+    "empty texts": ("a.csv", GOOD + ",music\n  ,music\n", ["2 rows (line 17, line 18)", "text is empty"]),
+    "missing labels": ("a.csv", GOOD + "turn on,\n", ["1 row (line 17)", "label is missing"]),
+    "one label": ("a.csv", "text,label\na,x\nb,x\n", ["at least 2 labels", "'x'"]),
+    "rare label": ("a.csv", GOOD + "odd,odd\n", ["1 labels", "fewer than 2", "'odd'"]),
+    "too few to cut": ("a.csv", "text,label\na,x\nb,x\nc,y\nd,y\n", ["too few examples to cut validation"]),
+    "json cut off": ("a.jsonl", LINES + '{"text": "tu', ["line 16", "not valid JSON"]),
+    "json of no objects": ("a.jsonl", LINES + "[1]\n", ["line 16", "expected an object"]),
+    "json text of another type": ("a.jsonl", LINES + '{"text": 3, "label": "music"}\n', ["line 16", "expected text"]),
+    "parquet cut off": ("a.parquet", b"PAR1" + bytes(64), ["truncated or not a Parquet file"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_file_is_named_with_its_place(tmp_path: Path, fault: str) -> None:
+    name, content, expected = FAULTS[fault]
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError) as caught:
+        load_splits(config(tmp_path / name))
+    assert [part for part in expected if part not in str(caught.value)] == []
+    assert name in str(caught.value)
+
+
+def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.csv", [*sentences(5), {"text": "", "label": "music"}])
+    write_rows(tmp_path / "test.csv", [{"text": "a", "label": ""}])
+    with pytest.raises(DataError) as caught:
+        load_splits(config(tmp_path))
+    assert "train.csv" in str(caught.value)
+    assert "test.csv" in str(caught.value)
+
+
+def test_a_label_unseen_in_train_is_refused(tmp_path: Path) -> None:
+    path = tiny_data(tmp_path, "folder")
+    write_rows(path / "validation.csv", [{"text": "open it", "label": "door"}])
+    with pytest.raises(DataError, match=r"validation.csv: 1 row \(line 2\): label 'door' of validation never occurs"):
+        load_splits(config(path))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda p: (p / "notes.txt").write_text("x"), "found notes.txt"),
+        (lambda p: (tiny_data(p, "folder") / "val.csv").write_text("x"), "validation is there 2 times"),
+        (lambda p: (p / "dataset_info.json").write_text("{"), "damaged or no saved data set"),
+    ],
+)
+def test_a_wrong_folder_is_named(tmp_path: Path, make: object, expected: str) -> None:
+    make(tmp_path)  # type: ignore[operator]
+    with pytest.raises(DataError, match=expected):
+        load_splits(config(tmp_path))
+
+
+def test_a_damaged_saved_data_set_is_refused(tmp_path: Path) -> None:
+    path = tiny_data(tmp_path, "dataset")
+    arrow = next(path.glob("*.arrow"))
+    arrow.write_bytes(arrow.read_bytes()[:200])
+    with pytest.raises(DataError, match="Save it again"):
+        load_splits(config(path))
