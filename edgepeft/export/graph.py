@@ -1,0 +1,207 @@
+"""A small typed builder for ONNX graphs whose weights are never held in memory.
+
+    graph = Graph("encoder")
+    x = graph.input("x", INT64, ("batch", "sequence"))
+    w = graph.constant("w", memory_mapped_array)              # planned now, streamed into model.onnx.data by save()
+    y = graph.node("MatMul", x, w, shape=(...))               # every value has a dtype and a shape: they become value_info
+
+Constants of 1 KiB and more go to `<model>.data`, each at an offset that is a multiple of 64 bytes (4096 from 64 KiB on),
+where ONNX Runtime maps them without a copy and kernels find them aligned. `overridable` adds an initializer that is a
+graph input too, with its bytes inside another file of the folder (the adapter), so they exist once. Offsets follow the
+order of the calls and nothing depends on time or hashing: equal calls give equal bytes. No limit at 2 GB, as only
+model.onnx (names, shapes, offsets) is a protobuf message.
+
+Left out: subgraphs, shape inference (the caller states shapes; ONNX Runtime and the checker test them).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from edgepeft.export.ops import IR_VERSION, OPSET
+
+FLOAT, FLOAT16, INT64, INT32 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64, TensorProto.INT32
+DOMAIN_VERSIONS = {"": OPSET, "com.microsoft": 1, "edgepeft": 1}
+INLINE_BELOW_BYTES = 1024
+CHUNK_BYTES = 1 << 24
+
+Dims = tuple[int | str, ...]
+Transform = Callable[[np.ndarray], np.ndarray]
+
+
+class Value(NamedTuple):
+    """A value of the graph: ONNX element type and shape, symbolic dimensions as strings."""
+
+    name: str
+    dtype: int
+    shape: Dims
+
+
+NONE = Value("", TensorProto.UNDEFINED, ())
+
+
+class Place(NamedTuple):
+    """Where a tensor's bytes lie in a file of the model's folder."""
+
+    location: str
+    offset_bytes: int
+    length_bytes: int
+
+
+@dataclasses.dataclass
+class _Stored:
+    """One tensor of the data file: parts follow each other; transform is applied to the bytes as they stream."""
+
+    offset_bytes: int
+    parts: Sequence[np.ndarray]
+    transform: Transform | None
+
+
+def _alignment_bytes(length_bytes: int) -> int:
+    return 4096 if length_bytes >= 1 << 16 else 64
+
+
+class Graph:
+    """Nodes, constants and functions of one model; `save` writes it."""
+
+    def __init__(self, name: str, file_name: str = "model.onnx") -> None:
+        self.name, self.file_name, self.data_name = name, file_name, file_name + ".data"
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self.values: list[onnx.ValueInfoProto] = []
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self.functions: dict[str, onnx.FunctionProto] = {}
+        self.constants: dict[str, Value] = {}
+        self._domains = {""}
+        self._stored: list[_Stored] = []
+        self.data_bytes = 0
+
+    def input(self, name: str, dtype: int, shape: Dims) -> Value:
+        self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return Value(name, dtype, shape)
+
+    def output(self, value: Value) -> None:
+        self.outputs.append(helper.make_tensor_value_info(*value))
+        self.values = [v for v in self.values if v.name != value.name]
+
+    def constant(
+        self,
+        name: str,
+        *parts: np.ndarray,
+        dtype: int | None = None,
+        shape: Dims | None = None,
+        transform: Transform | None = None,
+    ) -> Value:
+        """Add a tensor: the parts stacked along their first axis. A name already there is taken as it is.
+
+        `dtype` and `shape` may restate what the bytes mean (two INT4 in a byte); `transform` maps them byte for byte.
+        """
+        if name in self.constants:
+            return self.constants[name]
+        stacked = (sum(len(p) for p in parts), *parts[0].shape[1:]) if parts[0].ndim else ()
+        value = Value(name, dtype or helper.np_dtype_to_tensor_dtype(parts[0].dtype), stacked if shape is None else shape)
+        length = sum(p.nbytes for p in parts)
+        if length < INLINE_BELOW_BYTES:
+            raw = b"".join((transform(p) if transform else p).tobytes() for p in parts)
+            self.initializers.append(helper.make_tensor(*value, vals=raw, raw=True))
+        else:
+            place = Place(self.data_name, self._reserve(length, parts, transform), length)
+            self.initializers.append(_external(value, place))
+        self.constants[name] = value
+        return value
+
+    def overridable(self, value: Value, place: Place | None, dims: Dims) -> Value:
+        """Add an input with a default: `dims` is its shape as an input, `value.shape` that of the default.
+
+        The default lies at `place`, or holds no elements.
+        """
+        self.inputs.append(helper.make_tensor_value_info(value.name, value.dtype, dims))
+        empty = place is None or place.length_bytes == 0
+        proto = helper.make_tensor(*value, vals=b"", raw=True) if empty or place is None else _external(value, place)
+        self.initializers.append(proto)
+        return Value(value.name, value.dtype, dims)
+
+    def node(
+        self,
+        op: str,
+        *inputs: Value,
+        shape: Dims,
+        name: str,
+        dtype: int = FLOAT,
+        domain: str = "",
+        **attrs: Any,
+    ) -> Value:
+        """Add a node with one output, named like the node."""
+        return self.nodes_outputs(op, inputs, [Value(name, dtype, shape)], name, domain, **attrs)[0]
+
+    def nodes_outputs(
+        self, op: str, inputs: Sequence[Value], outputs: Sequence[Value], name: str, domain: str = "", **attrs: Any
+    ) -> Sequence[Value]:
+        """Add a node with several outputs."""
+        names = [v.name for v in inputs]
+        self.nodes.append(helper.make_node(op, names, [v.name for v in outputs], name=name, domain=domain, **attrs))
+        self._domains.add(domain)
+        self.values += [helper.make_tensor_value_info(*v) for v in outputs]
+        return outputs
+
+    def function(self, name: str, make: Callable[[], onnx.FunctionProto]) -> None:
+        """Make sure that the model carries a function."""
+        if name not in self.functions:
+            self.functions[name] = make()
+            self._domains.update(o.domain for o in self.functions[name].opset_import)
+
+    def model(self) -> onnx.ModelProto:
+        """Return the model, its large tensors as references into files."""
+        graph = helper.make_graph(
+            self.nodes, self.name, self.inputs, self.outputs, self.initializers, value_info=self.values
+        )
+        opsets = [helper.make_opsetid(domain, DOMAIN_VERSIONS[domain]) for domain in sorted(self._domains)]
+        functions = [self.functions[name] for name in sorted(self.functions)]
+        return helper.make_model(
+            graph, functions=functions, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgepeft"
+        )
+
+    def save(self, folder: Path) -> Path:
+        """Write model.onnx and model.onnx.data; returns the path of the first."""
+        with open(folder / self.data_name, "wb") as stream:
+            for stored in self._stored:
+                stream.seek(stored.offset_bytes)
+                _write(stream, stored)
+            stream.flush()
+            os.fsync(stream.fileno())
+        path = folder / self.file_name
+        path.write_bytes(self.model().SerializeToString(deterministic=True))
+        return path
+
+    def _reserve(self, length_bytes: int, parts: Sequence[np.ndarray], transform: Transform | None) -> int:
+        offset = self.data_bytes + -self.data_bytes % _alignment_bytes(length_bytes)
+        self._stored.append(_Stored(offset, parts, transform))
+        self.data_bytes = offset + length_bytes
+        return offset
+
+
+def _external(value: Value, place: Place) -> onnx.TensorProto:
+    """Return a tensor whose bytes lie in a file."""
+    proto = onnx.TensorProto(name=value.name, data_type=value.dtype, dims=value.shape)
+    proto.data_location = TensorProto.EXTERNAL
+    for key, text in zip(("location", "offset", "length"), place, strict=True):
+        proto.external_data.add(key=key, value=str(text))
+    return proto
+
+
+def _write(stream: Any, stored: _Stored) -> None:
+    """Write a tensor's bytes a chunk at a time, so that a mapped file never becomes anonymous memory."""
+    for part in stored.parts:
+        flat = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        for start in range(0, flat.size, CHUNK_BYTES):
+            chunk = flat[start : start + CHUNK_BYTES]
+            stream.write(memoryview(stored.transform(chunk) if stored.transform else chunk))

@@ -1,0 +1,222 @@
+"""Laying an exported graph beside the PyTorch model: every layer's output of both, and the first one that differs.
+
+The graph names its values after the modules that compute them, so `OnnxModel.trace` (a copy of the graph, in memory,
+with those values as further outputs) and `torch_trace` (forward hooks) speak of the same things. An error is relative:
+
+    error = max |got - want| / max |want|        noise = rms(got - want) / rms(want)          per layer and batch
+
+and anything that is not finite counts as infinite. Activations rounded to int8 make a model chaotic in its last digits
+(a difference of 1e-6 flips a few roundings, whose steps flip more), so int8 results are not compared value by value but
+by size: what they differ from float by must be no more than what PyTorch differs by when `int8_activations` rounds the
+inputs of its packed linears in the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from edgepeft.adapt.methods import PREFIX
+from edgepeft.console import table
+from edgepeft.errors import VerifyError
+from edgepeft.export import ops
+
+if TYPE_CHECKING:
+    import onnx
+
+Trace = dict[str, np.ndarray]
+Batch = Mapping[str, np.ndarray]
+LOGITS = "logits"
+NEIGHBOURS = 3
+
+
+class OnnxModel:
+    """The exported files in ONNX Runtime: `library` None is the stock one, `activation` None is as exported."""
+
+    def __init__(
+        self, folder: Path, library: Path | None, activation: str | None = None, threads: int = 0, traced: bool = False
+    ) -> None:
+        import onnx
+        import onnxruntime
+
+        self.name = "stock ONNX Runtime" if library is None else f"the op library, {activation or 'exported'} activations"
+        proto = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+        if activation:
+            set_activation(proto, activation)
+        self.layers = [LOGITS]
+        if traced:
+            self.layers = _expose(proto)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        if library is not None:
+            options.register_custom_ops_library(str(library))
+        try:
+            self.session = onnxruntime.InferenceSession(
+                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's own exceptions share no base
+            raise VerifyError(f"{folder / 'model.onnx'}: {self.name} refuses it: {error}") from None
+        self.adapter_shapes = {i.name: i for i in self.session.get_overridable_initializers()}
+        self._names = [i.name for i in self.session.get_inputs()]
+
+    def trace(self, batch: Batch, feeds: Mapping[str, np.ndarray] | None = None) -> Trace:
+        """Return {layer: output}; `feeds` replace adapter tensors."""
+        arrays = {name: batch[name] for name in self._names}
+        return dict(zip(self.layers, self.session.run(self.layers, {**arrays, **(feeds or {})}), strict=True))
+
+    def logits(self, batch: Batch, feeds: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
+        """Return logits float32 [M, labels]."""
+        arrays = {name: batch[name] for name in self._names}
+        return self.session.run([LOGITS], {**arrays, **(feeds or {})})[0]
+
+    def without_adapter(self) -> dict[str, np.ndarray]:
+        """Return the feeds that give every adapter pair rank 0."""
+        feeds = {}
+        for name, item in self.adapter_shapes.items():
+            dtype = np.float16 if "float16" in item.type else np.float32
+            if name.endswith("lora_A.weight"):
+                feeds[name] = np.zeros((0, item.shape[1]), dtype)
+            elif name.endswith("lora_B.weight"):
+                feeds[name] = np.zeros((item.shape[0], 0), dtype)
+        return feeds
+
+
+def set_activation(proto: onnx.ModelProto, activation: str) -> None:
+    """Set the activation of every fused node."""
+    for node in proto.graph.node:
+        if node.domain == ops.DOMAIN:
+            next(a for a in node.attribute if a.name == "activation").s = activation.encode()
+
+
+def _expose(proto: onnx.ModelProto) -> list[str]:
+    """Make every float value an output; returns their names in the order they are computed."""
+    shapes = {value.name: value for value in proto.graph.value_info}
+    names = [name for node in proto.graph.node for name in node.output if name in shapes]
+    names = [name for name in names if shapes[name].type.tensor_type.elem_type == ops.FLOAT32 and ":" not in name]
+    proto.graph.output.extend(shapes[name] for name in names)
+    return [*names, LOGITS]
+
+
+# --- PyTorch -----------------------------------------------------------------------------------------------------
+
+
+def torch_trace(model: Any, batch: Batch, layers: Sequence[str]) -> Trace:
+    """Return {layer: output} of a transformers or PEFT model for those of `layers` that it has, and its logits."""
+    import torch
+
+    found: Trace = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            found[name] = first.detach().float().numpy().copy()
+
+        return hook
+
+    modules = {name.removeprefix(PREFIX): module for name, module in model.named_modules()}
+    handles = [modules[name].register_forward_hook(keep(name)) for name in layers if name in modules]
+    try:
+        with torch.inference_mode():
+            arrays = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+            logits = model(**arrays).logits.float().numpy()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {**found, LOGITS: logits}
+
+
+@contextlib.contextmanager
+def int8_activations(model: Any) -> Iterator[None]:
+    """Let the packed linears of a model round their inputs to int8, by the rule of the fused op."""
+    import torch
+
+    from edgepeft.quant.linear import QuantLinear
+
+    def rounded(layer: QuantLinear) -> Any:
+        values_nk, scale_nb = ops.codes_and_scales(
+            layer.format, layer.qweight.numpy(), layer.qscale.numpy(), activation="int8"
+        )
+        blocks = values_nk.reshape(len(values_nk), scale_nb.shape[1], -1) * scale_nb[:, :, None]
+        weight = torch.from_numpy(blocks.reshape(values_nk.shape)[: layer.out_features].astype(np.float32))
+
+        def forward(x: Any) -> Any:
+            q, scale = ops.quantize_activations(
+                x.numpy().reshape(-1, x.shape[-1]), ops.FORMATS[layer.format].act_block
+            )
+            near = torch.from_numpy(q * scale[:, :, None]).reshape(x.shape)
+            return torch.nn.functional.linear(near, weight, layer.bias)
+
+        return forward
+
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    try:
+        for layer in layers:
+            layer.forward = rounded(layer)  # type: ignore[method-assign]
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
+# --- comparing ---------------------------------------------------------------------------------------------------
+
+
+class Difference(NamedTuple):
+    """One layer: its error and what would have been allowed."""
+
+    layer: str
+    error: float
+    allowed: float
+
+    @property
+    def missed(self) -> bool:
+        return not self.error <= self.allowed
+
+
+def largest_error(got: np.ndarray, want: np.ndarray) -> float:
+    """Return max |got - want| / max |want|; infinite for a wrong size or anything that is not finite."""
+    if got.size != want.size or not (np.isfinite(got).all() and np.isfinite(want).all()):
+        return float("inf")
+    return float(np.abs(got.reshape(want.shape) - want).max(initial=0) / max(np.abs(want).max(initial=0), 1e-30))
+
+
+def noise(got: np.ndarray, want: np.ndarray) -> float:
+    """Return rms(got - want) / rms(want); infinite for a wrong size or anything that is not finite."""
+    if got.size != want.size or not (np.isfinite(got).all() and np.isfinite(want).all()):
+        return float("inf")
+    size = float(np.sqrt(np.mean(np.square(want, dtype=np.float64))))
+    return float(np.sqrt(np.mean(np.square(got.reshape(want.shape) - want, dtype=np.float64)))) / max(size, 1e-30)
+
+
+def differences(got: Trace, want: Trace, allowed: float) -> list[Difference]:
+    """Return the largest error of every layer that both have, in the order of `got`."""
+    return [Difference(name, largest_error(got[name], want[name]), allowed) for name in got if name in want]
+
+
+def noise_differences(got: Trace, want: Trace, rounded: Trace, factor: float, floor: float) -> list[Difference]:
+    """Return each layer's noise against `factor` times that of PyTorch's own rounding, and no less than `floor`."""
+    names = [name for name in got if name in want and name in rounded]
+    allowed = {name: max(factor * noise(rounded[name], want[name]), floor) for name in names}
+    return [Difference(name, noise(got[name], want[name]), allowed[name]) for name in names]
+
+
+def require(what: str, rows: Sequence[Difference], advice: str) -> float:
+    """Return the largest error. Raises VerifyError naming the first layer that misses, with its neighbours."""
+    missed = [i for i, row in enumerate(rows) if row.missed]
+    if not missed:
+        return max((row.error for row in rows), default=0.0)
+    first = missed[0]
+    near = rows[max(0, first - NEIGHBOURS) : first + NEIGHBOURS + 1]
+    lines = table(
+        [{"layer": r.layer, "error": r.error, "allowed": r.allowed, "": "<- starts here" if r is rows[first] else ""} for r in near]
+    )
+    raise VerifyError(
+        f"{what}: the difference starts in {rows[first].layer}: expected an error of at most {rows[first].allowed:.3g}, "
+        f"found {rows[first].error:.3g} ({len(missed)} of {len(rows)} layers miss). {advice}\n{lines}"
+    )

@@ -1,0 +1,136 @@
+"""The export stage: one folder that stock ONNX Runtime, our library, optimum and PEFT can each read.
+
+    model.onnx  model.onnx.data          the graph, and the frozen weights as they were trained against
+    adapters/default/                    PEFT folder: A, B as float16 with the scale in B, heads as float32; labels.json
+    config.json  tokenizer files         as Hugging Face has them, with this model's labels
+    export.json                          what was written, with sizes
+
+The adapter's tensors exist once: the graph's defaults are byte ranges of the adapter's own file. A merged model has no
+adapters folder and no adapter inputs; its head is a constant.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgepeft.adapt import peft_files
+from edgepeft.adapt.methods import PREFIX
+from edgepeft.artifact import Run, read_json, read_tensors, write_json
+from edgepeft.backbone.families import FAMILIES
+from edgepeft.console import say
+from edgepeft.errors import VerifyError
+from edgepeft.train.tasks import TASKS
+
+if TYPE_CHECKING:
+    from edgepeft.config import Config
+    from edgepeft.export.encoder import AdapterFile, Weights
+
+OWN_FILES = {"weights.safetensors", "quantized.json", "config.json", "merge.json"}
+
+
+def export(config: Config, run: Run, out: Path) -> dict[str, Any]:
+    """Write the exported folder of a run and return its sizes in bytes and counts.
+
+    Raises ModelError for a model that would not come out exactly, ArtifactError for an adapter of another base.
+    """
+    from edgepeft.export import encoder
+
+    training = read_json(run.path("adapter") / "training.json")
+    about = read_json(run.path("quantized") / "quantized.json")
+    weights = _weights(config, run, about)
+    adapter = _adapter(config, run, out, weights, training)
+    settings = write_settings(run.path("quantized"), out, training["labels"], TASKS[config.task].auto_class)
+    graph = encoder.build(FAMILIES[about["family"]], settings, weights, adapter, config.activation)
+    check(graph.save(out))
+    summary = _summary(graph, out, config, about)
+    write_json(out / "export.json", summary)
+    _tell(summary)
+    return summary
+
+
+def _weights(config: Config, run: Run, about: Mapping[str, Any]) -> Weights:
+    """Return the packed weights to export; a merged model takes its head from the adapter."""
+    from edgepeft.export.encoder import Weights
+
+    if config.adapter != "merged":
+        return Weights(run.path("quantized"), about)
+    trained = peft_files.read(run.path("adapter"))
+    heads = {name.removeprefix(PREFIX): value for name, value in trained.heads.items()}
+    folder = run.path("merged")
+    own = folder / "quantized.json"
+    return Weights(folder, read_json(own) if own.exists() else about, heads)
+
+
+def _adapter(config: Config, run: Run, out: Path, weights: Weights, training: Mapping[str, Any]) -> AdapterFile:
+    """Write the adapter's device form and describe it; nothing for a merged model."""
+    from edgepeft.export.encoder import ADAPTER_FILE, AdapterFile
+
+    if config.adapter == "merged":
+        return AdapterFile.read(None)
+    folder = (out / ADAPTER_FILE).parent
+    shapes = {name: tuple(layer["shape"]) for name, layer in weights.layers.items() if layer["kind"] == "linear"}
+    floats = {n.removesuffix(".weight"): t.shape for n, t in weights.tensors.items() if t.ndim == 2}
+    expected = {"base_digest": weights.about["base_digest"], "shapes": {**floats, **shapes}}
+    peft_files.write_device(folder, run.path("adapter"), heads=FAMILIES[weights.about["family"]].heads, **expected)
+    write_json(folder / "labels.json", training["labels"])
+    return AdapterFile.read(out / ADAPTER_FILE, training["config"]["method"])
+
+
+def write_settings(source: Path, out: Path, labels: list[str], auto_class: str) -> dict[str, Any]:
+    """Write config.json with the labels, copy the tokenizer's files, and return the settings."""
+    settings = read_json(source / "config.json")
+    head = auto_class.removeprefix("AutoModel")
+    names = {
+        "architectures": [{"bert": "Bert"}.get(settings["model_type"], settings["model_type"].title()) + head],
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "num_labels": len(labels),
+    }
+    write_json(out / "config.json", {**settings, **names})
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name not in OWN_FILES:
+            shutil.copyfile(path, out / path.name)
+    return {**settings, **names}
+
+
+def check(path: Path) -> None:
+    """Run ONNX's checker and shape inference over the file. Raises VerifyError with their words."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise VerifyError(f"{path.name}: the ONNX checker refuses it: {error}. This is a defect of edgepeft.") from None
+
+
+def _summary(graph: Any, out: Path, config: Config, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was written."""
+    sizes = {p.relative_to(out).as_posix(): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
+    fused = [node for node in graph.nodes if node.domain == "edgepeft"]
+    adapter_inputs = [value.name for value in graph.inputs if value.name.startswith(PREFIX)]
+    return {
+        "format": about["format"],
+        "embedding_format": about["embedding_format"],
+        "activation": config.activation,
+        "adapter": config.adapter,
+        "fused_nodes": len(fused),
+        "fused_linears": sum(len(node.output) for node in fused),
+        "adapter_inputs": len(adapter_inputs),
+        "opset": 21,
+        "sizes_bytes": sizes,
+        "total_bytes": sum(sizes.values()),
+    }
+
+
+def _tell(summary: Mapping[str, Any]) -> None:
+    sizes = summary["sizes_bytes"]
+    parts = {"model.onnx": sizes["model.onnx"], "weights": sizes["model.onnx.data"]}
+    parts["adapter"] = sum(size for name, size in sizes.items() if name.startswith("adapters/"))
+    text = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in parts.items() if size)
+    say(
+        f"  {summary['fused_linears']} linears in {summary['fused_nodes']} fused nodes ({summary['format']}), "
+        f"{summary['adapter_inputs']} adapter inputs\n  {text}"
+    )

@@ -1,0 +1,187 @@
+"""The verify stage passes a right export, and names the right layer or tensor for each fault planted in a copy."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+
+from edgepeft.artifact import Run, read_json, read_tensors, tensor_header, write_json
+from edgepeft.errors import VerifyError
+from edgepeft.export import parity
+from edgepeft.export import verify as stage
+from edgepeft.export.encoder import ADAPTER_FILE
+
+PREFIX = "base_model.model."
+LAYER = "bert.encoder.layer"
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    """(config, run) in a folder of its own, to be damaged."""
+    shutil.copytree(tiny[1].folder, tmp_path / "run")
+    return tiny[0].replace(output=str(tmp_path / "run")), Run(tmp_path / "run")
+
+
+def run_stage(config, run):
+    return run.make("verify", "", lambda out: stage.verify(config, run, out))
+
+
+def test_right_export_passes_and_reports(copy):
+    config, run = copy
+    report = run_stage(config, run)
+    assert list(report) == list(stage.CHECKS)
+    skipped = {name for name, figures in report.items() if figures["status"] == "skipped"}
+    assert skipped <= {"device", "library", "rounding"} and report["device"]["reason"]
+    assert report["stock"]["largest_error"] < 1e-5 and report["answers"]["agreement"] == 1
+    assert read_json(run.path("verify") / "report.json")["checks"] == json.loads(json.dumps(report))
+
+
+# --- planted faults: each changes one thing and returns nothing ---
+
+
+def data_of(run, name, dtype):
+    """Map one initializer of the exported data file for writing."""
+    folder = run.path("export")
+    tensors = {t.name: t for t in onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer}
+    place = {e.key: e.value for e in tensors[name].external_data}
+    return np.memmap(
+        folder / place["location"], dtype, "r+", int(place["offset"]), (int(place["length"]) // np.dtype(dtype).itemsize,)
+    )
+
+
+def adapter_of(path, name):
+    """Map one tensor of an adapter file for writing."""
+    header, _, base = tensor_header(path)
+    start, end = header[PREFIX + name]["data_offsets"]
+    dtype = {"F16": np.float16, "F32": np.float32}[header[PREFIX + name]["dtype"]]
+    return np.memmap(path, dtype, "r+", base + start, ((end - start) // np.dtype(dtype).itemsize,))
+
+
+def flip_a_scale(run):
+    scales = data_of(run, f"{LAYER}.1.output.dense.qscale", np.float16)
+    scales[19] = -scales[19]
+
+
+def nan_scale(run):
+    data_of(run, f"{LAYER}.0.intermediate.dense.qscale", np.float16)[40] = np.nan
+
+
+def flip_a_weight_bit(run):
+    data_of(run, f"{LAYER}.1.attention.output.dense.qweight", np.uint8)[100] ^= 0x88
+
+
+def shift_an_embedding(run):
+    codes = data_of(run, "bert.embeddings.word_embeddings.qweight", np.uint8)
+    codes[:] = np.roll(codes, 32)  # one row of 64 codes
+
+
+def swap_q_and_k(run):
+    names = [f"{LAYER}.0.attention.self.{part}.lora_B.weight" for part in ("query", "key")]
+    q, k = (adapter_of(run.path("export") / ADAPTER_FILE, name) for name in names)
+    q[:], k[:] = k.copy(), q.copy()
+
+
+def zero_an_adapter(run):
+    adapter_of(run.path("export") / ADAPTER_FILE, f"{LAYER}.1.intermediate.dense.lora_B.weight")[:] = 0
+
+
+def zero_a_trained_adapter(run):
+    for path in (run.path("export") / ADAPTER_FILE, run.path("adapter") / "adapter_model.safetensors"):
+        adapter_of(path, f"{LAYER}.0.attention.self.value.lora_B.weight")[:] = 0
+
+
+def tiny_adapter(run):
+    for path in (run.path("export") / ADAPTER_FILE, run.path("adapter") / "adapter_model.safetensors"):
+        for name in read_tensors(path):
+            if name.endswith("lora_B.weight"):
+                adapter_of(path, name.removeprefix(PREFIX))[:] *= np.float16(1e-3)
+
+
+def forget_the_scale(run):
+    for name in read_tensors(run.path("export") / ADAPTER_FILE):
+        if name.endswith("lora_B.weight"):
+            adapter_of(run.path("export") / ADAPTER_FILE, name.removeprefix(PREFIX))[:] /= 2
+
+
+def edit_graph(run, change):
+    path = run.path("export") / "model.onnx"
+    proto = onnx.load(path, load_external_data=False)
+    change(proto)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def wire_q_to_k(run):
+    def change(proto):
+        node = next(n for n in proto.graph.node if n.name.startswith(f"{LAYER}.1.attention.self.query|"))
+        node.input[5], node.input[9] = node.input[9], node.input[5]
+
+    edit_graph(run, change)
+
+
+def forget_the_mask(run):
+    def change(proto):
+        next(n for n in proto.graph.node if n.name == f"{LAYER}.0.attention.self").input[4] = ""
+
+    edit_graph(run, change)
+
+
+def drop_an_adapter_input(run):
+    def change(proto):
+        node = next(n for n in proto.graph.node if n.name == f"{LAYER}.1.output.dense")
+        gate = next(i for i, name in enumerate(node.input) if name == "one")
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.float32), "off"))
+        node.input[gate + 3] = "off"  # gate_0
+
+    edit_graph(run, change)
+
+
+def better_figure(run):
+    path = run.path("adapter") / "training.json"
+    training = read_json(path)
+    training["test"]["accuracy"] = 0.99
+    write_json(path, training)
+
+
+FAULTS = {
+    flip_a_scale: rf"stock.*starts in {LAYER}\.1\.output\.dense:",
+    nan_scale: rf"stock.*starts in {LAYER}\.0\.intermediate\.dense:.*found inf",
+    flip_a_weight_bit: rf"stock.*starts in {LAYER}\.1\.attention\.output\.dense:",
+    shift_an_embedding: r"stock.*starts in bert\.embeddings\.word_embeddings:",
+    swap_q_and_k: rf"exported adapter.*starts in {LAYER}\.0\.attention\.self\.query:",
+    zero_an_adapter: rf"exported adapter.*starts in {LAYER}\.1\.intermediate\.dense:",
+    forget_the_scale: rf"exported adapter.*starts in {LAYER}\.0\.attention\.self\.query:",
+    zero_a_trained_adapter: rf"effect.*{LAYER}\.0\.attention\.self\.value\.lora_[AB]\.weight",
+    tiny_adapter: r"effect: turning the adapter off",
+    wire_q_to_k: rf"stock.*starts in {LAYER}\.1\.attention\.self\.query:",
+    forget_the_mask: rf"stock.*starts in {LAYER}\.0\.attention\.self:",
+    drop_an_adapter_input: rf"stock.*starts in {LAYER}\.1\.output\.dense:",
+    better_figure: r"accuracy on the test split: expected at least 0\.8",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_planted_fault_is_named(copy, fault):
+    config, run = copy
+    fault(run)
+    with pytest.raises(VerifyError, match=FAULTS[fault]):
+        run_stage(config, run)
+    assert not run.path("verify").exists()
+
+
+def test_wrong_int8_kernel_is_found(tiny, monkeypatch):
+    """With PyTorch's own rounding switched off nothing but the floor is allowed, so our int8 noise must miss."""
+    config, run = tiny
+    monkeypatch.setattr(parity, "int8_activations", lambda model: __import__("contextlib").nullcontext())
+    with pytest.raises(VerifyError, match="int8 activations against PyTorch"):
+        run_stage(config, run)
+
+
+@pytest.mark.parametrize(
+    "bad", [np.array([1, np.nan]), np.array([np.inf, 2]), np.array([1.0]), np.array([1, 2.01])], ids=str
+)
+def test_comparer_fails_on(bad):
+    rows = parity.differences({"layer": bad}, {"layer": np.array([1.0, 2.0])}, 1e-3)
+    with pytest.raises(VerifyError, match="starts in layer"):
+        parity.require("test", rows, "")
