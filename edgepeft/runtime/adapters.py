@@ -1,0 +1,166 @@
+"""Adapters as sets of ready feeds: one mapped file, one view per tensor, one OrtValue per view, made once and kept.
+
+An adapter's tensors are overridable inputs of the graph, so swapping is feeding other pointers: no copy, no reload.
+
+    input of the graph          default adapter      base            another adapter
+    …lora_A.weight  [R, K]      (not fed)            [0, K]          its view, or [0, K] where it has none
+    …lora_B.weight  [N, R]      (not fed)            [N, 0]          its view, or [N, 0] where it has none
+    anything else (the head)    (not fed)            (not fed)       its view; must be there
+
+The default adapter is what the initializers hold, so nothing is fed for it. What cannot be represented exactly is
+refused: an adapter of another base, a tensor the graph has no place for, a scale that was not folded into B.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgepeft.artifact import DTYPES, read_json, tensor_header
+from edgepeft.errors import ArtifactError, unknown
+
+DEFAULT = "default"
+BASE = "none"
+TENSORS = "adapter_model.safetensors"
+DOWN, UP = "lora_A.weight", "lora_B.weight"
+ORT_TYPES: dict[str, np.dtype[Any]] = {"tensor(float16)": np.dtype(np.float16), "tensor(float)": np.dtype(np.float32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A place for an adapter tensor in the graph; a dimension is an int, or a name where any size goes."""
+
+    name: str
+    shape: tuple[int | str | None, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def low_rank(self) -> bool:
+        """Tell whether rank 0 is allowed here."""
+        return self.name.endswith((DOWN, UP))
+
+    def empty(self) -> np.ndarray:
+        """Return the rank-0 tensor of a low-rank slot."""
+        rank_axis = 0 if self.name.endswith(DOWN) else 1
+        shape = [0 if axis == rank_axis else int(size or 0) for axis, size in enumerate(self.shape)]
+        return np.zeros(shape, self.dtype)
+
+    def fits(self, array: np.ndarray) -> bool:
+        """Tell whether an array has this slot's type and fixed dimensions."""
+        known = zip(self.shape, array.shape, strict=False)
+        same = all(want == found for want, found in known if isinstance(want, int))
+        return array.dtype == self.dtype and array.ndim == len(self.shape) and same
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What to feed for one adapter, and the labels its head speaks of. `rank` is the largest rank in it."""
+
+    name: str
+    labels: tuple[str, ...]
+    rank: int
+    feeds: Mapping[str, Any]
+
+
+def slots(session: Any) -> dict[str, Slot]:
+    """Return the adapter inputs of a session by name."""
+    return {
+        item.name: Slot(item.name, tuple(item.shape), ORT_TYPES[item.type])
+        for item in session.get_overridable_initializers()
+    }
+
+
+def adapter_folders(bundle: Path) -> dict[str, Path]:
+    """Return {name: folder} of the adapters that lie in a bundle, the default one first."""
+    found = sorted((bundle / "adapters").glob(f"*/{TENSORS}"), key=lambda p: (p.parent.name != DEFAULT, p.parent.name))
+    return {path.parent.name: path.parent for path in found}
+
+
+def check_base(path: Path, base_digest: str) -> None:
+    """Raise ArtifactError unless an adapter file names this base."""
+    base = tensor_header(path)[1].get("edgepeft.base")
+    if base != base_digest:
+        raise ArtifactError(
+            f"{path}: made for another base: it names {base or 'none'}, this bundle's is {base_digest}. "
+            "Its answers would be wrong; train it on this base, or put it into the bundle it was made for."
+        )
+
+
+def _map(path: Path) -> dict[str, np.ndarray]:
+    """Map a file once and return a view per tensor."""
+    header, _, base = tensor_header(path)
+    raw = np.memmap(path, dtype=np.uint8, mode="r")
+    views = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        kind = DTYPES.get(entry["dtype"], "|u1")
+        views[name] = raw[base + start : base + end].view(kind).reshape(entry["shape"])
+    return views
+
+
+def _check_config(folder: Path) -> None:
+    """Raise ArtifactError unless the PEFT configuration means y + B·(A·x) with no factor."""
+    config = read_json(folder / "adapter_config.json")
+    same_scale = config.get("lora_alpha") == config.get("r") and config.get("alpha_pattern", {}) == config.get(
+        "rank_pattern", {}
+    )
+    odd = [key for key in ("use_dora", "use_rslora", "fan_in_fan_out") if config.get(key)]
+    if config.get("peft_type") != "LORA" or not same_scale or odd:
+        what = f"peft_type {config.get('peft_type')}, r {config.get('r')}, lora_alpha {config.get('lora_alpha')}"
+        raise ArtifactError(
+            f"{folder}: not an exported adapter ({', '.join([what, *odd])}): the scale must be folded into B, so that "
+            "lora_alpha = r. Take the adapter that `edgepeft export` wrote, OUTPUT/export/adapters/default."
+        )
+
+
+def _check_tensors(folder: Path, arrays: Mapping[str, np.ndarray], places: Mapping[str, Slot]) -> None:
+    """Raise ArtifactError, naming the tensors, unless each has a place and each place that must be filled is."""
+    problems = [unknown("tensor", n, places) for n in arrays if n not in places][:1]
+    for name, slot in places.items():
+        array = arrays.get(name)
+        if array is None:
+            if not slot.low_rank:
+                problems.append(f"{name} is missing")
+        elif not slot.fits(array):
+            problems.append(f"{name} is {array.dtype}{list(array.shape)}, expected {slot.dtype}{list(slot.shape)}")
+        elif not np.isfinite(array).all():
+            problems.append(f"{name} holds values that are not finite")
+        if name.endswith(DOWN):
+            other = arrays.get(name.removesuffix(DOWN) + UP)
+            rank = 0 if array is None else array.shape[0]
+            if rank != (0 if other is None else other.shape[-1]):
+                problems.append(f"{name} has rank {rank}, its B another")
+    if problems:
+        raise ArtifactError(f"{folder}: " + "; ".join(problems[:5]) + ".")
+
+
+def _feeds(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    from onnxruntime import OrtValue
+
+    return {name: OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+
+
+def read_labels(folder: Path, default: list[str]) -> tuple[str, ...]:
+    """Return the labels of an adapter's own head; those of the bundle where it has none of its own."""
+    path = folder / "labels.json"
+    return tuple(read_json(path) if path.exists() else default)
+
+
+def load_adapter(folder: Path, places: Mapping[str, Slot], base_digest: str, labels: list[str]) -> Adapter:
+    """Map an adapter and make its feeds. Raises ArtifactError when it does not belong to this model."""
+    check_base(folder / TENSORS, base_digest)
+    _check_config(folder)
+    arrays = _map(folder / TENSORS)
+    _check_tensors(folder, arrays, places)
+    rank = max((a.shape[0] for n, a in arrays.items() if n.endswith(DOWN)), default=0)
+    empty = {n: s.empty() for n, s in places.items() if n not in arrays}
+    return Adapter(folder.name, read_labels(folder, labels), rank, _feeds({**arrays, **empty}))
+
+
+def base_adapter(places: Mapping[str, Slot], labels: tuple[str, ...]) -> Adapter:
+    """Return the base: rank 0 everywhere, with the default adapter's head."""
+    return Adapter(BASE, labels, 0, _feeds({n: s.empty() for n, s in places.items() if s.low_rank}))

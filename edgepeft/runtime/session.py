@@ -1,0 +1,240 @@
+"""A loaded bundle: one ONNX Runtime session, and per thread and adapter one binding of the adapter's tensors.
+
+    text ── tokens ──► ids, mask, types int64 [batch, sequence] ──┐
+                                                                  ├──► session ──► logits float32 [batch, labels]
+    adapter ── mapped file ──► OrtValues, bound once ─────────────┘
+
+A call binds only the ids anew, so neither the number of adapters nor that of their tensors is paid per call. Bindings
+are kept per thread, so one Model serves many threads, each call with the adapter it names.
+
+Left out: batches whose rows use different adapters, and devices other than the CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from edgepeft.console import say
+from edgepeft.errors import ArtifactError, ConfigError, TargetError, unknown
+from edgepeft.runtime import adapters as ad
+from edgepeft.runtime import library as lib
+from edgepeft.runtime.manifest import Manifest, check_bundle
+from edgepeft.runtime.tasks import Prediction, predictions
+from edgepeft.runtime.tokens import Tokens, check_texts
+
+QUIET = 3  # ONNX Runtime's severity "error": it warns once for every overridable initializer
+_said: set[str] = set()
+
+
+def _say_once(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        say(text)
+
+
+def _onnxruntime(manifest: Manifest) -> Any:
+    """Import ONNX Runtime once it is known to be safe here and new enough for the bundle."""
+    wanted, machine = manifest["onnxruntime"], platform.machine()
+    if installed := lib.installed_onnxruntime():
+        lib.check_onnxruntime(wanted, installed, machine, lib.cpu_flags())
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise TargetError(f"ONNX Runtime cannot be imported ({error}). pip install -r requirements.txt") from None
+    lib.check_onnxruntime(wanted, onnxruntime.__version__, machine, set())
+    return onnxruntime
+
+
+def _library(manifest: Manifest, choice: str | Path) -> lib.Library | None:
+    path = lib.find_library(manifest, choice)
+    if path is not None:
+        return lib.open_library(path)
+    if str(choice) == "auto":
+        _say_once(
+            f"no op library for {lib.platform_tag()} in this bundle: running on stock ONNX Runtime, which gives the "
+            "same answers, but slower"
+        )
+    return None
+
+
+def _model_source(manifest: Manifest, options: Any, activation: str | None, library: lib.Library | None) -> Any:
+    """Return the model's path, or its bytes where an activation other than the exported one is asked for."""
+    path = manifest.folder / "model.onnx"
+    if activation is None or activation == manifest["activation"]:
+        return str(path)
+    if library is None:
+        raise ConfigError(f"activation={activation!r}: stock ONNX Runtime has its own rule; it needs the op library.")
+    from edgepeft.runtime.activation import with_activation
+
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(manifest.folder))
+    return with_activation(path.read_bytes(), activation)
+
+
+def open_session(manifest: Manifest, threads: int, library: lib.Library | None, activation: str | None = None) -> Any:
+    """Make the ONNX Runtime session of a bundle. Raises ArtifactError with ORT's words when it refuses the model."""
+    onnxruntime = _onnxruntime(manifest)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = QUIET
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    source = _model_source(manifest, options, activation, library)
+    try:
+        if library is not None:
+            options.register_custom_ops_library(str(library.path))
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ORT's own exceptions share no base
+        what = f"ONNX Runtime {onnxruntime.__version__} refuses the model: {error}"
+        raise ArtifactError(f"{manifest.folder}: {what}") from None
+
+
+class Model:
+    """A bundle ready to answer. Made by `load`; safe to call from several threads."""
+
+    def __init__(self, manifest: Manifest, session: Any, library: lib.Library | None, threads: int) -> None:
+        self.manifest = manifest
+        self.session = session
+        self.library = library
+        self.threads = threads
+        self.tokens = Tokens(manifest.folder / "tokenizer.json", int(manifest["max_length"]))
+        self._slots = ad.slots(session)
+        self._folders = ad.adapter_folders(manifest.folder) if self._slots else {}
+        self._inputs = [item.name for item in session.get_inputs()]
+        self._output = session.get_outputs()[0].name
+        self._loaded: dict[str, ad.Adapter] = {}
+        self._local = threading.local()
+        self._active = self._get(ad.DEFAULT)
+
+    def __repr__(self) -> str:
+        kernels = self.library.build if self.library else "stock ONNX Runtime"
+        return f"<edgepeft {self.manifest['name']}: adapter {self.adapter} of {self.adapters}, {kernels}>"
+
+    @property
+    def adapters(self) -> list[str]:
+        """Return the names of the adapters in the bundle; none where it was merged."""
+        return list(self._folders)
+
+    @property
+    def adapter(self) -> str:
+        """Return the name of the adapter in use, or "base"."""
+        return self._active.name
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Return the labels of the adapter in use, in the order of the logits."""
+        return self._active.labels
+
+    def _get(self, name: str) -> ad.Adapter:
+        """Return an adapter, made ready at its first use."""
+        if name not in self._loaded:
+            self._loaded[name] = self._make(name)
+        return self._loaded[name]
+
+    def _make(self, name: str) -> ad.Adapter:
+        labels = list(self.manifest["labels"])
+        if not self._slots and name == ad.DEFAULT:
+            return ad.Adapter(name, tuple(labels), 0, {})
+        if not self._slots:
+            raise ArtifactError(f"{self.manifest.folder}: merged at export, so it has no adapters to choose from.")
+        if name == ad.BASE:
+            return ad.base_adapter(self._slots, self._get(ad.DEFAULT).labels)
+        if name not in self._folders:
+            self._folders = ad.adapter_folders(self.manifest.folder)
+        if name not in self._folders:
+            raise ArtifactError(f"{self.manifest.folder}: " + unknown("adapter", name, [*self._folders, ad.BASE]))
+        return ad.load_adapter(self._folders[name], self._slots, self.manifest["base_digest"], labels)
+
+    def use(self, name: str) -> None:
+        """Take another adapter for the calls that name none. The first use maps its file; later ones cost nothing."""
+        self._active = self._get(name)
+
+    def fed(self, name: str, new_name: str) -> None:
+        """Let an adapter be taken under a second name by which it is always fed, as benches compare the two ways."""
+        self._loaded[new_name] = dataclasses.replace(self._get(name), name=new_name)
+
+    def base(self) -> None:
+        """Turn the adapter off: rank 0 everywhere, under the default adapter's head."""
+        self.use(ad.BASE)
+
+    def _binding(self, adapter: ad.Adapter) -> Any:
+        """Return this thread's binding of an adapter's tensors."""
+        kept = self._local.__dict__.setdefault("bindings", {})
+        if adapter.name not in kept:
+            kept[adapter.name] = binding = self.session.io_binding()
+            feeds = {} if adapter.name == ad.DEFAULT else adapter.feeds  # the default's are the graph's own values
+            for name, value in feeds.items():
+                binding.bind_ortvalue_input(name, value)
+        return kept[adapter.name]
+
+    def run(self, arrays: dict[str, np.ndarray], adapter: str | None = None) -> np.ndarray:
+        """Return logits float32 [batch, labels] for ready input arrays, int64 [batch, sequence]."""
+        binding = self._binding(self._active if adapter is None else self._get(adapter))
+        for name in self._inputs:
+            binding.bind_cpu_input(name, arrays[name])
+        binding.bind_output(self._output)  # anew each time: a kept one would be written into, whatever its shape
+        self.session.run_with_iobinding(binding)
+        return binding.copy_outputs_to_cpu()[0]
+
+    def logits(self, texts: Sequence[str], adapter: str | None = None, batch_size: int = 32) -> np.ndarray:
+        """Return logits float32 [len(texts), labels]; texts of like length share a batch."""
+        chosen = self._active if adapter is None else self._get(adapter)
+        out = np.full((len(texts), len(chosen.labels)), np.nan, np.float32)
+        for places, arrays in self.tokens.batches(texts, batch_size):
+            found = self.run(arrays, chosen.name)
+            if found.shape != (len(places), len(chosen.labels)):
+                raise ArtifactError(
+                    f"adapter {chosen.name!r}: its head gives {found.shape[1]} logits, it names "
+                    f"{len(chosen.labels)} labels. Its labels.json belongs to another head."
+                )
+            out[places] = found
+        return out
+
+    @overload
+    def classify(self, text: str, adapter: str | None = ..., top_k: int | None = ...) -> Prediction: ...
+
+    @overload
+    def classify(
+        self, text: list[str] | tuple[str, ...], adapter: str | None = ..., top_k: int | None = ...
+    ) -> list[Prediction]: ...
+
+    def classify(
+        self, text: str | list[str] | tuple[str, ...], adapter: str | None = None, top_k: int | None = None
+    ) -> Prediction | list[Prediction]:
+        """Return the label and scores of one text, or a list of them for several, in order.
+
+        Raises DataError for an empty text and VerifyError for logits that are not finite.
+        """
+        texts = check_texts(text)
+        chosen = self._active if adapter is None else self._get(adapter)
+        found = predictions(self.logits(texts, chosen.name), chosen.labels, top_k) if texts else []
+        return found[0] if isinstance(text, str) else found
+
+    def verify(self) -> None:
+        """Hash every file of the bundle again. Raises ArtifactError, naming each that changed."""
+        check_bundle(self.manifest.folder, "full")
+
+
+def load(
+    bundle: Path | str,
+    threads: int = 0,
+    adapter: str = ad.DEFAULT,
+    library: str | Path = "auto",
+    activation: str | None = None,
+    check: str = "auto",
+) -> Model:
+    """Load a bundle. threads 0 takes all cores; library is "auto", "none" or a path; activation None is as exported.
+
+    Raises ArtifactError for a folder that is no bundle or was changed, TargetError for a library or an ONNX Runtime
+    that cannot work here. `check` is "auto", "full" or "quick": see edgepeft.runtime.manifest.
+    """
+    manifest = check_bundle(bundle, check)
+    found = _library(manifest, library)
+    model = Model(manifest, open_session(manifest, threads, found, activation), found, threads)
+    model.use(adapter)
+    return model

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from edgepeft.errors import TargetError
+from edgepeft.runtime import library as lib
+from edgepeft.runtime import load
+
+WANTED = {"minimum": "1.20.1", "requirement": "onnxruntime==1.20.1", "broken": ["1.21.0"]}
+SOURCE = """
+__attribute__((visibility("default"))) int edgepeft_abi(void) { return ABI; }
+__attribute__((visibility("default"))) const char* edgepeft_build(void) { return "test build"; }
+__attribute__((visibility("default"))) const char* edgepeft_kernels(void) { return "fast slow"; }
+"""
+
+
+def build(folder: Path, abi: int) -> Path:
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler on this machine")
+    (folder / "lib.c").write_text(SOURCE)
+    path = folder / "lib.so"
+    subprocess.run([compiler, "-shared", "-fPIC", f"-DABI={abi}", "-o", path, folder / "lib.c"], check=True)
+    return path
+
+
+def test_a_library_says_what_it_is(tmp_path: Path) -> None:
+    found = lib.open_library(build(tmp_path, lib.ABI))
+    assert (found.build, found.kernels) == ("test build", ("fast", "slow"))
+
+
+def test_another_abi_is_refused(sealed: Path, tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="op ABI 7, this edgepeft needs 1"):
+        load(sealed, library=build(tmp_path, 7))
+
+
+def test_another_processor_is_read_from_the_header(sealed: Path, tmp_path: Path) -> None:
+    data = bytearray(b"\x7fELF" + bytes(60))
+    data[18] = 243
+    (tmp_path / "lib.so").write_bytes(data)
+    with pytest.raises(TargetError, match="built for riscv64, this process is linux-"):
+        load(sealed, library=tmp_path / "lib.so")
+
+
+@pytest.mark.parametrize(("data", "message"), [(b"MZ", "not a Linux shared library"), (None, "cannot be read")])
+def test_no_library_at_all(sealed: Path, tmp_path: Path, data: bytes | None, message: str) -> None:
+    path = tmp_path / "lib.so"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(TargetError, match=message):
+        load(sealed, library=path)
+
+
+def test_a_library_cut_anywhere_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    path = build(tmp_path, lib.ABI)
+    whole = path.read_bytes()
+    lib._check_elf(path)
+    for length in (*range(0, len(whole), 997), len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(TargetError, match="cut short"):
+            lib.open_library(path)
+
+
+def test_a_library_of_something_else_is_refused(tmp_path: Path) -> None:
+    import _ctypes
+
+    with pytest.raises(TargetError, match="not an edgepeft op library"):
+        lib.open_library(Path(_ctypes.__file__))
+
+
+def test_only_listed_libraries_are_taken(bundle: Path) -> None:
+    place = bundle / "lib" / lib.platform_tag() / lib.FILE_NAME
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"not listed, so never opened")
+    assert load(bundle, library="none").library is None
+    found = lib.find_library(load(bundle, library="none").manifest, "auto")
+    assert found != place
+
+
+@pytest.mark.parametrize(
+    ("version", "machine", "flags", "message"),
+    [
+        ("1.19.2", "x86_64", set(), "1.19.2 is too old .* pip install onnxruntime==1.20.1"),
+        ("1.9", "aarch64", {"asimddp"}, "too old"),
+        ("1.21.0", "aarch64", {"asimd"}, "SIGILL"),
+        ("1.21.0", "aarch64", {"asimd", "asimddp"}, None),
+        ("1.21.0", "x86_64", {"avx2"}, None),
+        ("1.21.0", "aarch64", set(), None),
+        ("1.20.1", "aarch64", {"asimd"}, None),
+        ("1.32.0+dev1", "x86_64", set(), None),
+    ],
+)
+def test_the_installed_onnxruntime_is_judged(version: str, machine: str, flags: set, message: str | None) -> None:
+    if message is None:
+        lib.check_onnxruntime(WANTED, version, machine, flags)
+    else:
+        with pytest.raises(TargetError, match=message):
+            lib.check_onnxruntime(WANTED, version, machine, flags)
+
+
+def test_an_old_onnxruntime_is_refused_at_load(bundle: Path) -> None:
+    from tests.runtime.standin import reseal
+
+    reseal(bundle, onnxruntime={**WANTED, "minimum": "99.0"})
+    with pytest.raises(TargetError, match=r"needs 99.0"):
+        load(bundle)
+
+
+def test_cpu_flags_are_read() -> None:
+    assert lib.cpu_flags()
+
+
+def test_the_installed_version_is_found_without_importing_it() -> None:
+    import onnxruntime
+
+    assert lib.installed_onnxruntime() == onnxruntime.__version__
