@@ -1,0 +1,1 @@
+"""Measuring: what a bundle, an operator and a training step cost on this machine."""

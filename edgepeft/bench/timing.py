@@ -1,0 +1,81 @@
+"""Timing that can be trusted on a shared machine: interleaved, warmed up, medians, and it says when it was disturbed.
+
+Candidates take turns within a round and rounds go on until the budget is spent, so that a neighbour who comes and goes
+hits all of them alike. Each run's wall time stands beside the CPU time of this process: where they part, the process
+waited for a core. `others_cpus` is how many cores others kept busy meanwhile (Linux: /proc/stat less our own).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+WARM_UP = 3
+MIN_ROUNDS = 15
+MAX_ROUNDS = 2000
+QUIET_CPUS = 0.1
+SHORTEST_S = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one candidate: median and 95th percentile of the wall, median of the process's CPU time."""
+
+    p50_ms: float
+    p95_ms: float
+    cpu_ms: float
+    rounds: int
+    others_cpus: float | None
+
+
+def busy_cpu_s() -> float | None:
+    """Return the seconds that all cores together have spent working since the machine started."""
+    try:
+        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return None
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def interleave(candidates: Mapping[str, Callable[[], object]], budget_s: float = 1.0) -> dict[str, Timing]:
+    """Run candidates in turns for about budget_s seconds (at least MIN_ROUNDS rounds) and return their timings."""
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
+    for call in candidates.values():
+        for _ in range(WARM_UP):
+            call()
+    names = list(candidates)
+    before, own, started = busy_cpu_s(), time.process_time(), time.perf_counter()
+    for turn in range(MAX_ROUNDS):
+        if turn >= MIN_ROUNDS and time.perf_counter() - started > budget_s:
+            break
+        for step in range(len(names)):
+            name = names[(turn + step) % len(names)]
+            cpu, wall = time.process_time(), time.perf_counter()
+            candidates[name]()
+            spent[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    others = _others(before, own, time.perf_counter() - started)
+    return {name: _timing(rows, others) for name, rows in spent.items()}
+
+
+def _others(busy_before: float | None, own_before: float, wall_s: float) -> float | None:
+    """Return how many cores others kept busy; None over too short a time, as the kernel counts in ticks of 10 ms."""
+    after = busy_cpu_s()
+    if busy_before is None or after is None or wall_s < SHORTEST_S:
+        return None
+    return round(max(0.0, after - busy_before - (time.process_time() - own_before)) / wall_s, 2)
+
+
+def _timing(rows: list[tuple[float, float]], others: float | None) -> Timing:
+    wall, cpu = 1000 * np.array(rows).T
+    p50, p95 = np.percentile(wall, [50, 95])
+    return Timing(float(p50), float(p95), float(np.median(cpu)), len(rows), others)
+
+
+def disturbed(timing: Timing, threads: int, cores: int) -> bool:
+    """Tell whether others can have slowed a measurement: fewer cores were free than the threads needed."""
+    return timing.others_cpus is not None and timing.others_cpus > cores - threads + QUIET_CPUS

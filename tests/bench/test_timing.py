@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from edgepeft.bench.timing import MIN_ROUNDS, WARM_UP, Timing, disturbed, interleave
+
+
+def test_candidates_take_turns_and_each_goes_first_as_often() -> None:
+    order: list[str] = []
+    found = interleave({name: lambda name=name: order.append(name) for name in "abc"}, budget_s=0)
+    assert order[: 3 * WARM_UP] == [*"aaabbbccc"]
+    rounds = ["".join(order[at : at + 3]) for at in range(9, len(order), 3)]
+    assert rounds[:3] == ["abc", "bca", "cab"]
+    assert {name: t.rounds for name, t in found.items()} == dict.fromkeys("abc", MIN_ROUNDS)
+
+
+def test_waiting_shows_in_the_wall_and_not_in_the_cpu_time() -> None:
+    def work() -> None:
+        until = time.process_time() + 0.003
+        while time.process_time() < until:
+            pass
+
+    found = interleave({"sleep": lambda: time.sleep(0.003), "work": work}, budget_s=0)
+    assert found["sleep"].p50_ms >= 3
+    assert found["sleep"].cpu_ms < 1.5
+    assert found["work"].cpu_ms >= 2.9
+    assert all(t.p95_ms >= t.p50_ms for t in found.values())
+
+
+@pytest.mark.parametrize(
+    ("others", "threads", "expected"), [(0.0, 2, False), (1.0, 1, False), (1.0, 2, True), (None, 2, False)]
+)
+def test_disturbed_means_fewer_free_cores_than_threads(others: float | None, threads: int, expected: bool) -> None:
+    assert disturbed(Timing(1, 1, 1, 9, others), threads, cores=2) is expected
