@@ -16,6 +16,7 @@ namespace {
 
 struct Avx2 {
   static constexpr int lanes = 8;
+  static constexpr bool fix_in_float = true;  // float additions go to pipes that vpmaddubsw and vpaddw leave free
   using F = __m256;
   using I = __m256i;
 
@@ -95,13 +96,13 @@ struct Avx2 {
       int32_t x4;
       __builtin_memcpy(&x4, q + r * q_stride, 4);
       const I x = set_int(x4);
-      for (int v = 0; v < 2; v++) {
+      if constexpr (nibbles<F>()) {
+        pairs[r][0] = _mm256_add_epi16(pairs[r][0], _mm256_maddubs_epi16(c0, x));
+        pairs[r][1] = _mm256_add_epi16(pairs[r][1], _mm256_maddubs_epi16(c1, x));
+        asm volatile("" : "+x"(pairs[r][0]), "+x"(pairs[r][1]));  // row after row, or gcc runs out of registers
+      } else for (int v = 0; v < 2; v++) {
         const I c = v ? c1 : c0;
-        if constexpr (nibbles<F>()) {
-          pairs[r][v] = _mm256_add_epi16(pairs[r][v], _mm256_maddubs_epi16(c, x));
-          asm volatile("" : "+x"(pairs[r][v]));  // one after the other, or gcc runs out of registers
-        }
-        else d[r][v] = _mm256_add_epi32(d[r][v], widen(_mm256_maddubs_epi16(_mm256_abs_epi8(c), _mm256_sign_epi8(x, c))));
+        d[r][v] = _mm256_add_epi32(d[r][v], widen(_mm256_maddubs_epi16(_mm256_abs_epi8(c), _mm256_sign_epi8(x, c))));
       }
     }
   }

@@ -26,6 +26,7 @@ namespace {
 
 struct Avx512 {
   static constexpr int lanes = 16;
+  static constexpr bool fix_in_float = false;
   using F = __m512;
   using I = __m512i;
 

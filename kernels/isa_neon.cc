@@ -21,7 +21,9 @@ struct Neon : NeonBase {
   static EP_INLINE int8x16_t columns(const int8_t* q) {  // 4 columns, once for each output
     int32_t four;
     __builtin_memcpy(&four, q, 4);
-    return vreinterpretq_s8_s32(vdupq_n_s32(four));
+    int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(four));
+    asm("" : "+w"(x));  // or clang sees equal halves, and trades each smlal2 for an ext and an smlal
+    return x;
   }
 
   // V of the 4 vectors, so that R x V x 2 sums of 16 bits stay in registers.

@@ -4,6 +4,7 @@
 
 struct NeonBase {
   static constexpr int lanes = 4;
+  static constexpr bool fix_in_float = false;
   using F = float32x4_t;
   using I = int32x4_t;
 

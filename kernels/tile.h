@@ -12,6 +12,7 @@
 //   sum(F) -> float;  sum_each(F v[lanes]) -> F whose lane i is sum(v[i])
 //   set_int(int32) load_int(void*) field(I, shift, mask) to_float(I) nf4(I index) -> F
 //   peak(x, n) -> largest |x| as bits;  quantize_unit(x, step, q) -> sum: 32 floats to q = round_even(x * step)
+//   fix_in_float: add zero's correction to the float, not the integer, where integer additions are what is scarce
 //   zero<Format>() what dot_unit's integers still carry beyond code - zero (see RowOps::zero)
 //   stage_bytes<Format>(), unpack_unit<Format>(w, out): one unit in the form dot_unit<.., packed = false> reads
 //   dot_unit<Format, R, packed>(w, q, q_stride, I d[R][nv]): adds R x 16 dot products over 32 columns
@@ -20,6 +21,7 @@
 constexpr int kChunk = 1024;      // int8 columns in a stage
 constexpr int kFloatChunk = 256;  // float columns in a stage
 constexpr int kPanel = 64;        // ranks of B in a panel
+constexpr int kAhead = 4096;      // bytes of B fetched ahead
 
 template <class V>
 constexpr int kVectors = kTileRows / V::lanes;
@@ -80,27 +82,32 @@ struct Int8Chunk {
     return info(F).nf4 ? V::mul(scale, V::set1(int_scale(info(F)))) : scale;
   }
   template <int R>
-  __attribute__((noinline)) void add(const TileJob& job, int64_t m, int64_t k0, int64_t k1, Sums<V, R>& sums) const {
+  __attribute__((noinline)) void add(const TileJob& job, int64_t m, int64_t k0, int64_t k1, Sums<V, R>& sums_out) const {
     constexpr int block = info(F).act_block;
+    constexpr bool fixed = V::template zero<F>() != 0;
     const int64_t blocks = job.k / block;
     const uint8_t* w = packed ? job.w : stage;
     const int8_t* q = job.q + m * job.k + k0;
     const float* q_scale = job.q_scale + m * blocks;
     const int32_t* q_fix = job.q_fix + m * blocks;
     const float* scale = scales;
+    Sums<V, R> sums;  // of its own: stores through sums_out could change anything, as far as a compiler knows
+    __builtin_memcpy(&sums, &sums_out, sizeof(sums));
     for (int64_t b = k0 / block; b < k1 / block; b++, scale += kTileRows) {
       typename V::I d[R][kVectors<V>];
       for (int r = 0; r < R; r++)
-        for (int v = 0; v < kVectors<V>; v++) d[r][v] = V::set_int(q_fix[r * blocks + b]);
+        for (int v = 0; v < kVectors<V>; v++) d[r][v] = V::set_int(fixed && !V::fix_in_float ? q_fix[r * blocks + b] : 0);
       for (int u = 0; u < block / kUnit; u++, w += unit_stage, q += kUnit) V::template dot_unit<F, R, packed>(w, q, job.k, d);
       for (int r = 0; r < R; r++) {
-        const typename V::F x_scale = V::set1(q_scale[r * blocks + b]);
+        const typename V::F x_scale = V::set1(q_scale[r * blocks + b]), fix = V::to_float(V::set_int(q_fix[r * blocks + b]));
         for (int v = 0; v < kVectors<V>; v++) {
+          const typename V::F dot = V::to_float(d[r][v]);
           const typename V::F w_scale = packed ? weight_scale(job, b, v) : V::load(scale + v * V::lanes);
-          sums[r][v] = V::fma(V::to_float(d[r][v]), V::mul(w_scale, x_scale), sums[r][v]);
+          sums[r][v] = V::fma(fixed && V::fix_in_float ? V::add(dot, fix) : dot, V::mul(w_scale, x_scale), sums[r][v]);
         }
       }
     }
+    __builtin_memcpy(&sums_out, &sums, sizeof(sums));
   }
 };
 
@@ -129,43 +136,73 @@ struct FloatChunk {
   }
 };
 
-// ---- the adapter: up to kPanel ranks of the tile's B as float -----------------------------------------------------
-// Few rows of x: the panel stays [16][kPanel] and each output is a dot product over R. Many: it is turned to
-// [R][16], which costs more to make and less to use.
+// ---- the adapter --------------------------------------------------------------------------------------------------
+// Few rows of x: each output is a dot product over R, read straight from B; only what R leaves over whole vectors is
+// copied out first. Many rows: up to kPanel ranks of B are turned to float [R][16], which pays from some rows on.
 template <class V>
-struct Panel {
+EP_INLINE float element(const TileJob& job, int64_t n, int64_t r) {
+  const int64_t i = n * job.rank + r;
+  return job.b_half ? half_float(static_cast<const uint16_t*>(job.b)[i]) : static_cast<const float*>(job.b)[i];
+}
+
+template <class V>
+struct FewRows {
+  static constexpr int64_t ranks_at_once = 1 << 30;
+  int64_t whole;  // ranks in whole vectors
+  alignas(64) float rest[kTileRows * V::lanes];
+
+  void fill(const TileJob& job, int64_t) {
+    // Wanted once the tile's weights have gone by: on its way until then.
+    const char* b = static_cast<const char*>(job.b);
+    const int64_t bytes = job.columns * job.rank * (job.b_half ? 2 : 4);
+    for (int64_t i = 0; i < bytes && i < kAhead; i += 64) __builtin_prefetch(b + i);
+    whole = job.rank / V::lanes * V::lanes;
+    for (int n = 0; whole < job.rank && n < kTileRows; n++)
+      for (int64_t r = 0; r < V::lanes; r++)
+        rest[n * V::lanes + r] = n < job.columns && whole + r < job.rank ? element<V>(job, n, whole + r) : 0.0f;
+  }
+  template <int R>
+  EP_INLINE void add(const TileJob& job, int64_t m, Sums<V, R>& sums) const {
+    for (int i = 0; i < R; i++)
+      for (int v = 0; v < kVectors<V>; v++) {
+        const float* t = job.t + (m + i) * job.t_stride;
+        sums[i][v] = V::add(sums[i][v], job.b_half ? dots<true>(job, v * V::lanes, t) : dots<false>(job, v * V::lanes, t));
+      }
+  }
+  // Rows past the last column repeat it: they are computed, and not stored.
+  template <bool half>
+  __attribute__((noinline)) typename V::F dots(const TileJob& job, int n0, const float* t) const {
+    typename V::F products[V::lanes];
+    int64_t row[V::lanes];
+    const bool left = whole < job.rank;
+    const typename V::F t_first = V::load(left ? t + whole : t);
+    for (int n = 0; n < V::lanes; n++) {
+      row[n] = (n0 + n < job.columns ? n0 + n : job.columns - 1) * job.rank;
+      products[n] = V::mul(left ? V::load(rest + (n0 + n) * V::lanes) : load_any<V>(job.b, half, row[n]), t_first);
+    }
+    for (int64_t r = left ? 0 : V::lanes; r < whole; r += V::lanes) {
+      const typename V::F t_r = V::load(t + r);
+      for (int n = 0; n < V::lanes; n++) products[n] = V::fma(load_any<V>(job.b, half, row[n] + r), t_r, products[n]);
+    }
+    return V::sum_each(products);
+  }
+};
+
+template <class V>
+struct ManyRows {
+  static constexpr int64_t ranks_at_once = kPanel;
   int64_t r0, ranks;
-  bool turned;
   alignas(64) float b[kPanel * kTileRows];
 
-  void fill(const TileJob& job, int64_t first, bool turn) {
+  void fill(const TileJob& job, int64_t first) {
     r0 = first;
     ranks = job.rank - first < kPanel ? job.rank - first : kPanel;
-    turned = turn;
-    const int64_t padded = (ranks + kRankPad - 1) / kRankPad * kRankPad;
-    for (int n = 0; n < kTileRows; n++) {
-      alignas(64) float line[kPanel];
-      float* to = turned ? line : b + n * kPanel;
-      int64_t r = n < job.columns ? convert(job, n * job.rank + first, to) : 0;
-      while (r < padded) to[r++] = 0;
-      for (r = 0; turned && r < ranks; r++) b[r * kTileRows + n] = line[r];
-    }
-  }
-  int64_t convert(const TileJob& job, int64_t at, float* to) const {
-    int64_t r = 0;
-    for (; r + V::lanes <= ranks; r += V::lanes) V::store(to + r, load_any<V>(job.b, job.b_half, at + r));
-    for (; r < ranks; r++)
-      to[r] = job.b_half ? half_float(static_cast<const uint16_t*>(job.b)[at + r]) : static_cast<const float*>(job.b)[at + r];
-    return r;
+    for (int n = 0; n < kTileRows; n++)
+      for (int64_t r = 0; r < ranks; r++) b[r * kTileRows + n] = n < job.columns ? element<V>(job, n, first + r) : 0.0f;
   }
   template <int R>
   EP_INLINE void add(const TileJob& job, int64_t m, Sums<V, R>& sums) const {
     const float* t = job.t + m * job.t_stride + r0;
-    if (!turned) {
-      for (int i = 0; i < R; i++, t += job.t_stride)
-        for (int v = 0; v < kVectors<V>; v++) sums[i][v] = V::add(sums[i][v], dots(b + v * V::lanes * kPanel, t));
-      return;
-    }
     for (int64_t r = 0; r < ranks; r++)
       for (int i = 0; i < R; i++) {
         const typename V::F t_r = V::set1(t[i * job.t_stride + r]);
@@ -173,23 +210,14 @@ struct Panel {
           sums[i][v] = V::fma(V::load(b + r * kTileRows + v * V::lanes), t_r, sums[i][v]);
       }
   }
-  __attribute__((noinline)) typename V::F dots(const float* rows, const float* t) const {  // both zero padded to a multiple of kRankPad
-    typename V::F products[V::lanes];
-    for (int n = 0; n < V::lanes; n++) {
-      products[n] = V::mul(V::load(rows + n * kPanel), V::load(t));
-      for (int64_t r = V::lanes; r < ranks; r += V::lanes)
-        products[n] = V::fma(V::load(rows + n * kPanel + r), V::load(t + r), products[n]);
-    }
-    return V::sum_each(products);
-  }
 };
 
 // ---- a tile -------------------------------------------------------------------------------------------------------
-template <class V, class Chunk>
+template <class V, class Chunk, class Adapter>
 struct Tile {
   const TileJob& job;
   Chunk chunk;
-  Panel<V> panel;
+  Adapter adapter;
   bool first = true;  // acc holds nothing yet
   alignas(64) float acc[kJobRows * kTileRows];
   alignas(64) float s_out[kTileRows];
@@ -222,14 +250,14 @@ struct Tile {
   }
   // Rows by R, what remains by R/2, ... 1.
   template <int R>
-  void panel_rows(int64_t m) {
+  void adapter_rows(int64_t m) {
     for (; m + R <= job.m; m += R) {
       Sums<V, R> sums;
       load_sums<R>(m, sums);
-      panel.template add<R>(job, m, sums);
+      adapter.template add<R>(job, m, sums);
       keep_sums<R>(m, sums);
     }
-    if constexpr (R > 1) panel_rows<R / 2>(m);
+    if constexpr (R > 1) adapter_rows<R / 2>(m);
   }
   template <int R>
   void chunk_rows(int64_t m, int64_t k0, int64_t k1) {
@@ -241,20 +269,19 @@ struct Tile {
         keep_sums<R>(m, sums);
         continue;
       }
-      if (job.rank) panel.template add<R>(job, m, sums);
+      if (job.rank) adapter.template add<R>(job, m, sums);
       write_y<R>(m, sums);
     }
     if constexpr (R > 1) chunk_rows<R / 2>(m, k0, k1);
   }
   template <int R>
   void all() {
-    const bool turn = job.m > R;
     for (int n = 0; job.s_out && n < kTileRows; n++) s_out[n] = n < job.columns ? job.s_out[n * job.s_out_step] : 0.0f;
-    for (int64_t r0 = kPanel; r0 < job.rank; r0 += kPanel, first = false) {  // ranks beyond one panel: rare, so a pass each
-      panel.fill(job, r0, turn);
-      panel_rows<R>(0);
+    for (int64_t r0 = Adapter::ranks_at_once; r0 < job.rank; r0 += kPanel, first = false) {  // rare, so a pass each
+      adapter.fill(job, r0);
+      adapter_rows<R>(0);
     }
-    if (job.rank) panel.fill(job, 0, turn);
+    if (job.rank) adapter.fill(job, 0);
     for (int64_t k0 = 0; k0 < job.k; k0 += Chunk::columns, first = false) {
       const int64_t k1 = job.k - k0 < Chunk::columns ? job.k : k0 + Chunk::columns;
       chunk.fill(job, k0, k1);
@@ -266,11 +293,11 @@ struct Tile {
 template <class V, Format F, Act A, int R>
 void tile_of(const TileJob& job) {
   if constexpr (A == Act::float32) {
-    Tile<V, FloatChunk<V, F>>(job).template all<R>();
+    Tile<V, FloatChunk<V, F>, ManyRows<V>>(job).template all<R>();
   } else if (job.m <= R) {
-    Tile<V, Int8Chunk<V, F, true>>(job).template all<R>();
+    Tile<V, Int8Chunk<V, F, true>, FewRows<V>>(job).template all<R>();
   } else {
-    Tile<V, Int8Chunk<V, F, false>>(job).template all<R>();
+    Tile<V, Int8Chunk<V, F, false>, ManyRows<V>>(job).template all<R>();
   }
 }
 

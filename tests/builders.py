@@ -86,7 +86,8 @@ def sentences(each: int = 30, seed: int = 0) -> list[dict[str, str]]:
         while made < each:
             thing = f"a {chance.choice(SONGS)}" if label == "music" else f"the {chance.choice(THINGS)}"
             words = [chance.choice(VERBS[label]), thing, "in the", chance.choice(ROOMS)]
-            text = " ".join([chance.choice(POLITE), *words] if chance.random() < 0.7 else [*words, chance.choice(POLITE)])
+            words.insert(0 if chance.random() < 0.7 else len(words), chance.choice(POLITE))
+            text = " ".join(words)
             made += text not in rows
             rows.setdefault(text, label)
     pairs = [{"text": text, "label": label} for text, label in rows.items()]
@@ -129,6 +130,6 @@ def tiny_data(path: Path, kind: str = "csv", each: int = 30, seed: int = 0) -> P
         return path
     from datasets import Dataset, DatasetDict
 
-    saved = Dataset.from_list(rows) if kind == "dataset" else DatasetDict({n: Dataset.from_list(p) for n, p in parts.items()})
-    saved.save_to_disk(str(path / "saved"))
+    splits = DatasetDict({name: Dataset.from_list(part) for name, part in parts.items()})
+    (Dataset.from_list(rows) if kind == "dataset" else splits).save_to_disk(str(path / "saved"))
     return path / "saved"

@@ -60,12 +60,13 @@ def merge(config: Config, run: Run, out: Path) -> dict[str, Any]:
         tensors.update(changed)
         rows.append(figures)
     _write(quantized, out, tensors, {**about, "merged": True, "layers": list(layers.values())}, config)
-    report: dict[str, Any] = {"layers": rows, **overall(rows), "min_retention": config.min_retention}
-    _require_retention(report, config)
-    report["validation"] = _metrics(config, run, out)
-    _require_metric(report["validation"], config)
+    limits = {"min_retention": config.min_retention, "max_metric_drop": config.max_metric_drop}
+    report = {"layers": rows, **overall(rows), "validation": _metrics(config, run, out), **limits}
     write_json(out / "merge.json", report)
     _tell(report)
+    if problems := _problems(report):
+        advice = "Ship the adapter apart (--adapter separate) or take a finer --format such as i8c."
+        raise VerifyError(" ".join([*problems, advice]))
     return {name: value for name, value in report.items() if name != "layers"}
 
 
@@ -147,25 +148,20 @@ def _metrics(config: Config, run: Run, out: Path) -> dict[str, Any]:
     return {"metric": metric, "separate": before, "merged": after, "drop": before - after}
 
 
-def _require_retention(report: Mapping[str, Any], config: Config) -> None:
-    if report["retention"] >= config.min_retention:
-        return
-    _tell(report)
-    raise VerifyError(
-        f"merging keeps {report['retention']:.3f} of the adapter (share {report['share']:.3f}); at least "
-        f"{config.min_retention:g} is asked for (--min-retention). The grid of the weights is too coarse for what was "
-        "trained: ship it apart (--adapter separate), take a finer --format such as i8c, or lower --min-retention."
-    )
-
-
-def _require_metric(validation: Mapping[str, Any], config: Config) -> None:
-    if validation["drop"] <= config.max_metric_drop:
-        return
-    raise VerifyError(
-        f"merging lowers validation {validation['metric']} from {validation['separate']:.4f} to "
-        f"{validation['merged']:.4f}; at most {config.max_metric_drop:g} is allowed (--max-metric-drop). Ship the "
-        "adapter apart (--adapter separate) or take a finer --format such as i8c."
-    )
+def _problems(report: Mapping[str, Any]) -> list[str]:
+    """Return what falls short of the limits, with the figures."""
+    found, problems = report["validation"], []
+    if not report["retention"] >= report["min_retention"]:
+        problems.append(
+            f"merging retains {report['retention']:.3f} of the adapter (share {report['share']:.3f}); at least "
+            f"{report['min_retention']:g} is asked for (--min-retention): the grid of the weights is too coarse for it."
+        )
+    if not found["drop"] <= report["max_metric_drop"]:
+        problems.append(
+            f"merging lowers validation {found['metric']} from {found['separate']:.4f} to {found['merged']:.4f}; at "
+            f"most {report['max_metric_drop']:g} is allowed (--max-metric-drop)."
+        )
+    return problems
 
 
 # --- writing and telling -------------------------------------------------------------------------------------------
@@ -185,5 +181,5 @@ def _tell(report: Mapping[str, Any]) -> None:
     rows = sorted(report["layers"], key=lambda row: row["retention"])[:WORST_SHOWN]
     say(f"merged {len(report['layers'])} linears: retention {report['retention']:.3f}, share {report['share']:.3f}")
     say(table([{name: row[name] for name in ("name", "format", "retention", "share")} for row in rows]))
-    if found := report.get("validation"):
-        say(f"validation {found['metric']}: {found['separate']:.4f} apart, {found['merged']:.4f} merged")
+    found = report["validation"]
+    say(f"validation {found['metric']}: {found['separate']:.4f} apart, {found['merged']:.4f} merged")

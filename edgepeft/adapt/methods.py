@@ -124,10 +124,11 @@ def _lora_config(config: Config, modules: list[str], heads: list[str], task_type
     from peft import LoraConfig
 
     # PEFT takes any real alpha; its annotation says int.
+    alpha: Any = config.alpha
     return LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=modules,
+        r=config.rank, lora_alpha=alpha, lora_dropout=config.dropout, target_modules=modules,
         modules_to_save=heads, bias="none", task_type=task_type,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
 
 
 def _lora_terms(adapter: Adapter, module: str) -> Terms:

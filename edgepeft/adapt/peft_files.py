@@ -86,7 +86,7 @@ def read(
     base_digest: the base it has to belong to.  shapes: {module: (N, K)} of the base's linears.  heads: modules whose
     trained weights it has to hold. Raises ArtifactError that lists every reason against using it.
     """
-    settings, tensors, metadata = read_json(folder / SETTINGS), {}, {}
+    settings = read_json(folder / SETTINGS)
     if not isinstance(settings, dict):
         raise ArtifactError(f"{folder / SETTINGS}: expected a JSON object, found {type(settings).__name__}.")
     header, metadata, base = tensor_header(folder / TENSORS)
@@ -160,7 +160,8 @@ def _tensor_problems(tensors: Mapping[str, np.ndarray], settings: Mapping[str, A
             strange.append(name)
         if value.dtype.kind != "f" or not np.isfinite(value).all():
             broken.append(f"{name} ({value.dtype})")
-    problems = [f"{module}: lora_{'B' if side == {'A'} else 'A'} is missing." for module, side in sides.items() if len(side) < 2]
+    half = {module: "B" if side == {"A"} else "A" for module, side in sides.items() if len(side) < 2}
+    problems = [f"{module}: lora_{side} is missing." for module, side in half.items()]
     if strange:
         problems.append(f"{len(strange)} tensors belong to nothing that is supported: {_some(strange)}.")
     if broken:
@@ -182,7 +183,7 @@ def _shape_problems(adapter: Adapter, shapes: Mapping[str, tuple[int, int]] | No
         a, b = (adapter.tensors[f"{PREFIX}{module}.lora_{side}.weight"].shape for side in "AB")
         rank = adapter.rank(module)
         if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
-            problems.append(f"{module}: expected lora_A [{rank}, K] and lora_B [N, {rank}], found {list(a)}, {list(b)}.")
+            problems.append(f"{module}: expected lora_A [{rank}, K], lora_B [N, {rank}], found {list(a)}, {list(b)}.")
         elif shapes is not None and module not in shapes:
             problems.append(f"{module}: the base has no such linear.")
         elif shapes is not None and (b[0], a[1]) != tuple(shapes[module]):

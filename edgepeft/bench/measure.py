@@ -31,6 +31,7 @@ from edgepeft.bench.timing import disturbed, interleave
 from edgepeft.runtime import Model, load
 from edgepeft.runtime.adapters import BASE, DEFAULT
 from edgepeft.runtime.library import installed_onnxruntime, platform_tag
+from edgepeft.runtime.manifest import check_bundle
 
 LENGTHS = (8, 32, 128)
 BATCHES = (1, 8)
@@ -90,7 +91,7 @@ def latency(model: Model, peer: Any, threads: int, batch: int, length: int, budg
         row |= {"adapter_pct": 100 * (own.p50_ms / base - 1), "fed_pct": 100 * (timings["fed"].p50_ms / base - 1)}
     if "float32" in timings:
         row |= {"float32_ms": timings["float32"].p50_ms, "speedup": timings["float32"].p50_ms / own.p50_ms}
-    row["disturbed"] = disturbed(own, threads, _cores())
+    row["disturbed"] = disturbed(own)
     return {**row, "timings": {name: dataclasses.asdict(timing) for name, timing in timings.items()}}
 
 
@@ -165,6 +166,7 @@ def bench_cli(
     """Measure a bundle, print the tables to standard output and write the figures to json_file; return them."""
     from edgepeft.bench.report import report_text
 
+    check_bundle(Path(bundle))
     result = bench(Path(bundle), list(threads) or [1], baseline)
     print(report_text(result))
     if json_file is not None:

@@ -18,7 +18,7 @@ import numpy as np
 WARM_UP = 3
 MIN_ROUNDS = 15
 MAX_ROUNDS = 2000
-QUIET_CPUS = 0.1
+QUIET_CPUS = 0.25
 SHORTEST_S = 0.2
 
 
@@ -76,6 +76,6 @@ def _timing(rows: list[tuple[float, float]], others: float | None) -> Timing:
     return Timing(float(p50), float(p95), float(np.median(cpu)), len(rows), others)
 
 
-def disturbed(timing: Timing, threads: int, cores: int) -> bool:
-    """Tell whether others can have slowed a measurement: fewer cores were free than the threads needed."""
-    return timing.others_cpus is not None and timing.others_cpus > cores - threads + QUIET_CPUS
+def disturbed(timing: Timing) -> bool:
+    """Tell whether others can have slowed a measurement, even on another core: it may be half of the same one."""
+    return timing.others_cpus is not None and timing.others_cpus > QUIET_CPUS

@@ -96,16 +96,20 @@ def host_library() -> Path:
 
     It lies in the package when that can be written, otherwise in the cache. Raises TargetError without a compiler.
     """
-    os_arch, key = host_platform(), library_key(_known(host_platform()))
-    home = PACKAGE / "_lib" / LIBRARY
-    for place in (home, cache_dir() / "host" / key[:16] / LIBRARY):
+    key = library_key(_known(host_platform()))
+    spare = cache_dir() / "host" / key[:24] / LIBRARY
+    for place in (PACKAGE / "_lib" / LIBRARY, spare):
         if _stamp(place).exists() and place.exists() and _stamp(place).read_text() == key:
             return place
-    if not os.access(home.parent if home.parent.exists() else home.parent.parent, os.W_OK):
-        home = cache_dir() / "host" / key[:16] / LIBRARY
-    cross_library(os_arch, home)
-    _place(key.encode(), _stamp(home))
-    return home
+    return stamped_library(PACKAGE / "_lib" / LIBRARY if os.access(PACKAGE, os.W_OK) else spare)
+
+
+def stamped_library(dest: Path) -> Path:
+    """Build this machine's library at `dest`, and beside it the key by which host_library() knows it."""
+    key = library_key(_known(host_platform()))
+    cross_library(host_platform(), dest)
+    _place(key.encode(), _stamp(dest))
+    return dest
 
 
 def cross_library(os_arch: str, dest: Path) -> Path:
@@ -246,9 +250,15 @@ def _make(command: list[str], dest: Path) -> None:
         full = [*command, "-o", str(output)]
         result = subprocess.run(full, capture_output=True, text=True, env=_environment(), check=False)
         if result.returncode or not output.exists():
-            tail = "\n".join((result.stderr or result.stdout).strip().splitlines()[-25:])
-            raise TargetError(f"the compiler failed ({result.returncode}): {shlex.join(full)}\n{tail}")
+            raise TargetError(f"the compiler failed ({result.returncode}): {shlex.join(full)}\n{_said(result)}")
         os.replace(output, dest)
+
+
+def _said(result: subprocess.CompletedProcess[str]) -> str:
+    """Return the first errors of a compiler and the end of what it said."""
+    lines = (result.stderr or result.stdout).strip().splitlines()
+    first = [line for line in lines[:-12] if "error" in line][:5]
+    return "\n".join([*first, *lines[-12:]])
 
 
 def _place(data: bytes, dest: Path, executable: bool = False) -> None:

@@ -34,7 +34,7 @@ from edgepeft.backbone.families import Family
 from edgepeft.errors import ModelError
 from edgepeft.export import ops
 from edgepeft.export.graph import FLOAT, INT32, INT64, NONE, Dims, Graph, Place, Value
-from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, TILE_ROWS
+from edgepeft.quant.formats import EMBEDDING_FORMATS, TILE_ROWS
 
 BATCH, SEQUENCE, LABELS = "batch", "sequence", "labels"
 ADAPTER_FILE = "adapters/default/adapter_model.safetensors"
@@ -50,14 +50,12 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Weights:
-    """A folder of packed weights (quantized/ or merged/), mapped; `about` is quantized.json, `extra` further tensors."""
+    """A folder of packed weights (quantized/ or merged/), mapped, and `extra` tensors; `about` is quantized.json."""
 
-    def __init__(
-        self, folder: Path, about: Mapping[str, Any] | None = None, extra: Mapping[str, np.ndarray] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, extra: Mapping[str, np.ndarray] | None = None) -> None:
         self.folder = folder
         self.tensors = {**(extra or {}), **read_tensors(folder / "weights.safetensors")}
-        self.about = about or read_json(folder / "quantized.json")
+        self.about: dict[str, Any] = read_json(folder / "quantized.json")
         self.layers: dict[str, dict[str, Any]] = {layer["name"]: layer for layer in self.about["layers"]}
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -81,6 +79,7 @@ class AdapterFile:
 
     @classmethod
     def read(cls, path: Path | None, method: str = "lora", location: str = ADAPTER_FILE) -> AdapterFile:
+        """Read the header of an adapter file that will lie at `location` beside the graph."""
         if path is None:
             return cls({}, {}, {})
         header, _, base = tensor_header(path)
@@ -124,7 +123,7 @@ def _check(settings: Mapping[str, Any]) -> None:
     if settings.get("hidden_act", "gelu") not in ACTIVATIONS:
         problems.append(f"hidden_act {settings['hidden_act']!r} is not supported; known: {', '.join(ACTIVATIONS)}")
     if settings.get("position_embedding_type", "absolute") != "absolute":
-        problems.append(f"position_embedding_type {settings['position_embedding_type']!r}: only 'absolute' is supported")
+        problems.append(f"position_embedding_type {settings['position_embedding_type']!r}: only 'absolute' will do")
     for flag in ("is_decoder", "add_cross_attention"):
         if settings.get(flag):
             problems.append(f"{flag} is set: only encoders are supported")
@@ -228,9 +227,15 @@ class _Emitter:
         shape, graph = (*ids.shape, k), self.graph
         scales = self.weight(f"{module}.qscale")
         if spec.bits == 4:
-            codes = self.weight(f"{module}.qweight", dtype=TensorProto.INT4, shape=(rows, k), transform=lambda b: b ^ 0x88)
+            signed: dict[str, Any] = {"dtype": TensorProto.INT4, "transform": lambda b: b ^ 0x88}
+            codes = self.weight(f"{module}.qweight", shape=(rows, k), **signed)
             scales = graph.node("Cast", scales, to=FLOAT, shape=scales.shape, name=f"{scales.name}:float32")
-            attrs = {"block_size": spec.block, "gather_axis": 0, "quantize_axis": 1, "domain": MICROSOFT}
+            attrs: dict[str, Any] = {
+                "block_size": spec.block,
+                "gather_axis": 0,
+                "quantize_axis": 1,
+                "domain": MICROSOFT,
+            }
             return graph.node("GatherBlockQuantized", codes, ids, scales, shape=shape, name=module, **attrs)
         codes = self.weight(f"{module}.qweight", dtype=TensorProto.INT8, transform=lambda b: b ^ 0x80)
         row = graph.node("Gather", codes, ids, dtype=TensorProto.INT8, shape=shape, name=f"{module}:codes")

@@ -2,14 +2,14 @@
 
     graph = Graph("encoder")
     x = graph.input("x", INT64, ("batch", "sequence"))
-    w = graph.constant("w", memory_mapped_array)              # planned now, streamed into model.onnx.data by save()
-    y = graph.node("MatMul", x, w, shape=(...))               # every value has a dtype and a shape: they become value_info
+    w = graph.constant("w", memory_mapped_array)      # planned now, streamed into model.onnx.data by save()
+    y = graph.node("MatMul", x, w, shape=(...))       # every value has a dtype and a shape: they become value_info
 
-Constants of 1 KiB and more go to `<model>.data`, each at an offset that is a multiple of 64 bytes (4096 from 64 KiB on),
-where ONNX Runtime maps them without a copy and kernels find them aligned. `overridable` adds an initializer that is a
-graph input too, with its bytes inside another file of the folder (the adapter), so they exist once. Offsets follow the
-order of the calls and nothing depends on time or hashing: equal calls give equal bytes. No limit at 2 GB, as only
-model.onnx (names, shapes, offsets) is a protobuf message.
+Constants of 1 KiB and more go to `<model>.data`, each at a multiple of 64 bytes (of 4096 from 64 KiB on), where ONNX
+Runtime maps them without a copy and kernels find them aligned. `overridable` adds an initializer that is a graph input
+too, with its bytes inside another file of the folder (the adapter), so they exist once. Offsets follow the order of the
+calls and nothing depends on time or hashing: equal calls give equal bytes. No limit at 2 GB, as only model.onnx (names,
+shapes, offsets) is a protobuf message.
 
 Left out: subgraphs, shape inference (the caller states shapes; ONNX Runtime and the checker test them).
 """
@@ -86,10 +86,12 @@ class Graph:
         self.data_bytes = 0
 
     def input(self, name: str, dtype: int, shape: Dims) -> Value:
+        """Add an input that every run must feed."""
         self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
         return Value(name, dtype, shape)
 
     def output(self, value: Value) -> None:
+        """Make a value an output."""
         self.outputs.append(helper.make_tensor_value_info(*value))
         self.values = [v for v in self.values if v.name != value.name]
 
@@ -108,11 +110,12 @@ class Graph:
         if name in self.constants:
             return self.constants[name]
         stacked = (sum(len(p) for p in parts), *parts[0].shape[1:]) if parts[0].ndim else ()
-        value = Value(name, dtype or helper.np_dtype_to_tensor_dtype(parts[0].dtype), stacked if shape is None else shape)
+        kind = dtype or helper.np_dtype_to_tensor_dtype(parts[0].dtype)
+        value = Value(name, kind, stacked if shape is None else shape)
         length = sum(p.nbytes for p in parts)
         if length < INLINE_BELOW_BYTES:
             raw = b"".join((transform(p) if transform else p).tobytes() for p in parts)
-            self.initializers.append(helper.make_tensor(*value, vals=raw, raw=True))
+            self.initializers.append(_inline(value, raw))
         else:
             place = Place(self.data_name, self._reserve(length, parts, transform), length)
             self.initializers.append(_external(value, place))
@@ -126,8 +129,7 @@ class Graph:
         """
         self.inputs.append(helper.make_tensor_value_info(value.name, value.dtype, dims))
         empty = place is None or place.length_bytes == 0
-        proto = helper.make_tensor(*value, vals=b"", raw=True) if empty or place is None else _external(value, place)
-        self.initializers.append(proto)
+        self.initializers.append(_inline(value, b"") if empty or place is None else _external(value, place))
         return Value(value.name, value.dtype, dims)
 
     def node(
@@ -189,9 +191,14 @@ class Graph:
         return offset
 
 
+def _inline(value: Value, raw: bytes) -> onnx.TensorProto:
+    """Return a tensor that holds its bytes."""
+    return onnx.TensorProto(name=value.name, data_type=value.dtype, dims=[int(d) for d in value.shape], raw_data=raw)
+
+
 def _external(value: Value, place: Place) -> onnx.TensorProto:
     """Return a tensor whose bytes lie in a file."""
-    proto = onnx.TensorProto(name=value.name, data_type=value.dtype, dims=value.shape)
+    proto = onnx.TensorProto(name=value.name, data_type=value.dtype, dims=[int(d) for d in value.shape])
     proto.data_location = TensorProto.EXTERNAL
     for key, text in zip(("location", "offset", "length"), place, strict=True):
         proto.external_data.add(key=key, value=str(text))
@@ -204,4 +211,4 @@ def _write(stream: Any, stored: _Stored) -> None:
         flat = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
         for start in range(0, flat.size, CHUNK_BYTES):
             chunk = flat[start : start + CHUNK_BYTES]
-            stream.write(memoryview(stored.transform(chunk) if stored.transform else chunk))
+            stream.write((stored.transform(chunk) if stored.transform else chunk).data)

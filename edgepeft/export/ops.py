@@ -140,7 +140,7 @@ def _int4_base(body: _Body, x: str, block: int) -> str:
     low = body("BitwiseOr", body.masked(even, 0x0F), body.shifted(odd, "LEFT"))  # columns 0..15 of each unit
     high = body("BitwiseOr", body.shifted(even, "RIGHT"), body.masked(odd, 0xF0))  # columns 16..31
     packed = body.rows_then(body("Concat", low, high, axis=3), -1, block // 2)
-    nbits = {"domain": "com.microsoft", "refs": "K N", "bits": 4, "block_size": block}
+    nbits: dict[str, Any] = {"domain": "com.microsoft", "refs": "K N", "bits": 4, "block_size": block}
     scales = body.rows_then(body("Transpose", body.float32("w_scale"), perm=[0, 2, 1]), -1)  # [N, B]
     return body("MatMulNBits", x, packed, scales, **nbits)
 
@@ -292,9 +292,9 @@ def magnitude(format: str, rows: Sequence[int], inputs: Sequence[np.ndarray]) ->
 def tolerance(format: str, activation: str, k: int) -> float:
     """Return the largest error of a correct implementation, relative to `magnitude`.
 
-    Float32 sums of n terms err by about sqrt(n) units of 2^-24 of the sum of magnitudes, and never by more than n. Under
-    float activations n is K. Under int8 ones the integer sums are exact and n is the number of blocks; the adapter's
-    branch stays float; 8 units cover the handful of scalings and the spread over many outputs.
+    Float32 sums of n terms err by about sqrt(n) units of 2^-24 of the sum of magnitudes, and never by more than n.
+    Under float activations n is K. Under int8 ones the integer sums are exact and n is the number of blocks; the
+    adapter's branch stays float; 8 units cover the handful of scalings and the spread over many outputs.
     """
     terms = k if activation == "float" else k // FORMATS[format].act_block
     return 2.0**-24 * (8 + max(terms, 64) ** 0.5)

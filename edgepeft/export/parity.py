@@ -24,6 +24,7 @@ from edgepeft.adapt.methods import PREFIX
 from edgepeft.console import table
 from edgepeft.errors import VerifyError
 from edgepeft.export import ops
+from edgepeft.quant.formats import FORMATS
 
 if TYPE_CHECKING:
     import onnx
@@ -43,7 +44,7 @@ class OnnxModel:
         import onnx
         import onnxruntime
 
-        self.name = "stock ONNX Runtime" if library is None else f"the op library, {activation or 'exported'} activations"
+        self.name = "stock ONNX Runtime" if library is None else "the op library"
         proto = onnx.load(str(folder / "model.onnx"), load_external_data=False)
         if activation:
             set_activation(proto, activation)
@@ -146,9 +147,8 @@ def int8_activations(model: Any) -> Iterator[None]:
         weight = torch.from_numpy(blocks.reshape(values_nk.shape)[: layer.out_features].astype(np.float32))
 
         def forward(x: Any) -> Any:
-            q, scale = ops.quantize_activations(
-                x.numpy().reshape(-1, x.shape[-1]), ops.FORMATS[layer.format].act_block
-            )
+            block = FORMATS[layer.format].act_block
+            q, scale = ops.quantize_activations(x.numpy().reshape(-1, x.shape[-1]), block)
             near = torch.from_numpy(q * scale[:, :, None]).reshape(x.shape)
             return torch.nn.functional.linear(near, weight, layer.bias)
 
@@ -176,6 +176,7 @@ class Difference(NamedTuple):
 
     @property
     def missed(self) -> bool:
+        """Tell whether the error is too large; NaN is."""
         return not self.error <= self.allowed
 
 
@@ -213,10 +214,9 @@ def require(what: str, rows: Sequence[Difference], advice: str) -> float:
         return max((row.error for row in rows), default=0.0)
     first = missed[0]
     near = rows[max(0, first - NEIGHBOURS) : first + NEIGHBOURS + 1]
-    lines = table(
-        [{"layer": r.layer, "error": r.error, "allowed": r.allowed, "": "<- starts here" if r is rows[first] else ""} for r in near]
-    )
+    lines = [{**row._asdict(), "": "<- starts here" if row is rows[first] else ""} for row in near]
+    layer, error, allowed = rows[first]
     raise VerifyError(
-        f"{what}: the difference starts in {rows[first].layer}: expected an error of at most {rows[first].allowed:.3g}, "
-        f"found {rows[first].error:.3g} ({len(missed)} of {len(rows)} layers miss). {advice}\n{lines}"
+        f"{what}: the difference starts in {layer}: expected an error of at most {allowed:.3g}, found {error:.3g} "
+        f"({len(missed)} of {len(rows)} layers miss). {advice}\n{table(lines)}"
     )

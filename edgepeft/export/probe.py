@@ -29,4 +29,4 @@ def run(model: str, library: str, inputs: str, outputs: str, threads: int = 1) -
 
 
 if __name__ == "__main__":
-    run(*sys.argv[1:5], threads=int((sys.argv[5:] or ["1"])[0]))
+    run(*sys.argv[1:5], *map(int, sys.argv[5:6]))  # type: ignore[arg-type]

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepeft.adapt import peft_files
+from edgepeft.adapt.merge import weight_shapes
 from edgepeft.adapt.methods import PREFIX
-from edgepeft.artifact import Run, read_json, read_tensors, write_json
+from edgepeft.artifact import Run, read_json, write_json
 from edgepeft.backbone.families import FAMILIES
 from edgepeft.console import say
 from edgepeft.errors import VerifyError
@@ -39,8 +40,8 @@ def export(config: Config, run: Run, out: Path) -> dict[str, Any]:
     from edgepeft.export import encoder
 
     training = read_json(run.path("adapter") / "training.json")
-    about = read_json(run.path("quantized") / "quantized.json")
-    weights = _weights(config, run, about)
+    weights = _weights(config, run)
+    about = weights.about
     adapter = _adapter(config, run, out, weights, training)
     settings = write_settings(run.path("quantized"), out, training["labels"], TASKS[config.task].auto_class)
     graph = encoder.build(FAMILIES[about["family"]], settings, weights, adapter, config.activation)
@@ -51,17 +52,15 @@ def export(config: Config, run: Run, out: Path) -> dict[str, Any]:
     return summary
 
 
-def _weights(config: Config, run: Run, about: Mapping[str, Any]) -> Weights:
+def _weights(config: Config, run: Run) -> Weights:
     """Return the packed weights to export; a merged model takes its head from the adapter."""
     from edgepeft.export.encoder import Weights
 
     if config.adapter != "merged":
-        return Weights(run.path("quantized"), about)
+        return Weights(run.path("quantized"))
     trained = peft_files.read(run.path("adapter"))
     heads = {name.removeprefix(PREFIX): value for name, value in trained.heads.items()}
-    folder = run.path("merged")
-    own = folder / "quantized.json"
-    return Weights(folder, read_json(own) if own.exists() else about, heads)
+    return Weights(run.path("merged"), heads)
 
 
 def _adapter(config: Config, run: Run, out: Path, weights: Weights, training: Mapping[str, Any]) -> AdapterFile:
@@ -71,10 +70,9 @@ def _adapter(config: Config, run: Run, out: Path, weights: Weights, training: Ma
     if config.adapter == "merged":
         return AdapterFile.read(None)
     folder = (out / ADAPTER_FILE).parent
-    shapes = {name: tuple(layer["shape"]) for name, layer in weights.layers.items() if layer["kind"] == "linear"}
-    floats = {n.removesuffix(".weight"): t.shape for n, t in weights.tensors.items() if t.ndim == 2}
-    expected = {"base_digest": weights.about["base_digest"], "shapes": {**floats, **shapes}}
-    peft_files.write_device(folder, run.path("adapter"), heads=FAMILIES[weights.about["family"]].heads, **expected)
+    about, shapes = weights.about, weight_shapes(weights.tensors, weights.about)
+    expected = {"base_digest": about["base_digest"], "shapes": shapes, "heads": FAMILIES[about["family"]].heads}
+    peft_files.write_device(folder, run.path("adapter"), **expected)
     write_json(folder / "labels.json", training["labels"])
     return AdapterFile.read(out / ADAPTER_FILE, training["config"]["method"])
 

@@ -5,7 +5,7 @@
 | adapter | PyTorch, the exported adapter | PyTorch, the trained one | float16 rounding, per layer |
 | stock | function bodies, stock ONNX Runtime | PyTorch, same bits and adapter | float32 rounding, per layer |
 | library | our kernels, float activations | the same | the same |
-| rounding | our kernels, int8 activations | PyTorch in float | twice the noise of int8 rounding done in PyTorch, per layer |
+| rounding | our kernels, int8 activations | PyTorch in float | twice the noise of PyTorch rounding to int8, per layer |
 | answers | the model as it will ship, `LABELLED` examples | PyTorch in float | 99 % the same label |
 | metric | the model as it will ship, the whole test split | the figure measured after training | a drop of 0.01 |
 | effect | adapter off; each of its tensors set to zero | the model itself | more than int8 noise; any difference |
@@ -54,7 +54,7 @@ DEVICE_TRACED = 2
 Figures = dict[str, Any]
 
 
-class Skipped(Exception):
+class Skipped(Exception):  # noqa: N818 - not an error
     """A check cannot run here, for the reason given."""
 
 
@@ -107,6 +107,7 @@ class Work:
 
     @classmethod
     def open(cls, config: Config, run: Run, out: Path) -> Work:
+        """Load splits, tokenizer and models of a run."""
         from edgepeft.train.data import load_splits
         from edgepeft.train.loop import load_tokenizer
         from edgepeft.train.watch import quiet
@@ -119,22 +120,27 @@ class Work:
 
     @property
     def folder(self) -> Path:
+        """The exported folder."""
         return self.run.path("export")
 
     @property
     def merged(self) -> bool:
+        """Whether the adapter went into the weights."""
         return self.config.adapter == "merged"
 
     @property
     def split(self) -> Split:
+        """The labelled texts to judge by: test, or validation where there is no test split."""
         return self.splits.test if len(self.splits.test) else self.splits.validation
 
     @property
     def split_name(self) -> str:
+        """Which split that is."""
         return "test" if len(self.splits.test) else "validation"
 
     @functools.cached_property
     def examples(self) -> list[dict[str, Any]]:
+        """The split as token ids."""
         from edgepeft.train.loop import encode, token_limit
 
         return encode(self.tokenizer, self.split, token_limit(self.model, self.config))
@@ -187,6 +193,7 @@ class Work:
 
     @functools.cached_property
     def layers(self) -> list[str]:
+        """The layers that the graph can show, in the order they are computed."""
         return self.onnx(False, traced=True).layers
 
     @functools.cached_property
@@ -288,8 +295,8 @@ def check_answers(work: Work) -> Figures:
     if (~same).sum() > max(1, round((1 - AGREEMENT) * len(same))):
         text = work.split.texts[int(np.flatnonzero(~same)[0])]
         raise VerifyError(
-            f"answers: {work.shipped.name} gives PyTorch's label for {same.mean():.2%} of {len(same)} examples, expected "
-            f"{AGREEMENT:.0%}; the first that differs: {text!r}. Try --activation float or a finer --format."
+            f"answers: {work.shipped.name} gives PyTorch's label for {same.mean():.2%} of {len(same)} examples, "
+            f"expected {AGREEMENT:.0%}; the first that differs: {text!r}. Try --activation float or a finer --format."
         )
     return {"agreement": float(same.mean()), "examples": len(same), "logits_error": parity.largest_error(found, wanted)}
 
@@ -303,11 +310,12 @@ def check_metric(work: Work) -> Figures:
     allowed = max(work.config.max_metric_drop if work.merged else 0.0, METRIC_DROP, 1.01 / len(split))
     if not found >= wanted - allowed:
         raise VerifyError(
-            f"{task.select} on the {work.split_name} split: expected at least {wanted - allowed:.4f} ({wanted:.4f} after "
-            f"training less {allowed:.4f}), found {found:.4f} in the exported model. Try --activation float or a finer "
-            "--format."
+            f"{task.select} on the {work.split_name} split: expected at least {wanted - allowed:.4f} ({wanted:.4f} "
+            f"after training less {allowed:.4f}), found {found:.4f} in the exported model. Try --activation float or a "
+            "finer --format."
         )
-    return {"metric": task.select, "exported": found, "trained": wanted, "split": work.split_name, "examples": len(split)}
+    figures = {"metric": task.select, "exported": found, "trained": wanted}
+    return {**figures, "split": work.split_name, "examples": len(split)}
 
 
 def check_effect(work: Work) -> Figures:
@@ -320,8 +328,8 @@ def check_effect(work: Work) -> Figures:
     own_noise = parity.noise(work.shipped.logits(batch), full)
     if not effect > max(NOISE_FACTOR * own_noise, FLOAT_ERROR):
         raise VerifyError(
-            f"effect: turning the adapter off changes the logits by {effect:.3g}, int8 noise alone by {own_noise:.3g}: the "
-            "device could not tell the tuned model from the base. Train longer, or take --activation float."
+            f"effect: turning the adapter off changes the logits by {effect:.3g}, int8 noise alone by {own_noise:.3g}: "
+            "the device could not tell the tuned model from the base. Train longer, or take --activation float."
         )
     zeros = {name: np.zeros_like(tensor) for name, tensor in work.tensors.items()}
     idle = [name for name, zero in zeros.items() if np.array_equal(model.logits(batch, {name: zero}), full)]

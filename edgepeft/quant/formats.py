@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -81,6 +82,11 @@ class WeightFormat:
         unit_bytes = TILE_ROWS * TILE_COLUMNS * self.bits // 8
         return (tiles, k // TILE_COLUMNS, unit_bytes), (tiles, self.blocks(k), TILE_ROWS)
 
+    def size_bytes(self, n: int, k: int) -> int:
+        """Return what the codes and scales of an N x K weight take on disk."""
+        w, scale = (math.prod(shape) for shape in self.packed_shapes(n, k))
+        return w + scale * int(self.scale_dtype.removeprefix("float")) // 8
+
     def quantize(self, w_nk: np.ndarray, double_quant: bool = False, known_nb: np.ndarray | None = None) -> Packed:
         """Round a float32 [N, K] weight to the nearest. Raises ModelError for a shape or values that do not fit.
 
@@ -95,7 +101,7 @@ class WeightFormat:
             raise ModelError(f"format {self.tag}: a {n} x {k} weight does not fit: {reason}.")
         if not np.isfinite(w_nk).all():
             raise ModelError(f"format {self.tag}: the weight holds NaN or infinite values.")
-        codes_nk, scale_nb = self._codec().encode(w_nk, self.block or k, known_nb)
+        codes_nk, scale_nb = self._codec().encode(w_nk, self.block or k, self.scale_dtype, known_nb)
         extra, scale_nb = self._codec().double_quantize(scale_nb) if double_quant else ({}, scale_nb)
         if not np.isfinite(scale_nb).all():
             raise ModelError(

@@ -15,9 +15,11 @@ LOW, HIGH, ZERO = -8, 7, 8
 REACHES = [end * stretch for end in (LOW, HIGH) for stretch in np.linspace(0.9, 1.35, 10)]
 
 
-def encode(w_nk: np.ndarray, block: int, known_nb: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return codes uint8 [N, K] and scales float16 [N, B] of a float32 weight."""
+def encode(
+    w_nk: np.ndarray, block: int, dtype: str, known_nb: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes uint8 [N, K] and scales `dtype` [N, B] of a float32 weight."""
     n, k = w_nk.shape
     known_r = None if known_nb is None else known_nb.reshape(-1)
-    integers, scales = rounding.fit(w_nk.reshape(-1, block), LOW, HIGH, REACHES, "float16", known_r)
+    integers, scales = rounding.fit(w_nk.reshape(-1, block), LOW, HIGH, REACHES, dtype, known_r)
     return (integers + np.int8(ZERO)).view(np.uint8).reshape(n, k), scales.reshape(n, k // block)

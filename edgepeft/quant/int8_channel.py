@@ -14,10 +14,11 @@ LIMIT, ZERO = 127, 128
 REACHES = [LIMIT * stretch for stretch in np.linspace(0.98, 1.1, 7)]
 
 
-def encode(w_nk: np.ndarray, block: int, known_nb: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return codes uint8 [N, K] and scales [N, B] of a float32 weight: float32 for whole rows, else float16."""
+def encode(
+    w_nk: np.ndarray, block: int, dtype: str, known_nb: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes uint8 [N, K] and scales `dtype` [N, B] of a float32 weight."""
     n, k = w_nk.shape
-    dtype = "float32" if block == k else "float16"
     known_r = None if known_nb is None else known_nb.reshape(-1)
     integers, scales = rounding.fit(w_nk.reshape(-1, block), -LIMIT, LIMIT, REACHES, dtype, known_r)
     return (integers.astype(np.int16) + ZERO).astype(np.uint8).reshape(n, k), scales.reshape(n, k // block)

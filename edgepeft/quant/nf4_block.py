@@ -35,7 +35,9 @@ GRID_STEPS = 1 << 16
 CHUNK_ROWS = 1 << 12
 
 
-def encode(w_nk: np.ndarray, block: int, known_nb: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def encode(
+    w_nk: np.ndarray, block: int, dtype: str, known_nb: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return codes uint8 [N, K] and absmax float32 [N, B] of a float32 weight; known scales have no say."""
     n, k = w_nk.shape
     rows = w_nk.reshape(-1, block)

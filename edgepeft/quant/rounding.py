@@ -4,8 +4,9 @@ For a block w and integers low..high the codes q and the scale s shall minimise 
 codes the best scale is  s = <w, q> / <q, q>;  for a given scale the best codes are the nearest ones. With e the value
 of largest magnitude and u = w / e, each of a few starts `reach` rounds u * reach: e lands on that point of the grid,
 at either end of it, so scales are signed. A start scores <u, q>^2 / <q, q>, what it takes off the squared error; the
-best one is refined by alternating the two steps, put into the dtype it is stored in, and the codes are made from the
-stored scale. One linear of 1536 x 384 takes about 30 ms; against one start the error falls by 3 to 5 %.
+best one is refined by alternating the two steps. Of the scales that can be stored next to it, and plain rounding's, the
+one whose nearest codes err least is taken, so the search never loses to plain rounding. One linear of 1536 x 384 takes
+about 50 ms; against plain rounding the error falls by 3 to 5 %.
 
 Left out: weighting by activations, which is a solver's business, and zero points.
 """
@@ -52,30 +53,38 @@ def _best_start(u: np.ndarray, low: int, high: int, reaches: Sequence[float]) ->
     return best
 
 
-def _fit(w: np.ndarray, low: int, high: int, reaches: Sequence[float], dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (integers [R, block] float32, stored scale [R, 1]) of w [R, block] float32."""
-    extreme = np.take_along_axis(w, np.abs(w).argmax(axis=1)[:, None], axis=1)
-    u = w * _inverse(extreme)
+def _fitted(u: np.ndarray, low: int, high: int, reaches: Sequence[float]) -> np.ndarray:
+    """Return the best float32 scale [R, 1] of u [R, block], |u| <= 1."""
     scale = _best_start(u, low, high, reaches)
     for _ in range(REFINEMENTS):
         q = _nearest(u, _inverse(scale), low, high)
         scale = _dot(u, q) * _inverse(_dot(q, q))
+    return scale
+
+
+def _choices(w: np.ndarray, low: int, high: int, reaches: Sequence[float], dtype: str) -> list[np.ndarray]:
+    """Return scales [R, 1] in the dtype they are stored in: the fit, its two neighbours, and plain rounding's."""
+    extreme = np.take_along_axis(w, np.abs(w).argmax(axis=1)[:, None], axis=1)
     with np.errstate(over="ignore"):
-        stored = (scale * extreme).astype(dtype)
-    return _nearest(w, _inverse(stored.astype(np.float32)), low, high), stored
+        fit = (_fitted(w * _inverse(extreme), low, high, reaches) * extreme).astype(dtype)
+        plain = (extreme / np.float32(low)).astype(dtype)
+        return [fit, *(np.nextafter(fit, np.array(end, dtype)) for end in (-np.inf, np.inf)), plain]
 
 
-def _keep_better(
-    w: np.ndarray, q: np.ndarray, stored: np.ndarray, known: np.ndarray, low: int, high: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return, block by block, the fit or what the known scale [R, 1] gives when that errs no more."""
-    known_q = _nearest(w, _inverse(known.astype(np.float32)), low, high)
-    errors = []
-    for integers, scale in ((q, stored), (known_q, known)):
-        difference = w - integers * scale.astype(np.float32)
-        errors.append(_dot(difference, difference))
-    keep = errors[1] <= errors[0]
-    return np.where(keep, known_q, q), np.where(keep, known, stored)
+def _best(w: np.ndarray, choices: Sequence[np.ndarray], low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (integers [R, block] float32, scale [R, 1]): per block, of the stored scales the one that errs least."""
+    best_q, best = _nearest(w, np.zeros((len(w), 1), np.float32), low, high), choices[0]
+    least = np.full((len(w), 1), np.inf, np.float32)
+    unit = _inverse(np.abs(w).max(axis=1, keepdims=True))  # keeps squares of huge and tiny weights in range
+    for scale in choices:
+        q = _nearest(w, _inverse(scale.astype(np.float32)), low, high)
+        with np.errstate(invalid="ignore"):
+            difference = (w - q * scale.astype(np.float32)) * unit
+        error = _dot(difference, difference)
+        better = error < least
+        least = np.where(better, error, least)
+        best_q, best = np.where(better, q, best_q), np.where(better, scale, best)
+    return best_q, best
 
 
 def fit(
@@ -91,8 +100,9 @@ def fit(
     step = max(1, CHUNK_VALUES // block)
     for start in range(0, rows, step):
         piece = slice(start, start + step)
-        q, scale = _fit(w_rb[piece], low, high, reaches, dtype)
-        if known_r is not None:
-            q, scale = _keep_better(w_rb[piece], q, scale, known_r[piece, None], low, high)
+        choices = _choices(w_rb[piece], low, high, reaches, dtype)
+        known = [] if known_r is None else [known_r[piece, None]]
+        q, scale = _best(w_rb[piece], known + choices, low, high)
+        scale = np.where(np.isfinite(choices[0]), scale, choices[0])  # too large for dtype: told, not clipped
         integers[piece], scales[piece] = q, scale[:, 0]
     return integers, scales

@@ -29,6 +29,7 @@ from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, Packed, WeightFor
 from edgepeft.quant.solvers import SOLVERS
 
 FEWEST_ROWS = 16  # below, an embedding is smaller than one packed tile and not worth an error
+PACKED_KINDS = ("linear", "embedding")
 FRESH_DEVIATION = 0.02
 WORST_SHOWN = 5
 
@@ -47,9 +48,9 @@ def quantize(config: Config, run: Run, out: Path) -> dict[str, Any]:
         work.add(name, kinds[name], array)
     _tell(config, work)
     if not any(layer["kind"] == "linear" for layer in work.layers):
-        reasons = "; ".join(f"{kept['name']}: {kept['reason']}" for kept in work.kept[:3])
+        reasons = "; ".join(f"{kept['name']}: {kept['reason']}" for kept in work.kept if kept["kind"] == "linear")
         raise ModelError(
-            f"{source.path}: no linear layer can take the format {config.format} ({reasons}). Take another."
+            f"{source.path}: no linear layer can take the format {config.format}: {reasons}. Take another."
         )
     about = work.about(source)
     meta = {"format": "pt", "edgepeft.base": source.digest, "edgepeft.format": config.format}
@@ -72,10 +73,10 @@ class _Work:
     def add(self, name: str, kind: str, array: np.ndarray) -> None:
         """Pack one tensor, or keep it in float32."""
         module = name.removesuffix(".weight")
-        if kind not in ("linear", "embedding"):
+        if kind not in PACKED_KINDS:
             self.tensors[name] = array
             return
-        fmt, reason = self._format(kind, array.shape)
+        fmt, reason = format_for(self.config, kind, array.shape)
         if fmt is None:
             self.tensors[name] = array
             self.kept.append({"name": module, "kind": kind, "shape": list(array.shape), "reason": reason})
@@ -84,17 +85,6 @@ class _Work:
         packed = SOLVERS[self.config.solver](fmt, array, double)
         self.layers.append({"name": module, "kind": kind, **describe(fmt, packed, array)})
         self.tensors.update(packed_tensors(module, packed))
-
-    def _format(self, kind: str, shape: Sequence[int]) -> tuple[WeightFormat | None, str]:
-        """Return the format of a weight, or None and the reason."""
-        tag = self.config.format if kind == "linear" else self.config.embedding_format
-        if tag == "float":
-            return None, "--embedding-format float"
-        if kind == "embedding" and shape[0] < FEWEST_ROWS:
-            return None, f"{shape[0]} rows are not worth packing"
-        fmt = FORMATS[tag] if kind == "linear" else EMBEDDING_FORMATS[tag]
-        reason = fmt.check_shape(*shape)
-        return (None, reason) if reason else (fmt, "")
 
     def about(self, source: ModelSource) -> dict[str, Any]:
         """Return quantized.json."""
@@ -106,6 +96,20 @@ class _Work:
             "embedding_format": config.embedding_format, "double_quant": config.double_quant, "solver": config.solver,
             "layers": self.layers, "kept": self.kept,
         }  # fmt: skip
+
+
+def format_for(config: Config, kind: str, shape: Sequence[int]) -> tuple[WeightFormat | None, str]:
+    """Return the format that a tensor of this kind and shape takes, or None and why it stays in float32."""
+    if kind not in PACKED_KINDS:
+        return None, "no matrix"
+    tag = config.format if kind == "linear" else config.embedding_format
+    if tag == "float":
+        return None, "--embedding-format float"
+    if kind == "embedding" and shape[0] < FEWEST_ROWS:
+        return None, f"{shape[0]} rows are not worth packing"
+    fmt = FORMATS[tag] if kind == "linear" else EMBEDDING_FORMATS[tag]
+    reason = fmt.check_shape(*shape)
+    return (None, reason) if reason else (fmt, "")
 
 
 def packed_tensors(module: str, packed: Packed) -> dict[str, np.ndarray]:

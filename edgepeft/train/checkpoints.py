@@ -44,12 +44,11 @@ def seal(work: Path, step: int, best: int) -> None:
 
 def newest(work: Path) -> int | None:
     """Remove checkpoints that cannot be trusted and return the newest step left, or None when training starts anew."""
-    best = {step: _best_if_whole(place(work, step)) for step in _steps(work)}
-    kept = None
-    for step in sorted(best, reverse=True):
-        if kept is None and best[step] is not None and best.get(best[step]) is not None:
-            kept = step
-        elif kept is None or best[step] is None:
+    steps = sorted(_steps(work), reverse=True)
+    best = {step: named for step in steps if (named := _best_if_whole(place(work, step))) is not None}
+    kept = next((step for step in steps if step in best and best[step] in best), None)
+    for step in steps:
+        if kept is None or step > kept or step not in best:
             shutil.rmtree(place(work, step))
     return kept
 

@@ -274,14 +274,14 @@ def _with_missing(rows: Mapping[str, list[Row]], config: Config) -> dict[str, li
 
 
 def _assignment(rows: list[Row], shares: Mapping[str, float], seed: int) -> dict[str, str]:
-    """Return {text: split}. Per label, distinct texts in the order of their hash; every split gets one if there are 5."""
+    """Return {text: split}: per label, distinct texts in the order of their hash; 5 of them put one in each split."""
     first: dict[str, str] = {}
     for _, text, label in rows:
         first[text] = min(label, first.get(text, label))
     by_label: dict[str, list[str]] = {}
     for text, label in first.items():
         by_label.setdefault(label, []).append(text)
-    where = {}
+    where: dict[str, str] = {}
     for texts in by_label.values():
         texts.sort(key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode("utf-8", "surrogatepass")).digest())
         names = []

@@ -63,7 +63,7 @@ def train(config: Config, run: Run, out: Path) -> dict[str, Any]:
     with quiet():
         tokenizer = load_tokenizer(quantized)
         model = adapted(_packed_model(quantized, splits, config), config)
-        work = run.work("train", run.key)  # type: ignore[attr-defined]
+        work = run.work("train", run.key)
         result = fit(model, tokenizer, splits, config, work, run.folder / "logs")
     settings = _settings(model, config, heads_of(model))
     tensors = read_tensors(checkpoints.place(work, result["best_step"]) / peft_files.TENSORS)
@@ -161,7 +161,8 @@ def token_limit(model: Any, config: Config) -> int:
     """Return max_length. Raises ConfigError when the model has fewer positions."""
     positions = getattr(model.config, "max_position_embeddings", None) or config.max_length
     if config.max_length > positions:
-        raise ConfigError(f"--max-length: expected at most {positions}, the model's positions; found {config.max_length}.")
+        found = config.max_length
+        raise ConfigError(f"--max-length: expected at most {positions}, the model's positions; found {found}.")
     return config.max_length
 
 
@@ -284,7 +285,7 @@ def _trainer(
         eval_dataset=sorted(examples["validation"], key=lambda row: len(row["input_ids"])),
         data_collator=lambda rows: task.collate(rows, tokenizer.pad_token_id or 0),
         compute_loss_func=GuardedLoss(task, config, lambda: trainer.state.global_step),
-        compute_metrics=lambda found: task.metrics(found.predictions, found.label_ids),
+        compute_metrics=lambda found: task.metrics(np.asarray(found.predictions), np.asarray(found.label_ids)),
         callbacks=[progress, Sealer(work, task), *(tensorboard(logs) if logs else [])],
     )
     trainer.remove_callback(PrinterCallback)
@@ -326,10 +327,14 @@ def _tell_end(result: Mapping[str, Any]) -> None:
 def _speed(progress: Any, examples: int, config: Config) -> dict[str, float | None]:
     """Return the speed of the training steps this process did; evaluation and checkpoints do not count."""
     if not progress.steps:
-        return {"samples_per_second": None, "step_ms": None}
-    per_step = progress.step_seconds / progress.steps
+        return {"samples_per_second": None, "step_ms": None, "step_cpu_ms": None}
+    wall, cpu = progress.step_seconds / progress.steps, progress.step_cpu_seconds / progress.steps
     mean_batch = examples / -(-examples // config.batch_size)
-    return {"samples_per_second": round(mean_batch / per_step, 2), "step_ms": round(per_step * 1e3, 3)}
+    return {
+        "samples_per_second": round(mean_batch / wall, 2),
+        "step_ms": round(wall * 1e3, 3),
+        "step_cpu_ms": round(cpu * 1e3, 3),
+    }
 
 
 def versions() -> dict[str, str]:

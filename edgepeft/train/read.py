@@ -85,7 +85,7 @@ def _read_json(path: Path) -> Table:
         found = [(f"line {i}", _parsed(path, line, i - 1)) for i, line in lines if line.strip()]
     for place, row in found:
         if not isinstance(row, dict):
-            raise DataError(f'{path}, {place}: expected an object like {{"text": ..., "label": ...}}, found {row!r:.60}.')
+            raise DataError(f'{path}, {place}: expected an object such as {{"text": "…"}}, found {row!r:.60}.')
     return Table(path, tuple(dict.fromkeys(key for _, row in found for key in row)), found)
 
 
@@ -94,14 +94,14 @@ def _parsed(path: Path, text: str, lines_before: int) -> Any:
         return json.loads(text)
     except ValueError as error:
         line = lines_before + getattr(error, "lineno", 1)
-        raise DataError(f"{path}, line {line}: not valid JSON ({error}). If the file was cut off, copy it again.") from None
+        raise DataError(f"{path}, line {line}: not valid JSON ({error}). If it was cut off, copy it again.") from None
 
 
 def _read_parquet(path: Path) -> Table:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow; or save the data as CSV.") from None
+        raise DataError(f"{path}: Parquet needs pyarrow: pip install pyarrow; or save the data as CSV.") from None
     try:
         table = pyarrow.parquet.read_table(path)
         found = [(f"row {i}", row) for i, row in enumerate(table.to_pylist(), 1)]

@@ -26,16 +26,18 @@ if TYPE_CHECKING:
 
 
 class Progress(TrainerCallback):
-    """A bar on a terminal, one line per epoch, and the seconds spent in training steps."""
+    """A bar on a terminal, one line per epoch, and the wall and CPU seconds spent in training steps."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
         self.step_seconds = 0.0
+        self.step_cpu_seconds = 0.0
         self.steps = 0
         self._bar: Any = None
-        self._began = 0.0
+        self._began = (0.0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar."""
         from tqdm import tqdm
 
         self._bar = tqdm(
@@ -44,14 +46,19 @@ class Progress(TrainerCallback):
         )  # fmt: skip
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._began = time.perf_counter()
+        """Start the clock."""
+        self._began = (time.perf_counter(), time.process_time())
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.step_seconds += time.perf_counter() - self._began
+        """Stop the clock and move the bar."""
+        self.step_seconds += time.perf_counter() - self._began[0]
+        self.step_cpu_seconds += time.process_time() - self._began[1]
         self.steps += 1
         self._bar.update(1)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **_: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Say the figures of the epoch."""
+        metrics = given["metrics"]
         best = checkpoints.best_step(state.log_history, self.task.select) == state.global_step
         loss = epoch_rows(state.log_history)[-1]["train_loss"]
         figures = f"train loss {loss:.4f}, validation loss {metrics['eval_loss']:.4f}"
@@ -60,6 +67,7 @@ class Progress(TrainerCallback):
         say(f"  epoch {round(state.epoch)}/{args.num_train_epochs}: {figures}{' (best)' if best else ''}")
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Close the bar."""
         self._bar.close()
 
 
@@ -70,6 +78,7 @@ class Sealer(TrainerCallback):
         self.work, self.task = work, task
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Seal the checkpoint."""
         checkpoints.seal(self.work, state.global_step, checkpoints.best_step(state.log_history, self.task.select))
 
 
@@ -80,12 +89,13 @@ class GuardedLoss:
         self.task, self.config, self.step = task, config, step
 
     def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Return the mean loss of a batch. Raises EdgePeftError when it is not finite."""
         loss = self.task.loss(outputs.logits, labels)
         if not math.isfinite(loss.item()):
-            rate = self.config.learning_rate
+            rate, alpha = self.config.learning_rate, self.config.alpha
             raise EdgePeftError(
-                f"training step {self.step() + 1}: expected a finite loss, found {loss.item()}. Lower the learning rate "
-                f"(--learning-rate {rate / 10:g} instead of {rate:g}) or alpha ({self.config.alpha:g})."
+                f"training step {self.step() + 1}: expected a finite loss, found {loss.item()}. Lower the learning "
+                f"rate (--learning-rate {rate / 10:g} instead of {rate:g}) or alpha ({alpha:g})."
             )
         return loss
 
@@ -98,7 +108,7 @@ def epoch_rows(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, float
         if "loss" in entry:
             losses.append(entry["loss"])
         elif "eval_loss" in entry:
-            figures = {key[5:]: entry[f"{key}"] for key in ("eval_loss", "eval_accuracy", "eval_macro_f1")}
+            figures = {key[5:]: entry[key] for key in ("eval_loss", "eval_accuracy", "eval_macro_f1")}
             mean = sum(losses) / len(losses) if losses else math.nan
             rows.append({"epoch": entry["epoch"], "step": entry["step"], "train_loss": mean, **figures})
             losses = []

@@ -91,7 +91,7 @@ DAMAGED: dict[str, tuple[dict[str, Any], str]] = {
     "NaN": ({A: np.full((4, 64), np.nan, np.float32)}, "hold NaN"),
     "infinity in the head": ({f"{PREFIX}classifier.bias": np.full(3, np.inf, np.float32)}, "hold NaN, infinity"),
     "integers": ({A: np.ones((4, 64), np.int32)}, "no floats"),
-    "another's tensor": ({f"{PREFIX}layer.0.query.lora_magnitude_vector": np.ones(32, np.float32)}, "belong to nothing"),
+    "another's tensor": ({f"{PREFIX}layer.0.query.lora_magnitude": np.ones(32, np.float32)}, "belong to nothing"),
     "half a pair": ({f"{PREFIX}layer.1.query.lora_A.weight": np.ones((4, 64), np.float32)}, "lora_B is missing"),
     "a shape": ({B: np.ones((32, 5), np.float32)}, "found [4, 64], [32, 5]"),
 }

@@ -14,10 +14,25 @@ from edgepeft.data import home_assistant
 
 SPLITS = ("train", "validation", "test")
 LABELS = {
-    "alarm_cancel", "alarm_set", "cover_close", "cover_open", "door_lock", "door_unlock",
-    "light_adjust", "light_off", "light_on", "music_play", "music_stop", "out_of_scope",
-    "reminder_set", "shopping_list_add", "temperature_query", "thermostat_set", "timer_set",
-    "volume_change", "weather_query",
+    "alarm_cancel",
+    "alarm_set",
+    "cover_close",
+    "cover_open",
+    "door_lock",
+    "door_unlock",
+    "light_adjust",
+    "light_off",
+    "light_on",
+    "music_play",
+    "music_stop",
+    "out_of_scope",
+    "reminder_set",
+    "shopping_list_add",
+    "temperature_query",
+    "thermostat_set",
+    "timer_set",
+    "volume_change",
+    "weather_query",
 }
 TRIGRAM_LIMIT = 0.6
 TOKEN_LIMIT = 0.75
@@ -74,15 +89,18 @@ def test_jaccard_matrix_on_known_sets():
 def test_file_format(split):
     raw = (home_assistant() / f"{split}.csv").read_bytes()
     assert not raw.startswith(b"\xef\xbb\xbf")
-    assert b"\r" not in raw and raw.endswith(b"\n")
+    assert b"\r" not in raw
+    assert raw.endswith(b"\n")
     raw.decode("utf-8", errors="strict")
     for row in rows(split):
         assert len(row) == 2, row
         text, label = row
-        assert text and normalise(text), row
-        assert text == text.strip() and label == label.strip(), row
+        assert normalise(text), row
+        assert text == text.strip(), row
+        assert label == label.strip(), row
         assert all(unicodedata.category(c)[0] != "C" for c in text), row
-        assert "  " not in text and "\ufffd" not in text, row
+        assert "  " not in text, row
+        assert "\ufffd" not in text, row
 
 
 def test_labels_equal_in_every_split():
@@ -119,12 +137,8 @@ def test_no_duplicates():
             seen[key] = (split, text, label)
 
 
-@pytest.mark.parametrize(
-    "first, second", [("train", "validation"), ("train", "test"), ("validation", "test")]
-)
-@pytest.mark.parametrize(
-    "features, limit", [(trigrams, TRIGRAM_LIMIT), (tokens, TOKEN_LIMIT)]
-)
+@pytest.mark.parametrize(("first", "second"), [("train", "validation"), ("train", "test"), ("validation", "test")])
+@pytest.mark.parametrize(("features", "limit"), [(trigrams, TRIGRAM_LIMIT), (tokens, TOKEN_LIMIT)])
 def test_no_near_duplicates_across_splits(first, second, features, limit):
     a, b = ([normalise(text) for text, _ in rows(s)] for s in (first, second))
     sim = jaccard_matrix([features(t) for t in a], [features(t) for t in b])

@@ -20,7 +20,7 @@ from tests.export.tiny_run import export_run, make_run, random_adapter, torch_mo
 TIGHT = 1e-4  # float32 rounding over the layers
 HALF = 4e-3  # the adapter as float16
 
-FORMAT_PAIRS = [(tag, emb) for tag, emb in zip(sorted(FORMATS), ["i4b32", "i8b32", "float", "i4b32", "i4b32"], strict=True)]
+FORMAT_PAIRS = list(zip(sorted(FORMATS), ["i4b32", "i8b32", "float", "i4b32", "i4b32"], strict=True))
 
 
 def batch(seed=0, lengths=(17, 5, 1, 9)):
@@ -96,13 +96,14 @@ def test_padding_changes_nothing(tiny):
 
 
 def test_folder_is_complete_and_the_adapter_exists_once(tiny):
-    config, run = tiny
+    _config, run = tiny
     folder = run.path("export")
     names = set(digests(folder))
     assert {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json", "export.json"} < names
     assert {"adapters/default/adapter_config.json", "adapters/default/adapter_model.safetensors"} < names
     settings = json.loads((folder / "config.json").read_text())
-    assert settings["architectures"] == ["BertForSequenceClassification"] and settings["num_labels"] == len(LABELS)
+    assert settings["architectures"] == ["BertForSequenceClassification"]
+    assert settings["num_labels"] == len(LABELS)
     assert settings["id2label"] == {str(i): label for i, label in enumerate(LABELS)}
     tensors = read_tensors(folder / encoder.ADAPTER_FILE)
     proto = onnx.load(folder / "model.onnx", load_external_data=False)
@@ -119,7 +120,8 @@ def test_folder_is_complete_and_the_adapter_exists_once(tiny):
 def test_file_stays_within_what_the_oldest_runtime_reads(tiny):
     """ONNX Runtime 1.20: opset 21, IR version 10, 4-bit MatMulNBits only, no uint8 tables in GatherBlockQuantized."""
     proto = onnx.load(tiny[1].path("export") / "model.onnx", load_external_data=False)
-    assert proto.ir_version <= 10 and {o.domain: o.version for o in proto.opset_import}[""] <= 21
+    assert proto.ir_version <= 10
+    assert {o.domain: o.version for o in proto.opset_import}[""] <= 21
     kinds = {t.name: t.data_type for t in proto.graph.initializer}
     nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
     for node in nodes:
@@ -164,3 +166,34 @@ def test_what_would_not_be_exact_is_refused(tiny, change, words):
     settings = {**json.loads((run.path("quantized") / "config.json").read_text()), **change}
     with pytest.raises(ModelError, match=words):
         encoder.build(FAMILIES["bert"], settings, weights, encoder.AdapterFile.read(None))
+
+
+def test_merged_model_has_no_adapter_and_verifies(tmp_path):
+    from edgepeft.adapt.merge import merge
+    from edgepeft.export.verify import verify
+
+    config, run = make_run(tmp_path, adapter="merged", min_retention=0.0, max_metric_drop=1.0)
+    run.make("merged", "", lambda out: merge(config, run, out))
+    folder = export_run(config, run)
+    onnx_model = OnnxModel(folder, None)
+    assert not (folder / "adapters").exists()
+    assert not onnx_model.adapter_shapes
+    apart = by_torch(torch_model(config, run), batch())
+    assert 1e-3 < largest_error(onnx_model.logits(batch()), apart) < 0.6  # the grid swallows some of it
+    report = run.make("verify", "", lambda out: verify(config, run, out))
+    skipped = {name for name, figures in report.items() if figures["status"] == "skipped"}
+    assert {"adapter", "effect"} <= skipped
+    assert report["stock"]["largest_error"] < TIGHT
+
+
+@pytest.mark.optimum
+def test_optimum_loads_the_folder(tiny):
+    import onnxruntime
+    from optimum.onnxruntime import ORTModelForSequenceClassification
+
+    folder, options = tiny[1].path("export"), onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    model = ORTModelForSequenceClassification.from_pretrained(folder, session_options=options)
+    assert [model.config.id2label[i] for i in range(len(LABELS))] == list(LABELS)
+    got = model(**{name: torch.from_numpy(a) for name, a in batch().items()}).logits.numpy()
+    assert largest_error(got, OnnxModel(folder, None).logits(batch())) < 1e-6

@@ -1,5 +1,7 @@
 """The graph builder: what is written can be loaded, lies aligned, exists once, and is the same every time."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -66,7 +68,8 @@ def test_offsets_are_aligned_and_lie_within_the_file(tmp_path):
         entries = {e.key: e.value for e in tensor.external_data}
         if entries.get("location") == "model.onnx.data":
             offset, length = int(entries["offset"]), int(entries["length"])
-            assert offset % (4096 if length >= 1 << 16 else 64) == 0 and offset + length <= size
+            assert offset % (4096 if length >= 1 << 16 else 64) == 0
+            assert offset + length <= size
             seen += 1
     assert seen == 4
 
@@ -78,7 +81,7 @@ def test_large_constants_are_streamed_not_copied(tmp_path):
     graph.output(graph.node("Size", graph.constant("w", source), dtype=7, shape=(), name="n"))
 
     def anonymous_bytes():
-        lines = open("/proc/self/status").read().splitlines()
+        lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) << 10
 
     before = anonymous_bytes()
@@ -91,4 +94,5 @@ def test_large_constants_are_streamed_not_copied(tmp_path):
 def test_a_constant_is_stored_once(tmp_path, name):
     graph = build(tmp_path)
     before = graph.data_bytes
-    assert graph.constant(name, BIG) == graph.constants[name] and graph.data_bytes == before
+    assert graph.constant(name, BIG) == graph.constants[name]
+    assert graph.data_bytes == before

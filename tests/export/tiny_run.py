@@ -13,7 +13,9 @@ from edgepeft.config import Config
 HIDDEN, RANK = 64, 4
 
 
-def random_adapter(run: Run, folder: Path, rank: int = RANK, labels: int = len(LABELS), hidden: int = HIDDEN, seed: int = 0) -> None:
+def random_adapter(
+    run: Run, folder: Path, rank: int = RANK, labels: int = len(LABELS), hidden: int = HIDDEN, seed: int = 0
+) -> None:
     """Write a PEFT folder whose every tensor is random; alpha is twice the rank, as trained ones have it."""
     about = json.loads((run.path("quantized") / "quantized.json").read_text())
     rng = np.random.default_rng(seed)

@@ -18,7 +18,9 @@ def test_onnxruntime_gathers_the_same_rows(fmt):
     packed = fmt.quantize(w_vk)
     constants = [
         helper.make_tensor("codes", TensorProto.UINT8, packed.w.shape, packed.w.tobytes(), raw=True),
-        helper.make_tensor("scales", TensorProto.FLOAT, packed.scale.shape, packed.scale.astype("f4").tobytes(), raw=True),
+        helper.make_tensor(
+            "scales", TensorProto.FLOAT, packed.scale.shape, packed.scale.astype("f4").tobytes(), raw=True
+        ),
     ]
     node = helper.make_node(
         "GatherBlockQuantized", ["codes", "ids", "scales"], ["rows"], domain="com.microsoft",

@@ -17,7 +17,7 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     place = tmp_path_factory.mktemp("tiny")
     model, data = tiny_bert(place / "model"), tiny_data(place / "data", "folder")
     return Config(
-        model=str(model), data=str(data), epochs=4, batch_size=16, rank=4, alpha=8.0, learning_rate=1e-2, max_length=24,
+        model=str(model), data=str(data), epochs=10, batch_size=12, rank=4, alpha=8.0, learning_rate=1e-2, max_length=24,
         threads=1,
     )  # fmt: skip
 
@@ -46,7 +46,7 @@ def new_run(tmp_path: Path, quantized: Callable[..., Path]) -> Callable[..., Run
     def make(tag: str = "i4b32", name: str = "run") -> Run:
         shutil.copytree(quantized(tag), tmp_path / name / "quantized")
         run = Run(tmp_path / name)
-        run.key = "a key"  # type: ignore[attr-defined]
+        run.key = "a key"
         return run
 
     return make

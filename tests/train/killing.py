@@ -61,7 +61,7 @@ def arm(moment: str) -> None:
         "while a checkpoint is written": lambda: at_call(torch, "save", 1, half_file),
         "while the second checkpoint is written": lambda: at_call(torch, "save", 5, half_file),
         "before the seal": lambda: at_call(checkpoints, "seal", 1),
-        "between seal and removal": lambda: at_call(checkpoints.shutil, "rmtree", 1),
+        "between seal and removal": lambda: at_call(checkpoints.shutil, "rmtree", 2),
         "after training": lambda: at_call(loop, "_load_adapter", 1),
         "while the adapter is written": lambda: at_call(peft_files, "write_tensors", 1),
         "never": lambda: None,
@@ -77,7 +77,7 @@ def child(config: Config, folder: str, moment: str) -> None:
 
     arm(moment)
     run = Run(Path(folder))
-    run.key = "a key"  # type: ignore[attr-defined]
+    run.key = "a key"
     with contextlib.redirect_stderr(io.StringIO()):
         run.make("adapter", "a key", lambda out: loop.train(config, run, out))
 

@@ -92,7 +92,11 @@ FAULTS = {
     "unknown kind": ("a.xlsx", "x", ["unknown kind '.xlsx'", ".csv", ".parquet"]),
     "empty": ("a.csv", "", ["is empty"]),
     "only a header": ("a.csv", "text,label\n", ["no rows"]),
-    "wrong columns": ("a.csv", "txt,lable\na,b\n", ["no column 'text'", "no column 'label'", "Nearest: 'txt'", "--text-column"]),
+    "wrong columns": (
+        "a.csv",
+        "txt,lable\na,b\n",
+        ["no column 'text'", "no column 'label'", "Nearest: 'txt'", "--text-"],
+    ),
     "unclosed quote": ("a.csv", GOOD + '"turn off,light_off\n', ["line 17", "not valid CSV"]),
     "too many fields": ("a.csv", GOOD + "please, do,light_on\n", ["line 17", "expected 2 fields", "found 3"]),
     "cut off": ("a.csv", GOOD + "turn", ["line 17", "found 1"]),
