@@ -22,6 +22,9 @@ from edgepeft.config import Config, flag, resolve
 from edgepeft.console import say
 from edgepeft.errors import EdgePeftError
 
+# What a failed write says: the system through any library, and torch.save, which hides the system's error.
+FULL_DISK = ("No space left on device", "] . unexpected pos")
+
 EXAMPLES = """\b
 Examples:
   edgepeft build --target rpi
@@ -107,7 +110,7 @@ _stage_command("bundle", "Collect what the device needs into one folder.")
 @click.option("--file", "file", type=click.Path(path_type=Path), help="One text per line; '-' reads standard input.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per text.")
 @click.option("--adapter", default=None, help="Adapter to use, or 'none' for the base model.")
-@click.option("--top-k", type=int, default=1, show_default=True, help="Labels to show per text.")
+@click.option("--top-k", type=int, default=None, help="Labels to show per text  [default: 1; all with --json].")
 @click.option("--threads", type=int, default=0, show_default=True, help="CPU threads; 0 takes all.")
 def run(bundle: Path, texts: Sequence[str], file: Path | None, as_json: bool, **options: Any) -> None:
     """Classify texts with a bundle.
@@ -153,7 +156,7 @@ def _no_space(error: BaseException) -> bool:
     """Tell whether an error, or one it came from, is a full disk, whichever library raised it."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    if "No space left on device" in str(error):
+    if any(text in str(error) for text in FULL_DISK):
         return True
     cause = error.__cause__ or error.__context__
     return cause is not None and _no_space(cause)

@@ -78,6 +78,7 @@ def test_a_mistake_gets_one_text_and_a_status(tmp_path, arguments, status, said)
     [
         (OSError(errno.ENOSPC, "No space left on device"), 1, "the disk is full"),
         (RuntimeError("write failed: No space left on device (os error 28)"), 1, "the disk is full"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), 1, "the disk is full"),
         (KeyboardInterrupt(), 130, "goes on from there"),
         (ValueError("a defect"), None, None),
     ],

@@ -162,8 +162,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _digest(files: Sequence[Path]) -> str:
-    stats = [(file, file.stat()) for file in files]
-    each = [_file_digest(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    each = [_file_digest(str(file), stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
     return each[0] if len(each) == 1 else key_of(each)
 
 
@@ -289,8 +288,7 @@ def _tensor(file: Path, name: str, entry: Mapping[str, Any], base_bytes: int) ->
     if array.dtype.kind != "f":
         return array
     array = array.astype(np.float32, copy=False)
-    if not np.isfinite(array).all():
-        bad = int(array.size - np.isfinite(array).sum())
+    if bad := int(array.size - np.isfinite(array).sum()):
         raise ModelError(
             f"{file}: tensor {name} holds {bad} NaN or infinite values of {array.size}. The model is "
             "damaged: get it again."

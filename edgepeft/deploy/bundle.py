@@ -159,7 +159,8 @@ def why(target: Target) -> str:
     broken = " and ".join(target.onnxruntime_broken)
     if not broken:
         return f"onnxruntime {target.onnxruntime} is known to run on this target."
-    return f"onnxruntime {broken} dies with SIGILL on {target.cpu}; {target.onnxruntime} is safe on all of them."
+    cores = "cores without dot-product instructions (Cortex-A53, A72)"
+    return f"onnxruntime {broken} dies with SIGILL on {cores}; {target.onnxruntime} is safe on all of this target's."
 
 
 def _write_documents(values: Mapping[str, Any], target: Target, out: Path) -> None:

@@ -41,16 +41,11 @@ class OnnxModel:
     def __init__(
         self, folder: Path, library: Path | None, activation: str | None = None, threads: int = 0, traced: bool = False
     ) -> None:
-        import onnx
         import onnxruntime
 
         self.name = "stock ONNX Runtime" if library is None else "the op library"
-        proto = onnx.load(str(folder / "model.onnx"), load_external_data=False)
-        if activation:
-            set_activation(proto, activation)
-        self.layers = [LOGITS]
-        if traced:
-            self.layers = _expose(proto)
+        proto = load(folder, activation)
+        self.layers = _expose(proto) if traced else [LOGITS]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
@@ -88,11 +83,20 @@ class OnnxModel:
         return feeds
 
 
-def set_activation(proto: onnx.ModelProto, activation: str) -> None:
-    """Set the activation of every fused node."""
+def load(folder: Path, activation: str | None) -> onnx.ModelProto:
+    """Return the exported graph, its large tensors left in their files, with the activation of every node set."""
+    import onnx
+
+    proto = onnx.load(str(folder / "model.onnx"), load_external_data=False)
     for node in proto.graph.node:
-        if node.domain == ops.DOMAIN:
+        if activation and node.domain == ops.DOMAIN:
             next(a for a in node.attribute if a.name == "activation").s = activation.encode()
+    return proto
+
+
+def model_bytes(folder: Path, activation: str) -> bytes:
+    """Return model.onnx with another activation; it has to lie in the same folder."""
+    return load(folder, activation).SerializeToString(deterministic=True)
 
 
 def _expose(proto: onnx.ModelProto) -> list[str]:

@@ -17,30 +17,26 @@ Layers are compared on a few real sentences of different lengths, padding includ
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepeft.adapt import peft_files
-from edgepeft.adapt.methods import PREFIX
-from edgepeft.artifact import Run, read_json, read_tensors, write_json
+from edgepeft.artifact import Run, read_json, write_json
 from edgepeft.console import say
-from edgepeft.errors import EdgePeftError, TargetError, VerifyError
+from edgepeft.errors import EdgePeftError, VerifyError
 from edgepeft.export import parity, probe
-from edgepeft.export.encoder import ADAPTER_FILE
-from edgepeft.export.parity import LOGITS, OnnxModel, Trace
+from edgepeft.export.parity import LOGITS, Trace
+from edgepeft.export.subject import TRACED, Skipped, Subject
 from edgepeft.train.tasks import TASKS
 
 if TYPE_CHECKING:
     from edgepeft.config import Config
-    from edgepeft.train.data import Split, Splits
 
 FLOAT_ERROR = 1e-4  # some 100 units of float32 over a few dozen layers; measured: 1e-6 to 1e-5
 HALF_ERROR = 4e-3  # two roundings of 2^-11 in each product of A and B, carried through the layers; measured: 3e-4
@@ -48,14 +44,10 @@ NOISE_FACTOR = 2.0
 NOISE_FLOOR = 1e-3
 AGREEMENT = 0.99
 METRIC_DROP = 0.01
-TRACED, LABELLED, BATCH = 8, 512, 32
+LABELLED = 512
 DEVICE_TRACED = 2
 
 Figures = dict[str, Any]
-
-
-class Skipped(Exception):  # noqa: N818 - not an error
-    """A check cannot run here, for the reason given."""
 
 
 def verify(config: Config, run: Run, out: Path) -> dict[str, Any]:
@@ -63,7 +55,7 @@ def verify(config: Config, run: Run, out: Path) -> dict[str, Any]:
 
     Raises VerifyError that names the check, the layer or tensor where it starts, what was expected and what was found.
     """
-    work = Work.open(config, run, out)
+    work = Subject.open(config, run, out)
     report: dict[str, Figures] = {}
     for name, check in CHECKS.items():
         try:
@@ -83,160 +75,25 @@ def _version(package: str) -> str:
 
 
 def _tell(name: str, figures: Figures) -> None:
-    shown = {key: f"{v:.3g}" if isinstance(v, float) else v for key, v in figures.items() if key != "status"}
-    text = "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
-    say(f"  {name:<9}{figures['status']}: {text}" if text else f"  {name:<9}{figures['status']}")
+    text = _phrase({key: value for key, value in figures.items() if key != "status"})
+    say(f"  {name:<9}{figures['status']}" + (f": {text}" if text else ""))
 
 
-# --- what the checks work on -------------------------------------------------------------------------------------
+def _phrase(figures: Figures) -> str:
+    """Return figures as words: "largest error 8e-07; layers 27"."""
 
+    def one(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return f"({_phrase(dict(value))})"
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
 
-@dataclasses.dataclass
-class Work:
-    """One export and the PyTorch model it came from. `trained` and `exported` put that adapter in place first."""
-
-    config: Config
-    run: Run
-    out: Path
-    splits: Splits
-    tokenizer: Any
-    model: Any
-    library: Path | None
-    why_no_library: str
-    models: dict[tuple[bool, str | None, bool], OnnxModel] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def open(cls, config: Config, run: Run, out: Path) -> Work:
-        """Load splits, tokenizer and models of a run."""
-        from edgepeft.train.data import load_splits
-        from edgepeft.train.loop import load_tokenizer
-        from edgepeft.train.watch import quiet
-
-        splits = load_splits(config)
-        library, why = _library()
-        with quiet():
-            tokenizer, model = load_tokenizer(run.path("quantized")), _torch_model(config, run, splits.labels)
-        return cls(config, run, out, splits, tokenizer, model, library, why)
-
-    @property
-    def folder(self) -> Path:
-        """The exported folder."""
-        return self.run.path("export")
-
-    @property
-    def merged(self) -> bool:
-        """Whether the adapter went into the weights."""
-        return self.config.adapter == "merged"
-
-    @property
-    def split(self) -> Split:
-        """The labelled texts to judge by: test, or validation where there is no test split."""
-        return self.splits.test if len(self.splits.test) else self.splits.validation
-
-    @property
-    def split_name(self) -> str:
-        """Which split that is."""
-        return "test" if len(self.splits.test) else "validation"
-
-    @functools.cached_property
-    def examples(self) -> list[dict[str, Any]]:
-        """The split as token ids."""
-        from edgepeft.train.loop import encode, token_limit
-
-        return encode(self.tokenizer, self.split, token_limit(self.model, self.config))
-
-    def batch(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """Return padded int64 arrays [M, S] for the graph and for PyTorch."""
-        padded = TASKS[self.config.task].collate(examples, self.tokenizer.pad_token_id or 0)
-        arrays = {name: tensor.numpy() for name, tensor in padded.items() if name != "labels"}
-        return {"token_type_ids": np.zeros_like(arrays["input_ids"]), **arrays}
-
-    def sample(self, count: int) -> dict[str, np.ndarray]:
-        """Return a few examples from the shortest to the longest of the split, padded together."""
-        order = sorted(self.examples, key=lambda row: len(row["input_ids"]))
-        places = np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))
-        return self.batch([order[i] for i in places])
-
-    def predict(self, logits: Callable[[dict[str, np.ndarray]], np.ndarray], count: int | None = None) -> np.ndarray:
-        """Return the logits of the split's first `count` examples, in their order."""
-        rows = self.examples[:count]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-        parts = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
-        found = np.concatenate([logits(self.batch([rows[i] for i in part])) for part in parts])
-        return found[np.argsort(order)]
-
-    def onnx(self, library: bool, activation: str | None = None, traced: bool = False) -> OnnxModel:
-        """Return a session on the exported files, made once; `library` False is stock ONNX Runtime."""
-        if library and self.library is None:
-            raise Skipped(self.why_no_library)
-        key = (library, activation, traced)
-        if key not in self.models:
-            path = self.library if library else None
-            self.models[key] = OnnxModel(self.folder, path, activation, self.config.threads, traced)
-        return self.models[key]
-
-    @property
-    def shipped(self) -> OnnxModel:
-        """The model as a device runs it, or on stock ONNX Runtime where there is no library."""
-        return self.onnx(self.library is not None)
-
-    def adapter(self, name: str) -> None:
-        """Put an adapter in place: "trained" or "exported"; nothing to choose in a merged model."""
-        if not self.merged:
-            self.model.set_adapter(name)
-
-    @functools.cached_property
-    def float_trace(self) -> Trace:
-        """PyTorch's layers under the exported adapter, in float."""
-        self.adapter("exported")
-        return parity.torch_trace(self.model, self.sample(TRACED), self.layers)
-
-    @functools.cached_property
-    def layers(self) -> list[str]:
-        """The layers that the graph can show, in the order they are computed."""
-        return self.onnx(False, traced=True).layers
-
-    @functools.cached_property
-    def tensors(self) -> dict[str, np.ndarray]:
-        """The exported adapter's tensors, mapped."""
-        return read_tensors(self.folder / ADAPTER_FILE)
-
-
-def _library() -> tuple[Path | None, str]:
-    from edgepeft.deploy.compile import host_library
-
-    try:
-        return host_library(), ""
-    except TargetError as error:
-        return None, f"no op library for this machine: {error}"
-
-
-def _torch_model(config: Config, run: Run, labels: Sequence[str]) -> Any:
-    """Return the packed model in PyTorch with the adapters "trained" and "exported", or merged with its head."""
-    import torch
-    from peft import PeftModel
-
-    from edgepeft.backbone.load import quantized_model
-
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    if config.adapter != "merged":
-        model = quantized_model(run.path("quantized"), labels, config)
-        model = PeftModel.from_pretrained(model, str(run.path("adapter")), adapter_name="trained")
-        exported = (run.path("export") / ADAPTER_FILE).parent
-        model.load_adapter(str(exported), adapter_name="exported")
-        return model.eval()
-    model = quantized_model(run.path("merged"), labels, config)
-    heads = peft_files.read(run.path("adapter")).heads
-    tensors = {name.removeprefix(PREFIX): torch.from_numpy(value.copy()) for name, value in heads.items()}
-    model.load_state_dict(tensors, strict=False)
-    return model.eval()
+    return "; ".join(f"{key.replace('_', ' ')} {one(value)}" for key, value in figures.items())
 
 
 # --- the checks --------------------------------------------------------------------------------------------------
 
 
-def check_adapter(work: Work) -> Figures:
+def check_adapter(work: Subject) -> Figures:
     """The exported adapter computes what the trained one does."""
     if work.merged:
         raise Skipped("merged: there is no adapter file")
@@ -248,7 +105,7 @@ def check_adapter(work: Work) -> Figures:
     return {"largest_error": parity.require("exported adapter against the trained one", rows, advice)}
 
 
-def _float_parity(work: Work, library: bool) -> Figures:
+def _float_parity(work: Subject, library: bool) -> Figures:
     got = work.onnx(library, "float", traced=True).trace(work.sample(TRACED))
     rows = parity.differences(got, work.float_trace, FLOAT_ERROR)
     advice = "The exported weights or adapter differ from those trained with: run 'edgepeft export' again."
@@ -257,24 +114,24 @@ def _float_parity(work: Work, library: bool) -> Figures:
     return {"largest_error": worst, "logits_error": rows[-1].error, "layers": len(rows)}
 
 
-def check_stock(work: Work) -> Figures:
+def check_stock(work: Subject) -> Figures:
     """The function bodies, on stock ONNX Runtime, compute what PyTorch does."""
     return _float_parity(work, library=False)
 
 
-def check_library(work: Work) -> Figures:
+def check_library(work: Subject) -> Figures:
     """Our kernels with float activations compute what PyTorch does."""
     return _float_parity(work, library=True)
 
 
-def _rounded_trace(work: Work) -> Trace:
+def _rounded_trace(work: Subject) -> Trace:
     """PyTorch's layers with activations rounded to int8."""
     work.adapter("exported")
     with parity.int8_activations(work.model):
         return parity.torch_trace(work.model, work.sample(TRACED), work.layers)
 
 
-def check_rounding(work: Work) -> Figures:
+def check_rounding(work: Subject) -> Figures:
     """Our kernels with int8 activations differ from float by no more than int8 rounding does."""
     if work.config.activation != "int8":
         raise Skipped("activations are float")
@@ -286,7 +143,7 @@ def check_rounding(work: Work) -> Figures:
     return {"logits_noise": rows[-1].error, "logits_noise_in_pytorch": torch_noise, "allowed": rows[-1].allowed}
 
 
-def check_answers(work: Work) -> Figures:
+def check_answers(work: Subject) -> Figures:
     """The model as it ships gives PyTorch's labels."""
     work.adapter("exported")
     wanted = work.predict(lambda batch: parity.torch_trace(work.model, batch, ())[LOGITS], LABELLED)
@@ -301,7 +158,7 @@ def check_answers(work: Work) -> Figures:
     return {"agreement": float(same.mean()), "examples": len(same), "logits_error": parity.largest_error(found, wanted)}
 
 
-def check_metric(work: Work) -> Figures:
+def check_metric(work: Subject) -> Figures:
     """The model as it ships keeps the figure measured after training."""
     task, split = TASKS[work.config.task], work.split
     training = read_json(work.run.path("adapter") / "training.json")
@@ -318,7 +175,7 @@ def check_metric(work: Work) -> Figures:
     return {**figures, "split": work.split_name, "examples": len(split)}
 
 
-def check_effect(work: Work) -> Figures:
+def check_effect(work: Subject) -> Figures:
     """The adapter changes the answers, and every one of its tensors takes part."""
     if work.merged:
         raise Skipped("merged: what of the adapter survived is measured by the merge stage")
@@ -341,7 +198,7 @@ def check_effect(work: Work) -> Figures:
     return {"adapter_effect": effect, "shipped_noise": own_noise, "tensors_in_use": len(zeros)}
 
 
-def check_device(work: Work) -> Figures:
+def check_device(work: Subject) -> Figures:
     """The target's emulated CPUs, with its library and its wheel, compute what this machine does."""
     from edgepeft.deploy import emulator
     from edgepeft.deploy.targets import load_target
@@ -356,12 +213,11 @@ def check_device(work: Work) -> Figures:
     figures: Figures = {"onnxruntime": target.onnxruntime}
     with _portable(work, target.os_arch) as (models, library):
         for cpu in target.emulate:
-            found = {kind: _probe(machine, cpu, target, path, library, work) for kind, path in models.items()}
-            figures[cpu] = _compare_device(work, cpu, found)
+            figures[cpu] = _compare_device(work, cpu, _probe(machine, cpu, target, models, library))
     return figures
 
 
-def _compare_device(work: Work, cpu: str, found: Mapping[str, np.ndarray]) -> Figures:
+def _compare_device(work: Subject, cpu: str, found: Mapping[str, np.ndarray]) -> Figures:
     """Hold an emulated CPU's logits against those of this machine."""
     batch = work.sample(DEVICE_TRACED)
     wanted = work.onnx(True, "float").logits(batch)
@@ -374,28 +230,19 @@ def _compare_device(work: Work, cpu: str, found: Mapping[str, np.ndarray]) -> Fi
     return {"float_error": error, "int8_noise": there, "int8_noise_here": here}
 
 
-def _portable(work: Work, os_arch: str) -> Any:
-    """Return a context with the model in both activations, as files, and the device's library."""
-    import contextlib
+@contextlib.contextmanager
+def _portable(work: Subject, os_arch: str) -> Iterator[tuple[dict[str, Path], Path]]:
+    """Yield the model in both activations, as files, and the device's library, with inputs.npz beside them."""
+    from edgepeft.deploy.compile import LIBRARY, cross_library
 
-    import onnx
-
-    from edgepeft.deploy.compile import cross_library
-
-    @contextlib.contextmanager
-    def folder() -> Iterator[tuple[dict[str, Path], Path]]:
-        with tempfile.TemporaryDirectory(dir=work.out) as name:
-            place, models = Path(name), {}
-            shutil.copytree(work.folder, place, dirs_exist_ok=True, copy_function=_link)
-            for activation in ("float", "int8"):
-                proto = onnx.load(str(work.folder / "model.onnx"), load_external_data=False)
-                parity.set_activation(proto, activation)
-                models[activation] = place / f"{activation}.onnx"
-                models[activation].write_bytes(proto.SerializeToString(deterministic=True))
-            np.savez(place / "inputs.npz", **work.sample(DEVICE_TRACED))  # type: ignore[arg-type]
-            yield models, cross_library(os_arch, place / "libedgepeft_ops.so")
-
-    return folder()
+    with tempfile.TemporaryDirectory(dir=work.out) as name:
+        place, models = Path(name), {}
+        shutil.copytree(work.folder, place, dirs_exist_ok=True, copy_function=_link)
+        for activation in ("float", "int8"):
+            models[activation] = place / f"{activation}.onnx"
+            models[activation].write_bytes(parity.model_bytes(work.folder, activation))
+        np.savez(place / "inputs.npz", **work.sample(DEVICE_TRACED))  # type: ignore[arg-type]
+        yield models, cross_library(os_arch, place / LIBRARY)
 
 
 def _link(source: str, dest: str) -> None:
@@ -406,19 +253,22 @@ def _link(source: str, dest: str) -> None:
         shutil.copyfile(source, dest)
 
 
-def _probe(machine: Any, cpu: str, target: Any, model: Path, library: Path, work: Work) -> np.ndarray:
-    """Return the logits an emulated CPU computes. Raises VerifyError with what it said when it dies."""
-    outputs = model.with_suffix(".npz")
-    argv = [probe.__file__, str(model), str(library), str(model.parent / "inputs.npz"), str(outputs)]
+def _probe(machine: Any, cpu: str, target: Any, models: Mapping[str, Path], library: Path) -> dict[str, np.ndarray]:
+    """Return the logits an emulated CPU computes per model. Raises VerifyError with what it said when it dies."""
+    inputs = library.with_name("inputs.npz")
+    argv = [probe.__file__, str(library), str(inputs), *map(str, models.values())]
     try:
         machine.python(cpu, argv, onnxruntime=target.onnxruntime)
     except EdgePeftError as error:
         raise VerifyError(f"device: {target.name} cannot run the exported model: {error}") from None
-    with np.load(outputs) as arrays:
-        return arrays[LOGITS]
+    found = {}
+    for kind, model in models.items():
+        with np.load(model.with_suffix(".npz")) as arrays:
+            found[kind] = arrays[LOGITS]
+    return found
 
 
-CHECKS: dict[str, Callable[[Work], Figures]] = {
+CHECKS: dict[str, Callable[[Subject], Figures]] = {
     "adapter": check_adapter,
     "stock": check_stock,
     "library": check_library,

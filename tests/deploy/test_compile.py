@@ -128,7 +128,7 @@ def test_a_source_that_does_not_build_is_an_error_that_shows_why(tiny: Path, fau
     with pytest.raises(TargetError, match=r"(?s)the compiler failed.*(two\.cc|gone)"):
         compiler.cross_library(compiler.host_platform(), dest)
     assert not dest.exists()
-    assert not [path for path in dest.parent.glob("*")]
+    assert not list(dest.parent.glob("*"))
 
 
 def test_no_compiler_at_all_says_what_to_install(tiny: Path, monkeypatch) -> None:

@@ -17,8 +17,8 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     place = tmp_path_factory.mktemp("tiny")
     model, data = tiny_bert(place / "model"), tiny_data(place / "data", "folder")
     return Config(
-        model=str(model), data=str(data), epochs=10, batch_size=12, rank=4, alpha=8.0, learning_rate=1e-2, max_length=24,
-        threads=1,
+        model=str(model), data=str(data), epochs=10, batch_size=12, rank=4, alpha=8.0, learning_rate=1e-2,
+        max_length=24, threads=1,
     )  # fmt: skip
 
 

@@ -1,0 +1,172 @@
+"""What is verified: one export, its texts, and the PyTorch model it came from, each made at its first use."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgepeft.adapt import peft_files
+from edgepeft.adapt.methods import PREFIX
+from edgepeft.artifact import Run, read_tensors
+from edgepeft.errors import TargetError
+from edgepeft.export import parity
+from edgepeft.export.encoder import ADAPTER_FILE
+from edgepeft.export.parity import OnnxModel, Trace
+from edgepeft.train.tasks import TASKS
+
+if TYPE_CHECKING:
+    from edgepeft.config import Config
+    from edgepeft.train.data import Split, Splits
+
+TRACED, BATCH = 8, 32
+
+
+class Skipped(Exception):  # noqa: N818 - not an error
+    """A check cannot run here, for the reason given."""
+
+
+@dataclasses.dataclass
+class Subject:
+    """One export and the PyTorch model it came from. `trained` and `exported` put that adapter in place first."""
+
+    config: Config
+    run: Run
+    out: Path
+    splits: Splits
+    tokenizer: Any
+    model: Any
+    library: Path | None
+    why_no_library: str
+    models: dict[tuple[bool, str | None, bool], OnnxModel] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def open(cls, config: Config, run: Run, out: Path) -> Subject:
+        """Load splits, tokenizer and models of a run."""
+        from edgepeft.train.data import load_splits
+        from edgepeft.train.loop import load_tokenizer
+        from edgepeft.train.watch import quiet
+
+        splits = load_splits(config)
+        library, why = _library()
+        with quiet():
+            tokenizer, model = load_tokenizer(run.path("quantized")), _torch_model(config, run, splits.labels)
+        return cls(config, run, out, splits, tokenizer, model, library, why)
+
+    @property
+    def folder(self) -> Path:
+        """The exported folder."""
+        return self.run.path("export")
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter went into the weights."""
+        return self.config.adapter == "merged"
+
+    @property
+    def split(self) -> Split:
+        """The labelled texts to judge by: test, or validation where there is no test split."""
+        return self.splits.test if len(self.splits.test) else self.splits.validation
+
+    @property
+    def split_name(self) -> str:
+        """Which split that is."""
+        return "test" if len(self.splits.test) else "validation"
+
+    @functools.cached_property
+    def examples(self) -> list[dict[str, Any]]:
+        """The split as token ids."""
+        from edgepeft.train.loop import encode, token_limit
+
+        return encode(self.tokenizer, self.split, token_limit(self.model, self.config))
+
+    def batch(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """Return padded int64 arrays [M, S] for the graph and for PyTorch."""
+        padded = TASKS[self.config.task].collate(examples, self.tokenizer.pad_token_id or 0)
+        arrays = {name: tensor.numpy() for name, tensor in padded.items() if name != "labels"}
+        return {"token_type_ids": np.zeros_like(arrays["input_ids"]), **arrays}
+
+    def sample(self, count: int) -> dict[str, np.ndarray]:
+        """Return a few examples from the shortest to the longest of the split, padded together."""
+        order = sorted(self.examples, key=lambda row: len(row["input_ids"]))
+        places = np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))
+        return self.batch([order[i] for i in places])
+
+    def predict(self, logits: Callable[[dict[str, np.ndarray]], np.ndarray], count: int | None = None) -> np.ndarray:
+        """Return the logits of the split's first `count` examples, in their order."""
+        rows = self.examples[:count]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        parts = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+        found = np.concatenate([logits(self.batch([rows[i] for i in part])) for part in parts])
+        return found[np.argsort(order)]
+
+    def onnx(self, library: bool, activation: str | None = None, traced: bool = False) -> OnnxModel:
+        """Return a session on the exported files, made once; `library` False is stock ONNX Runtime."""
+        if library and self.library is None:
+            raise Skipped(self.why_no_library)
+        key = (library, activation, traced)
+        if key not in self.models:
+            path = self.library if library else None
+            self.models[key] = OnnxModel(self.folder, path, activation, self.config.threads, traced)
+        return self.models[key]
+
+    @property
+    def shipped(self) -> OnnxModel:
+        """The model as a device runs it, or on stock ONNX Runtime where there is no library."""
+        return self.onnx(self.library is not None)
+
+    def adapter(self, name: str) -> None:
+        """Put an adapter in place: "trained" or "exported"; nothing to choose in a merged model."""
+        if not self.merged:
+            self.model.set_adapter(name)
+
+    @functools.cached_property
+    def float_trace(self) -> Trace:
+        """PyTorch's layers under the exported adapter, in float."""
+        self.adapter("exported")
+        return parity.torch_trace(self.model, self.sample(TRACED), self.layers)
+
+    @functools.cached_property
+    def layers(self) -> list[str]:
+        """The layers that the graph can show, in the order they are computed."""
+        return self.onnx(False, traced=True).layers
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The exported adapter's tensors, mapped."""
+        return read_tensors(self.folder / ADAPTER_FILE)
+
+
+def _library() -> tuple[Path | None, str]:
+    from edgepeft.deploy.compile import host_library
+
+    try:
+        return host_library(), ""
+    except TargetError as error:
+        return None, f"no op library for this machine: {error}"
+
+
+def _torch_model(config: Config, run: Run, labels: Sequence[str]) -> Any:
+    """Return the packed model in PyTorch with the adapters "trained" and "exported", or merged with its head."""
+    import torch
+    from peft import PeftModel
+
+    from edgepeft.backbone.load import quantized_model
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.adapter != "merged":
+        model = quantized_model(run.path("quantized"), labels, config)
+        model = PeftModel.from_pretrained(model, str(run.path("adapter")), adapter_name="trained")
+        exported = (run.path("export") / ADAPTER_FILE).parent
+        model.load_adapter(str(exported), adapter_name="exported")
+        return model.eval()
+    model = quantized_model(run.path("merged"), labels, config)
+    heads = peft_files.read(run.path("adapter")).heads
+    tensors = {name.removeprefix(PREFIX): torch.from_numpy(value.copy()) for name, value in heads.items()}
+    model.load_state_dict(tensors, strict=False)
+    return model.eval()
