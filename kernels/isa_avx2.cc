@@ -16,7 +16,6 @@ namespace {
 
 struct Avx2 {
   static constexpr int lanes = 8;
-  static constexpr bool fix_in_float = true;  // float additions go to pipes that vpmaddubsw and vpaddw leave free
   using F = __m256;
   using I = __m256i;
 

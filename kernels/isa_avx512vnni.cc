@@ -6,10 +6,7 @@
 
 #if defined(__x86_64__)
 #if defined(EP_SIMDE)
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-#include <simde/x86/f16c.h>
-#include <simde/x86/fma.h>
+#include "simde_avx512.h"
 #undef EP_TARGET_PUSH
 #undef EP_TARGET_POP
 #define EP_TARGET_PUSH(features)
@@ -26,7 +23,6 @@ namespace {
 
 struct Avx512 {
   static constexpr int lanes = 16;
-  static constexpr bool fix_in_float = false;
   using F = __m512;
   using I = __m512i;
 
@@ -60,13 +56,20 @@ struct Avx512 {
   static EP_INLINE uint32_t peak(const float* x, int n) {
     I top = set_int(0);
     for (int i = 0; i < n; i += 16) top = _mm512_max_epi32(top, _mm512_and_si512(load_int(x + i), set_int(0x7fffffff)));
-    return (uint32_t)_mm512_reduce_max_epi32(top);
+    const __m256i h = _mm256_max_epi32(_mm512_castsi512_si256(top), _mm512_extracti64x4_epi64(top, 1));
+    __m128i t = _mm_max_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+    t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0x4e));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_max_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
   }
   static EP_INLINE int32_t quantize_unit(const float* x, float step, int8_t* q) {
     const I a = _mm512_cvtps_epi32(mul(load(x), set1(step))), b = _mm512_cvtps_epi32(mul(load(x + 16), set1(step)));
-    _mm_storeu_si128((__m128i*)q, _mm512_cvtepi32_epi8(a));
-    _mm_storeu_si128((__m128i*)(q + 16), _mm512_cvtepi32_epi8(b));
-    return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+    const __m128i low = _mm512_cvtsepi32_epi8(a), high = _mm512_cvtsepi32_epi8(b);
+    _mm_storeu_si128((__m128i*)q, low);
+    _mm_storeu_si128((__m128i*)(q + 16), high);
+    // 32 signed bytes summed as unsigned ones, 128 up
+    const __m128i up = _mm_set1_epi8(-128), none = _mm_setzero_si128();
+    const __m128i s = _mm_add_epi64(_mm_sad_epu8(_mm_xor_si128(low, up), none), _mm_sad_epu8(_mm_xor_si128(high, up), none));
+    return _mm_cvtsi128_si32(_mm_add_epi64(s, _mm_unpackhi_epi64(s, s))) - 32 * 128;
   }
 
   // ---- weights as unsigned bytes

@@ -12,7 +12,6 @@
 //   sum(F) -> float;  sum_each(F v[lanes]) -> F whose lane i is sum(v[i])
 //   set_int(int32) load_int(void*) field(I, shift, mask) to_float(I) nf4(I index) -> F
 //   peak(x, n) -> largest |x| as bits;  quantize_unit(x, step, q) -> sum: 32 floats to q = round_even(x * step)
-//   fix_in_float: add zero's correction to the float, not the integer, where integer additions are what is scarce
 //   zero<Format>() what dot_unit's integers still carry beyond code - zero (see RowOps::zero)
 //   stage_bytes<Format>(), unpack_unit<Format>(w, out): one unit in the form dot_unit<.., packed = false> reads
 //   dot_unit<Format, R, packed>(w, q, q_stride, I d[R][nv]): adds R x 16 dot products over 32 columns
@@ -84,7 +83,6 @@ struct Int8Chunk {
   template <int R>
   __attribute__((noinline)) void add(const TileJob& job, int64_t m, int64_t k0, int64_t k1, Sums<V, R>& sums_out) const {
     constexpr int block = info(F).act_block;
-    constexpr bool fixed = V::template zero<F>() != 0;
     const int64_t blocks = job.k / block;
     const uint8_t* w = packed ? job.w : stage;
     const int8_t* q = job.q + m * job.k + k0;
@@ -96,14 +94,13 @@ struct Int8Chunk {
     for (int64_t b = k0 / block; b < k1 / block; b++, scale += kTileRows) {
       typename V::I d[R][kVectors<V>];
       for (int r = 0; r < R; r++)
-        for (int v = 0; v < kVectors<V>; v++) d[r][v] = V::set_int(fixed && !V::fix_in_float ? q_fix[r * blocks + b] : 0);
+        for (int v = 0; v < kVectors<V>; v++) d[r][v] = V::set_int(q_fix[r * blocks + b]);
       for (int u = 0; u < block / kUnit; u++, w += unit_stage, q += kUnit) V::template dot_unit<F, R, packed>(w, q, job.k, d);
       for (int r = 0; r < R; r++) {
-        const typename V::F x_scale = V::set1(q_scale[r * blocks + b]), fix = V::to_float(V::set_int(q_fix[r * blocks + b]));
+        const typename V::F x_scale = V::set1(q_scale[r * blocks + b]);
         for (int v = 0; v < kVectors<V>; v++) {
-          const typename V::F dot = V::to_float(d[r][v]);
           const typename V::F w_scale = packed ? weight_scale(job, b, v) : V::load(scale + v * V::lanes);
-          sums[r][v] = V::fma(fixed && V::fix_in_float ? V::add(dot, fix) : dot, V::mul(w_scale, x_scale), sums[r][v]);
+          sums[r][v] = V::fma(V::to_float(d[r][v]), V::mul(w_scale, x_scale), sums[r][v]);
         }
       }
     }

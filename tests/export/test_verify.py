@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import onnx
 import pytest
 
 from edgepeft.artifact import Run, read_json, read_tensors, tensor_header, write_json
-from edgepeft.errors import VerifyError
+from edgepeft.deploy import compile, emulator
+from edgepeft.errors import TargetError, VerifyError
 from edgepeft.export import parity
 from edgepeft.export import verify as stage
 from edgepeft.export.encoder import ADAPTER_FILE
@@ -203,3 +206,65 @@ def test_comparer_fails_on(bad):
     rows = parity.differences({"layer": bad}, {"layer": np.array([1.0, 2.0])}, 1e-3)
     with pytest.raises(VerifyError, match="starts in layer"):
         parity.require("test", rows, "")
+
+
+# --- what is not on every machine: the emulator and the library, each played by something else ---
+
+
+class Here:
+    """Plays the emulator with this machine's Python; `spoil` changes the arrays it hands back."""
+
+    def __init__(self, spoil=None):
+        self.spoil = spoil
+
+    def python(self, cpu, argv, onnxruntime):
+        if self.spoil == "dies":
+            raise TargetError(f"emulated {cpu}: died with SIGILL")
+        subprocess.run([sys.executable, *argv], check=True)
+        if self.spoil:
+            for model in argv[3:]:
+                path = model.replace(".onnx", ".npz")
+                with np.load(path) as arrays:
+                    np.savez(path, **{**arrays, "logits": arrays["logits"] * np.float32(self.spoil)})
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """Give the target rpi4 an emulator that is this machine."""
+
+    def install(machine):
+        monkeypatch.setattr(emulator, "available", lambda: machine)
+        monkeypatch.setattr(compile, "cross_library", lambda _, dest: shutil.copy(compile.host_library(), dest))
+
+    return install
+
+
+def test_device_is_compared(copy, emulated):
+    config, run = copy
+    emulated(Here())
+    device = run_stage(config.replace(target="rpi4"), run)["device"]
+    assert device["status"] == "passed"
+    assert device["cortex-a72"]["float_error"] < 1e-6
+    assert sorted(p.name for p in run.path("verify").iterdir()) == ["report.json"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [("dies", "rpi4 cannot run.*SIGILL"), (1.001, "starts in cortex-a72, float"), (np.nan, "cortex-a72.*found inf")],
+)
+def test_device_that_differs_is_named(copy, emulated, spoil, words):
+    config, run = copy
+    emulated(Here(spoil))
+    with pytest.raises(VerifyError, match=words):
+        run_stage(config.replace(target="rpi4"), run)
+
+
+def test_without_a_compiler_the_bodies_are_verified(copy, monkeypatch):
+    def no_library():
+        raise TargetError("no C++ compiler")
+
+    monkeypatch.setattr(compile, "host_library", no_library)
+    report = run_stage(*copy)
+    assert {name for name, f in report.items() if f["status"] == "skipped"} == {"library", "rounding", "device"}
+    assert "no C++ compiler" in report["library"]["reason"]
+    assert report["effect"]["tensors_in_use"] == 28
