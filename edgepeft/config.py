@@ -96,7 +96,7 @@ class Config:
     rank: int = _field(16, "Rank R of the adapter.", low=1, high=1024, group="train")
     alpha: float = _field(32.0, "LoRA alpha; the adapter is scaled by alpha / rank.", low=0, group="train")
     dropout: float = _field(0.05, "Dropout on the adapter's input.", low=0, high=0.9, group="train")
-    epochs: int = _field(12, "Passes over the training set.", low=1, group="train")
+    epochs: int = _field(8, "Passes over the training set.", low=1, group="train")
     batch_size: int = _field(32, "Examples per training step.", low=1, group="train")
     learning_rate: float = _field(2e-3, "Peak learning rate.", low=0, group="train")
     max_length: int = _field(64, "Longest text in tokens; longer ones are cut.", low=4, group="train")
