@@ -1,0 +1,38 @@
+"""The kernels of this machine: each row against the scalar one, and a comparer that notices planted faults."""
+
+import subprocess
+
+import pytest
+
+from edgepeft.deploy.compile import check_program, host_platform
+from edgepeft.errors import TargetError
+from edgepeft.quant.formats import FORMATS
+
+FAULTS = ("value", "zero", "nan", "missing", "outside")
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    try:
+        return check_program(host_platform(), tmp_path_factory.mktemp("check") / "check")
+    except TargetError as error:
+        pytest.skip(str(error))
+
+
+def check(program, *arguments):
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_every_row_that_runs_here_agrees_with_the_scalar_one(program):
+    done = check(program)
+    proved = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("ok")]
+    assert done.returncode == 0, done.stdout
+    for tag in FORMATS:
+        for activation in ("int8", "float32"):
+            assert any(row.startswith(f"{tag}_{activation}_") for row in proved), (tag, activation)
+    assert any(not row.endswith("_scalar") for row in proved)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(program, fault):
+    assert check(program, "--break", fault).returncode != 0
