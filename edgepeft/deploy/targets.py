@@ -94,24 +94,28 @@ def load_target(name: str) -> Target:
 
 def parse_target(name: str, table: dict[str, Any], where: str) -> Target:
     """Make a Target of a parsed file. Raises TargetError with every wrong, strange or missing field at once."""
-    kinds = {"name": str, "memory_mib": int, "threads": int}
     fields = {f.name: f for f in dataclasses.fields(Target) if f.name != "name"}
     problems = [unknown("field", key, fields) for key in table if key not in fields]
-    values: dict[str, Any] = {"name": name}
     for key, field in fields.items():
-        if key not in table:
-            if field.default is dataclasses.MISSING:
-                problems.append(f"{key} is missing.")
-            continue
-        is_list = str(field.type).startswith("tuple")
-        kind = list if is_list else kinds.get(key, str)
-        if type(table[key]) is not kind or (is_list and not all(type(item) is str for item in table[key])):
-            problems.append(f"{key} should be a {'list of str' if is_list else kind.__name__}, found {table[key]!r}.")
-        values[key] = tuple(table[key]) if is_list and isinstance(table[key], list) else table[key]
-    libraries = [host_platform() if entry == "host" else entry for entry in values.get("libraries", ())]
+        if key in table:
+            problems += _wrong(key, table[key], str(field.type))
+        elif field.default is dataclasses.MISSING:
+            problems.append(f"{key} is missing.")
+    named = table.get("libraries", ["host"])
+    libraries = [host_platform() if entry == "host" else entry for entry in (named if isinstance(named, list) else [])]
     problems += [unknown("platform", entry, PLATFORMS) for entry in libraries if entry not in PLATFORMS]
     if not libraries:
         problems.append("libraries names no platform.")
     if problems:
         raise TargetError("\n".join(f"{where}: {problem}" for problem in problems))
-    return Target(**{**values, "libraries": tuple(libraries)})
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items()}
+    return Target(**{**values, "name": name, "libraries": tuple(libraries)})
+
+
+def _wrong(key: str, value: Any, annotation: str) -> list[str]:
+    """Say what is wrong with the type of one field's value."""
+    if annotation.startswith("tuple"):
+        fits, wanted = type(value) is list and all(type(item) is str for item in value), "list of str"
+    else:
+        fits, wanted = type(value).__name__ == annotation, annotation
+    return [] if fits else [f"{key} should be a {wanted}, found {value!r}."]

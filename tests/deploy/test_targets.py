@@ -82,6 +82,7 @@ def test_an_unknown_target_names_the_nearest_and_all() -> None:
         ({"python": [3.11]}, "python should be a list of str"),
         ({"libraries": ["linux-arm64"]}, "Did you mean 'linux-aarch64'"),
         ({"libraries": []}, "libraries names no platform"),
+        ({"libraries": 7}, "libraries should be a list of str, found 7"),
         ({"onnxruntime": None}, "onnxruntime should be a str"),
     ],
 )
