@@ -8,17 +8,12 @@ against that table when the record is made.
 from __future__ import annotations
 
 import dataclasses
-import sys
+import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from edgepeft.errors import ConfigError, unknown
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover - the same parser under its former name
-    import tomli as tomllib
 
 
 def _adapter_forms() -> Iterable[str]:

@@ -45,7 +45,7 @@ def test_a_truncated_tensor_file_is_refused_by_name(tmp_path, keep):
     path = tmp_path / "t.safetensors"
     artifact.write_tensors(path, TENSORS)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ArtifactError, match="t.safetensors: truncated"):
+    with pytest.raises(ArtifactError, match=r"t\.safetensors: truncated"):
         artifact.read_tensors(path)
 
 

@@ -4,8 +4,9 @@
     peer   MatMulNBits (4 bits, block 32, accuracy_level 4) + (x A) B, adapter float32 constants
 
 Both run in one process, turn by turn, on the same x; a row reports medians, the median ratio of paired turns and its
-quartiles. One thread is timed by its own CPU time, which other programs hardly disturb; several by the wall clock. Before a row is timed both outputs are held to the float32 result of their weights. Rank 0 of ours beside
-rank R of ours gives what an adapter costs, next to the share of the bytes that it adds.
+quartiles. One thread is timed by its own CPU time, which other programs hardly disturb; several by the wall clock.
+Before a row is timed both outputs are held to the float32 result of their weights. Rank 0 of ours beside rank R of ours
+gives what an adapter costs, next to the share of the bytes that it adds.
 
 Left out: other peers, other operators, whole models (`edgepeft.bench` has them).
 """
@@ -92,7 +93,7 @@ def peer_model(case: Case, w_nk: np.ndarray, a_rk: np.ndarray, b_nr: np.ndarray)
     codes_nk, scale_nb = FORMATS["i4b32"].unpack(FORMATS["i4b32"].quantize(w_nk))
     packed = (codes_nk[:, 0::2] | codes_nk[:, 1::2] << 4).reshape(case.n, -1, PEER_BLOCK // 2)
     tensors = {"w": packed, "s": scale_nb.astype(np.float32), "a": a_rk.T, "b": b_nr.T}
-    sizes = {"K": case.k, "N": case.n, "bits": 4, "block_size": PEER_BLOCK, "accuracy_level": 4}
+    sizes: dict[str, Any] = {"K": case.k, "N": case.n, "bits": 4, "block_size": PEER_BLOCK, "accuracy_level": 4}
     base = "y" if case.rank == 0 else "wx"
     nodes = [helper.make_node("MatMulNBits", ["x", "w", "s"], [base], domain="com.microsoft", **sizes)]
     if case.rank:
@@ -191,7 +192,10 @@ def compare(
     return [measure(case, seconds) for case in cases]
 
 
-COLUMNS = "format threads M K N ours_us peer_us peer/ours quartiles adapter_cost adapter_bytes ours_GOPS".split()
+COLUMNS = (
+    "format", "threads", "M", "K", "N", "ours_us", "peer_us", "peer/ours", "quartiles", "adapter_cost", "adapter_bytes",
+    "ours_GOPS",
+)  # fmt: skip
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -224,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="per row")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args(argv)
-    shapes = [tuple(map(int, text.split("x"))) for text in args.shapes]
+    shapes = [(int(k), int(n)) for k, n in (text.split("x") for text in args.shapes)]
     rows = compare(shapes, args.ms, args.threads, args.rank, args.formats, args.seconds)
     print(markdown(rows))
     if args.json:

@@ -11,17 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 from edgepeft.deploy.compile import PACKAGE, PLATFORMS, host_platform
 from edgepeft.errors import TargetError, unknown
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover - the same parser under its former name
-    import tomli as tomllib
 
 # The runtime's other wheels; their aarch64 builds run on every ARMv8-A core.
 NUMPY = "numpy>=1.26,<3"
