@@ -75,7 +75,7 @@ STAGES = (
         ("quantized", "adapter", "merged"),
     ),
     Stage(
-        "verify", "verify", "edgepeft.export.verify:verify", ("data", "target"),
+        "verify", "verify", "edgepeft.export.verify:verify", ("data", "target", "max_metric_drop"),
         ("quantized", "adapter", "export"), _target_digest,
     ),
     Stage(

@@ -1,6 +1,9 @@
 // For tests only (EP_SIMDE): AVX-512 by the SIMDe headers, so that isa_avx512vnni.cc runs on any CPU. What follows the
 // includes are the few functions that SIMDe 0.7.4 (Debian 12) lacks.
 #pragma once
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("O1")  // minutes less of compiling
+#endif
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 #include <simde/x86/f16c.h>

@@ -168,6 +168,23 @@ def int8_activations(model: Any) -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
+@contextlib.contextmanager
+def half_adapter(model: Any, adapter: str) -> Iterator[None]:
+    """Let one adapter of a PEFT model have the values it has on the device: A and scale * B as float16."""
+    layers = [module for module in model.modules() if adapter in getattr(module, "lora_A", {})]
+    kept = []
+    for layer in layers:
+        for side, scale in (("lora_A", 1.0), ("lora_B", layer.scaling[adapter])):
+            weight = getattr(layer, side)[adapter].weight
+            kept.append((weight, weight.data))
+            weight.data = (weight.data * scale).half().float() / scale
+    try:
+        yield
+    finally:
+        for weight, data in kept:
+            weight.data = data
+
+
 # --- comparing ---------------------------------------------------------------------------------------------------
 
 

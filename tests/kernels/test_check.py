@@ -1,6 +1,7 @@
 """The kernels of this machine: each row against the scalar one, and a comparer that notices planted faults."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +37,12 @@ def test_every_row_that_runs_here_agrees_with_the_scalar_one(program):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_seen(program, fault):
     assert check(program, "--break", fault).returncode != 0
+
+
+@pytest.mark.slow
+def test_the_avx512_rows_agree_on_a_cpu_without_avx512(tmp_path):
+    if not Path("/usr/include/simde/x86/avx512.h").exists():
+        pytest.skip("the SIMDe headers are missing: Debian's libsimde-dev has them")
+    done = check(check_program(host_platform(), tmp_path / "check", simde=True), "--row", "avx512vnni")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{2 * len(FORMATS)} rows proved, 0 failed" in done.stdout

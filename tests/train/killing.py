@@ -86,5 +86,5 @@ def train_in_child(config: Config, folder: Path, moment: str) -> int | None:
     """Train in a process of its own; return its exit code: 0 when it came to the end, -9 when it was killed."""
     process = CONTEXT.Process(target=child, args=(config, str(folder), moment))
     process.start()
-    process.join(300)
+    process.join()
     return process.exitcode

@@ -1,0 +1,259 @@
+"""The op inside ONNX Runtime against its numpy reference: every format, kernel and form of input; and its refusals."""
+
+import ctypes
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edgepeft.deploy.compile import host_library
+from edgepeft.errors import TargetError
+from edgepeft.export import ops
+from edgepeft.quant.formats import FORMATS
+
+GROUPS = {1: [37], 2: [16, 32], 3: [48, 16, 16]}
+ELEMENT = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "uint8": TensorProto.UINT8,
+    "int32": TensorProto.INT32,
+}
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    try:
+        lib = ctypes.CDLL(str(host_library()))
+    except TargetError as error:
+        pytest.skip(f"no host library: {error}")
+    lib.edgepeft_kernels.restype = ctypes.c_char_p
+    return lib
+
+
+@pytest.fixture(params=["scalar", "avx2", "avx512vnni", "neon", "dotprod", "i8mm"])
+def kernel(request, library):
+    if library.edgepeft_force_kernel(request.param.encode()):
+        pytest.skip(f"this CPU does not run {request.param}")
+    yield request.param
+    library.edgepeft_force_kernel(None)
+
+
+def some(rng, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def inputs(
+    format: str, k: int, rows, leading=(3,), rank=16, dtype=np.float16, scaled=False, gate="one", seed=0
+) -> list[np.ndarray]:
+    """Return the node's inputs in order; rank may be one number, or one per group."""
+    rng = np.random.default_rng(seed)
+    ranks = [rank] * len(rows) if isinstance(rank, int) else rank
+    packed = FORMATS[format].quantize(some(rng, sum(rows), k) / k**0.5)
+    one = np.ones(1, np.float32)
+    bias = np.zeros(len(packed.w) * 16, np.float32)
+    bias[: sum(rows)] = some(rng, sum(rows))
+    values = [some(rng, *leading, k), packed.w, packed.scale, bias, 1 + 0.5 * some(rng, k) if scaled else one]
+    for n, r in zip(rows, ranks, strict=True):
+        gates = {"one": one, "number": 2 * one, "vector": some(rng, r), "per row": some(rng, *leading, r)}
+        values += [(some(rng, r, k) / k**0.5).astype(dtype), some(rng, n, r).astype(dtype), gates[gate]]
+        values += [1 + 0.5 * some(rng, n) if scaled else one]
+    return values
+
+
+def session(format: str, k: int, rows, values, activation="int8", fed=("x",), threads=2, **changed):
+    """A session of one node; inputs named in `fed` are graph inputs, the others constants."""
+    names = ops.input_names(len(rows))
+    attributes = {**ops.attributes(k, rows, activation), **changed}
+    node = helper.make_node(
+        ops.op_type(format, len(rows)), names, ops.output_names(len(rows)), "node", domain=ops.DOMAIN, **attributes
+    )
+    shapes = {name: [f"{name}{i}" for i in range(value.ndim)] for name, value in zip(names, values, strict=True)}
+    pairs = dict(zip(names, values, strict=True))
+    graph = helper.make_graph(
+        [node], "g",
+        [helper.make_tensor_value_info(n, ELEMENT[pairs[n].dtype.name], shapes[n]) for n in names if n in fed],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ops.output_names(len(rows))],
+        [numpy_helper.from_array(pairs[n], n) for n in names if n not in fed],
+    )  # fmt: skip
+    imports = [helper.make_opsetid("", ops.OPSET), helper.make_opsetid(ops.DOMAIN, ops.VERSION)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=ops.IR_VERSION)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(host_library()))
+    made = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda: made.run(None, {n: pairs[n] for n in names if n in fed})
+
+
+def agree(format: str, activation: str, rows, values, outputs) -> None:
+    limits = ops.magnitude(format, rows, values)
+    k = values[0].shape[-1]
+    for y, expected, limit in zip(outputs, ops.reference(format, activation, rows, values), limits, strict=True):
+        assert y.shape == expected.shape
+        assert y.dtype == np.float32
+        assert np.isfinite(y).all()
+        assert (np.abs(y - expected) <= ops.tolerance(format, activation, k) * limit).all()
+
+
+@pytest.mark.parametrize("activation", ["int8", "float"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_formats_and_groups_under_every_kernel(kernel, library, format: str, activation: str) -> None:
+    row = f"{format}_{'int8' if activation == 'int8' else 'float32'}_{kernel}"
+    if row not in library.edgepeft_kernels().decode().split():
+        pytest.skip(f"{kernel} has no row for {format}, {activation}")
+    for rows in GROUPS.values():
+        for leading, rank in (((1,), 16), ((2, 3), [5, 0, 70][: len(rows)]), ((40,), 8)):
+            values = inputs(format, 384, rows, leading, rank)
+            agree(format, activation, rows, values, session(format, 384, rows, values, activation)())
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("gate", ["one", "number", "vector", "per row"])
+@pytest.mark.parametrize("m", [1, 3, 7, 300])
+def test_gates_scales_and_adapter_types(m: int, gate: str, dtype) -> None:
+    for rank in (1, 16, 33, 130):
+        values = inputs("i4b32", 256, [96, 32], (m,), rank, dtype, scaled=True, gate=gate)
+        agree("i4b32", "int8", [96, 32], values, session("i4b32", 256, [96, 32], values)())
+
+
+def test_everything_but_the_weight_may_come_at_run_time() -> None:
+    values = inputs("nf4b64", 128, [48], (2, 5), scaled=True, gate="per row")
+    fed = [name for name in ops.input_names(1) if name not in ("w", "w_scale")]
+    agree("nf4b64", "int8", [48], values, session("nf4b64", 128, [48], values, fed=fed)())
+
+
+def test_a_neutral_scale_may_be_any_number() -> None:
+    values = inputs("i4b32", 64, [32])
+    values[4], values[8] = np.full(1, 3, np.float32), np.full(1, 0.5, np.float32)
+    agree("i4b32", "int8", [32], values, session("i4b32", 64, [32], values)())
+
+
+def test_no_rows_give_no_rows() -> None:
+    values = inputs("i4b32", 64, [32], (0, 4))
+    assert session("i4b32", 64, [32], values)()[0].shape == (0, 4, 32)
+
+
+@pytest.mark.parametrize("activation", ["int8", "float"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_not_finite_in_its_row_alone(bad: float, activation: str) -> None:
+    values = inputs("i4b32", 128, [32], (6,), rank=0)
+    values[0][2, 77] = bad
+    y = session("i4b32", 128, [32], values, activation)()[0]
+    assert not np.isfinite(y[2]).any()
+    assert np.isfinite(np.delete(y, 2, axis=0)).all()
+
+
+def test_outputs_keep_the_names_of_dimensions() -> None:
+    values = inputs("i4b32", 64, [32], (2, 3))
+    node = helper.make_node(
+        ops.op_type("i4b32", 1), ops.input_names(1), ["y"], domain=ops.DOMAIN, **ops.attributes(64, [32], "int8")
+    )
+    shape = ["batch", "sequence", 64]
+    graph = helper.make_graph(
+        [node], "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(v, n) for n, v in zip(ops.input_names(1)[1:], values[1:], strict=True)],
+    )  # fmt: skip
+    imports = [helper.make_opsetid("", ops.OPSET), helper.make_opsetid(ops.DOMAIN, ops.VERSION)]
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(host_library()))
+    model = helper.make_model(graph, opset_imports=imports, ir_version=ops.IR_VERSION)
+    made = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    assert made.get_outputs()[0].shape == ["batch", "sequence", 32]
+
+
+def replaced(values: list[np.ndarray], index: int, value: np.ndarray) -> list[np.ndarray]:
+    return [*values[:index], value, *values[index + 1 :]]
+
+
+F = np.float32
+WRONG = {
+    "x": (0, np.zeros((3, 128), F), r"input 0 \(x\): expected float32 \[..,64\], found float32 \[3,128\]"),
+    "w": (1, np.zeros((2, 3, 256), np.uint8), r"input 1 \(w\): expected uint8 \[2,2,256\], found uint8 \[2,3,256\]"),
+    "w_scale": (
+        2,
+        np.zeros((2, 1, 16), np.float16),
+        r"input 2 \(w_scale\): expected \[2,2,16\], found float16 \[2,1,16\]",
+    ),
+    "bias": (3, np.zeros(5, F), r"input 3 \(bias\): expected float32 \[32\], found float32 \[5\]"),
+    "s_in": (4, np.zeros(5, F), r"input 4 \(s_in\): expected float32 \[1\] or \[64\], found float32 \[5\]"),
+    "a": (
+        5,
+        np.zeros((16, 32), np.float16),
+        r"input 5 \(a0\): expected float16 or float32 \[R,64\], found float16 \[16,32\]",
+    ),
+    "a type": (
+        5,
+        np.zeros((16, 64), np.int32),
+        r"input 5 \(a0\): expected float16 or float32 \[R,64\], found another type",
+    ),
+    "rank": (
+        6,
+        np.zeros((32, 8), np.float16),
+        r"input 6 \(b0\): expected float16 \[32,16\], to go with a, found float16 \[32,8\]",
+    ),
+    "b type": (
+        6,
+        np.zeros((32, 16), F),
+        r"input 6 \(b0\): expected float16 \[32,16\], to go with a, found float32 \[32,16\]",
+    ),
+    "gate": (7, np.zeros((2, 16), F), r"input 7 \(gate0\): expected float32 \[1\], \[16\] or \[..,16\]"),
+    "s_out": (8, np.zeros(3, F), r"input 8 \(s_out0\): expected float32 \[1\] or \[32\], found float32 \[3\]"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_input_is_named(what: str) -> None:
+    index, value, message = WRONG[what]
+    values = replaced(inputs("i4b32", 64, [32]), index, value)
+    with pytest.raises(Exception, match=f"AdapterMatMul_i4b32_g1 'node': {message}"):
+        session("i4b32", 64, [32], values)()
+
+
+def test_a_weight_that_is_no_constant_is_refused() -> None:
+    with pytest.raises(Exception, match=r"inputs 1 \(w\) and 2 \(w_scale\): expected constant initializers"):
+        session("i4b32", 64, [32], inputs("i4b32", 64, [32]), fed=("x", "w"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"K": 50}, "attribute K: expected a positive multiple of 32, found 50"),
+        ({"N": 48}, "attribute N: expected 32, .*found 48"),
+        ({"n0": 0}, "n0: expected at least 1, found 0"),
+        ({"activation": "int4"}, "attribute activation: expected int8 or float, found int4"),
+    ],
+)
+def test_a_wrong_attribute_is_named(changed, message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        session("i4b32", 64, [32], inputs("i4b32", 64, [32]), **changed)
+
+
+def test_kernels_can_be_forced_by_row_and_by_isa(library) -> None:
+    rows = library.edgepeft_kernels().decode().split()
+    assert rows[-1].endswith("_scalar")
+    assert library.edgepeft_force_kernel(rows[0].encode()) == 0
+    assert library.edgepeft_force_kernel(b"scalar") == 0
+    assert library.edgepeft_force_kernel(b"sparc") == -1
+    assert library.edgepeft_force_kernel(None) == 0
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_dequantize_and_matmul_from_c(library, format: str) -> None:
+    spec, (m, n, k) = FORMATS[format], (5, 37, 256)
+    packed = spec.quantize(some(np.random.default_rng(1), n, k))
+    x, y, w = some(np.random.default_rng(2), m, k), np.zeros((m, n), F), np.zeros((n, k), F)
+    size = ctypes.c_int64
+    at = [array.ctypes.data_as(ctypes.c_void_p) for array in (packed.w, packed.scale, w, x, y)]
+    assert library.edgepeft_dequantize(format.encode(), at[0], at[1], size(n), size(k), at[2]) == 0
+    assert (w == spec.dequantize(packed)).all()
+    assert library.edgepeft_dequantize(b"i3", at[0], at[1], size(n), size(k), at[2]) == -1
+    for row in library.edgepeft_kernels().decode().split():
+        kind = int("_int8_" in row)
+        said = library.edgepeft_matmul(
+            format.encode(), row.encode(), kind, at[0], at[1], size(n), size(k), at[3], size(m), at[4]
+        )
+        assert said == (0 if row.startswith(f"{format}_") else -1)
+        if said == 0:
+            assert np.abs(y - x @ w.T).max() <= (0.02 if kind else 1e-5) * np.abs(x @ w.T).max() + 1e-4
