@@ -88,7 +88,8 @@ struct Avx2 {
   }
   static EP_INLINE I widen(I pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 
-  // 4 columns: R x 16 products of the codes in c. 4-bit ones gather in pairs, others in d at once.
+  // 4 columns: R x 16 products of the codes in c0, c1. 4-bit ones gather in pairs, others in d at once. The empty asm
+  // keeps gcc from starting all rows at once, which spills sums to memory and halves the speed.
   template <Format F, int R>
   static EP_INLINE void dot_step(I c0, I c1, const int8_t* q, int64_t q_stride, I (&pairs)[R][2], I (&d)[R][2]) {
     for (int r = 0; r < R; r++) {
@@ -98,10 +99,11 @@ struct Avx2 {
       if constexpr (nibbles<F>()) {
         pairs[r][0] = _mm256_add_epi16(pairs[r][0], _mm256_maddubs_epi16(c0, x));
         pairs[r][1] = _mm256_add_epi16(pairs[r][1], _mm256_maddubs_epi16(c1, x));
-        asm volatile("" : "+x"(pairs[r][0]), "+x"(pairs[r][1]));  // row after row, or gcc runs out of registers
-      } else for (int v = 0; v < 2; v++) {
-        const I c = v ? c1 : c0;
-        d[r][v] = _mm256_add_epi32(d[r][v], widen(_mm256_maddubs_epi16(_mm256_abs_epi8(c), _mm256_sign_epi8(x, c))));
+        asm volatile("" : "+x"(pairs[r][0]), "+x"(pairs[r][1]));
+      } else {
+        d[r][0] = _mm256_add_epi32(d[r][0], widen(_mm256_maddubs_epi16(_mm256_abs_epi8(c0), _mm256_sign_epi8(x, c0))));
+        d[r][1] = _mm256_add_epi32(d[r][1], widen(_mm256_maddubs_epi16(_mm256_abs_epi8(c1), _mm256_sign_epi8(x, c1))));
+        asm volatile("" : "+x"(d[r][0]), "+x"(d[r][1]));
       }
     }
   }

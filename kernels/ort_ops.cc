@@ -68,7 +68,8 @@ struct Text {
     return *this << digits + i;
   }
   Text& operator<<(const Tensor& t) {
-    *this << (t.type == kOrtFloat ? "float32 [" : t.type == kOrtHalf ? "float16 [" : t.type == kOrtUint8 ? "uint8 [" : "another type [");
+    const bool known = t.type == kOrtFloat || t.type == kOrtHalf || t.type == kOrtUint8;
+    *this << (!known ? "another type [" : t.type == kOrtFloat ? "float32 [" : t.type == kOrtHalf ? "float16 [" : "uint8 [");
     for (size_t i = 0; i < t.rank; i++) *this << (i ? "," : "") << t.dims[i];
     return *this << "]";
   }
@@ -104,7 +105,8 @@ struct Node {
     if (group >= 0) t << static_cast<int64_t>(group);
     return ort::CreateStatus(kOrtInvalidArgument, (t << "): expected " << expected << ", found " << found).s);
   }
-  OrtStatus* fail(const char* what, const char* expected, int64_t found) const {
+  template <class Found>
+  OrtStatus* fail(const char* what, const char* expected, Found found) const {
     Text t;
     t << op->name << " '" << name << "': " << what << ": expected " << expected << ", found " << found;
     return ort::CreateStatus(kOrtInvalidArgument, t.s);
@@ -129,7 +131,7 @@ OrtStatus* read_attributes(const OrtKernelInfo* info_, Node* node) {
   size_t size = sizeof(activation);
   EP_TRY(ort::KernelInfoGetAttribute_string(info_, "activation", activation, &size));
   if (!same(activation, "int8") && !same(activation, "float"))
-    return ort::CreateStatus(kOrtInvalidArgument, (Text() << node->op->name << " '" << node->name << "': attribute activation: expected int8 or float, found " << activation).s);
+    return node->fail("attribute activation", "int8 or float", static_cast<const char*>(activation));
   node->act = same(activation, "int8") ? Act::int8 : Act::float32;
   return nullptr;
 }
@@ -143,11 +145,12 @@ OrtStatus* read_constants(const OrtKernelInfo* info_, Node* node) {
     if (node->constant[i]) EP_TRY(view(value, &node->input[i]));
   }
   if (!node->constant[kW] || !node->constant[kScale])
-    return ort::CreateStatus(kOrtInvalidArgument, (Text() << node->op->name << " '" << node->name << "': inputs 1 (w) and 2 (w_scale): expected constant initializers, found an input of the graph or a computed value").s);
+    return node->fail("inputs 1 (w) and 2 (w_scale)", "constant initializers", "an input of the graph or a computed value");
   const FormatInfo& f = info(node->op->format);
   const int64_t tiles = node->n / kTileRows, blocks = scale_blocks(f, node->k);
   if (!node->input[kW].is(tiles, node->k / kUnit, unit_bytes(f)))
-    return node->fail(kW, "w", -1, (Text() << "uint8 [" << tiles << "," << node->k / kUnit << "," << unit_bytes(f) << "]").s, node->input[kW]);
+    return node->fail(kW, "w", -1,
+                      (Text() << "uint8 [" << tiles << "," << node->k / kUnit << "," << unit_bytes(f) << "]").s, node->input[kW]);
   if (!node->input[kScale].is(tiles, blocks, kTileRows))
     return node->fail(kScale, "w_scale", -1, (Text() << "[" << tiles << "," << blocks << ",16]").s, node->input[kScale]);
   return nullptr;
@@ -187,13 +190,16 @@ OrtStatus* read_group(const Node& node, const Tensor* const* in, int g, const Te
   group->rank = a.dims[0];
   group->half = a.type == kOrtHalf;
   if (b.type != a.type || !b.is(group->n, group->rank))
-    return node.fail(at + kB, "b", g, (Text() << (group->half ? "float16 [" : "float32 [") << group->n << "," << group->rank << "], to go with a").s, b);
+    return node.fail(at + kB, "b", g,
+                     (Text() << (group->half ? "float16 [" : "float32 [") << group->n << "," << group->rank << "], to go with a").s, b);
   group->a = a.data;
   group->b = b.data;
   bool per_row = gate.rank == x.rank && gate.dims[gate.rank - 1] == group->rank;
   for (size_t i = 0; per_row && i + 1 < x.rank; i++) per_row = gate.dims[i] == x.dims[i];
   if (!gate.is(1) && !gate.is(group->rank) && !per_row)
-    return node.fail(at + kGate, "gate", g, (Text() << "float32 [1], [" << group->rank << "] or [..," << group->rank << "] with the leading dimensions of x").s, gate);
+    return node.fail(at + kGate, "gate", g,
+                     (Text() << "float32 [1], [" << group->rank << "] or [..," << group->rank
+                             << "] with the leading dimensions of x").s, gate);
   group->gate = gate.neutral() ? nullptr : gate.floats();
   group->gate_row = gate.is(1) || gate.is(group->rank) ? 0 : group->rank;
   group->gate_step = gate.is(1) ? 0 : 1;

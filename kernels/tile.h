@@ -21,6 +21,7 @@ constexpr int kChunk = 1024;      // int8 columns in a stage
 constexpr int kFloatChunk = 256;  // float columns in a stage
 constexpr int kPanel = 64;        // ranks of B in a panel
 constexpr int kAhead = 4096;      // bytes of B fetched ahead
+constexpr int kWeightsAhead = 2048;  // bytes of packed W fetched ahead, when they stream from memory
 
 template <class V>
 constexpr int kVectors = kTileRows / V::lanes;
@@ -95,7 +96,10 @@ struct Int8Chunk {
       typename V::I d[R][kVectors<V>];
       for (int r = 0; r < R; r++)
         for (int v = 0; v < kVectors<V>; v++) d[r][v] = V::set_int(q_fix[r * blocks + b]);
-      for (int u = 0; u < block / kUnit; u++, w += unit_stage, q += kUnit) V::template dot_unit<F, R, packed>(w, q, job.k, d);
+      for (int u = 0; u < block / kUnit; u++, w += unit_stage, q += kUnit) {
+        for (int i = 0; packed && i < unit_stage; i += 64) __builtin_prefetch(w + kWeightsAhead + i);  // and past pages' ends
+        V::template dot_unit<F, R, packed>(w, q, job.k, d);
+      }
       for (int r = 0; r < R; r++) {
         const typename V::F x_scale = V::set1(q_scale[r * blocks + b]);
         for (int v = 0; v < kVectors<V>; v++) {
