@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,8 +146,3 @@ def build(config: Config, stages: Sequence[Stage] = STAGES) -> Path:
             if stage.applies(config):
                 run_stage(stage, config, run)
     return run.path(stages[-1].folder)
-
-
-def summary_text(run: Run) -> str:
-    """Return the recorded summaries as JSON text."""
-    return json.dumps({name: record["summary"] for name, record in run.records.items()}, indent=2)

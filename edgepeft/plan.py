@@ -10,13 +10,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgepeft.artifact import Run
 from edgepeft.config import Config
 from edgepeft.console import table
 from edgepeft.errors import ArtifactError
 from edgepeft.pipeline import STAGES, Stage, stage_key
+
+if TYPE_CHECKING:
+    from edgepeft.backbone.families import Family
+    from edgepeft.backbone.load import ModelSource
 
 HALF_BYTES, FLOAT_BYTES = 2, 4
 
@@ -38,21 +42,18 @@ def plan_text(config: Config) -> str:
         f"data    {counts}; {len(data.labels)} labels",
         f"target  {target.name}: {target.description}",
         "\nsizes in MB (1e6 bytes)",
-        table(sizes(config)),
+        table(sizes(config, source, family)),
         "\nstages",
         table([{"stage": stage.name, "state": _state(stage, config)} for stage in STAGES]),
     ]
     return "\n".join(lines)
 
 
-def sizes(config: Config) -> list[dict[str, Any]]:
+def sizes(config: Config, source: ModelSource, family: Family) -> list[dict[str, Any]]:
     """Return float and packed megabytes of each kind of tensor, of the adapter, and their sum."""
-    from edgepeft.backbone.families import family_of
-    from edgepeft.backbone.load import resolve_model, tensor_shapes
+    from edgepeft.backbone.load import tensor_shapes
     from edgepeft.quant.stage import format_for
 
-    source = resolve_model(config)
-    family = family_of(source.settings, str(source.path))
     kinds = family.tensors(source.settings)
     rows: dict[str, list[int]] = {}
     adapter = 0

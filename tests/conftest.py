@@ -1,10 +1,27 @@
 """What all tests share: an offline run with its own folder for things that can be made again."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # builders.py
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    """A small BERT folder that no test changes."""
+    from builders import tiny_bert
+
+    return tiny_bert(tmp_path_factory.mktemp("bert") / "model")
+
+
+@pytest.fixture
+def model(bert, tmp_path):
+    """A copy of it that a test may damage."""
+    return Path(shutil.copytree(bert, tmp_path / "model"))

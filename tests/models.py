@@ -1,18 +1,11 @@
 """Damaged and odd model folders, made from a small one."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
-from builders import tiny_bert
 
 from edgepeft.artifact import read_tensors, write_tensors
-
-
-def copy_of(folder: Path, to: Path) -> Path:
-    """Return a copy that may be damaged."""
-    return Path(shutil.copytree(folder, to))
 
 
 def settings(folder: Path, **changes) -> Path:
@@ -44,6 +37,3 @@ def shards(folder: Path, count: int = 3) -> Path:
     path.unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return folder
-
-
-__all__ = ["copy_of", "settings", "shards", "tensors", "tiny_bert"]

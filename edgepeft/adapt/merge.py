@@ -22,7 +22,7 @@ Left out: calibrated merging, methods whose effect is no sum W + ΔW (`Method.de
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,11 +141,26 @@ def _metrics(config: Config, run: Run, out: Path) -> dict[str, Any]:
     apart = PeftModel.from_pretrained(
         quantized_model(run.path("quantized"), splits.labels, config), str(run.path("adapter"))
     )
-    merged = quantized_model(out, splits.labels, config)
-    heads = peft_files.read(run.path("adapter")).heads
-    merged.load_state_dict({n.removeprefix(PREFIX): torch.from_numpy(t.copy()) for n, t in heads.items()}, strict=False)
+    merged = merged_model(out, run.path("adapter"), splits.labels, config)
     before, after = (evaluate(model, config, splits.validation, tokenizer)[metric] for model in (apart, merged))
     return {"metric": metric, "separate": before, "merged": after, "drop": before - after}
+
+
+def merged_model(folder: Path, adapter: Path, labels: Sequence[str], config: Config) -> Any:
+    """Return the PyTorch model on merged weights, with the head that was trained with the adapter."""
+    import torch
+
+    from edgepeft.backbone.load import quantized_model
+
+    model = quantized_model(folder, labels, config)
+    heads = {name: torch.from_numpy(value.copy()) for name, value in merged_heads(adapter).items()}
+    model.load_state_dict(heads, strict=False)
+    return model
+
+
+def merged_heads(adapter: Path) -> dict[str, np.ndarray]:
+    """Return the tensors of the trained head under their names in the task model."""
+    return {name.removeprefix(PREFIX): value for name, value in peft_files.read(adapter).heads.items()}
 
 
 def _problems(report: Mapping[str, Any]) -> list[str]:

@@ -69,16 +69,6 @@ class Method:
         adapter = read(folder, **expected)
         return {module: self._terms(adapter, module) for module in adapter.modules}
 
-    def device_tensors(self, folder: Path, **expected: Any) -> dict[str, np.ndarray]:
-        """Return what the device needs, under PEFT's names: the terms as float16, trained heads as float32.
-
-        b carries the scale. Raises ArtifactError when a value does not fit in float16.
-        """
-        from edgepeft.adapt.peft_files import read
-
-        adapter = read(folder, **expected)
-        return {**self.half_terms(adapter), **adapter.heads}
-
     def half_terms(self, adapter: Adapter) -> dict[str, np.ndarray]:
         """Return the terms of an adapter that was read, as float16 under PEFT's names."""
         result = {}

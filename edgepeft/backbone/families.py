@@ -21,6 +21,7 @@ from edgepeft.errors import ModelError, unknown
 class Family:
     """One family. Module names are relative to `prefix`, the backbone's attribute in the task model.
 
+    class_prefix: what transformers' class names of the family begin with.
     linears, embeddings, norms: role -> module name, `{i}` for the layer.  fresh: linears that a checkpoint may lack and
     that are then drawn anew.  heads: modules of the task model outside the backbone.  ignored: beginnings of checkpoint
     names that belong to other heads or hold no weights.  renames: endings of old checkpoints and what they became.
@@ -28,6 +29,7 @@ class Family:
 
     tag: str
     model_types: tuple[str, ...]
+    class_prefix: str
     prefix: str
     layers_setting: str
     linears: Mapping[str, str]
@@ -68,6 +70,7 @@ class Family:
 BERT = Family(
     tag="bert",
     model_types=("bert",),
+    class_prefix="Bert",
     prefix="bert",
     layers_setting="num_hidden_layers",
     linears={

@@ -19,10 +19,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepeft import __version__
+from edgepeft import OP_ABI, __version__
 from edgepeft.artifact import Run, digests, read_json, sha256_file, write_bytes
 from edgepeft.console import say, table
 from edgepeft.errors import ArtifactError
+from edgepeft.export.ops import DOMAIN, MINIMUM_ONNXRUNTIME
 from edgepeft.runtime.manifest import NAME, check_bundle, seal
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["bundle", "check_bundle"]
 
 REQUIRED = ("model.onnx", "config.json", "tokenizer.json")
-MINIMUM_ONNXRUNTIME = "1.20.1"
-OP_ABI = 1
 PARTS = {
     "weights": ("model.onnx",),
     "adapters": ("adapters/",),
@@ -142,7 +141,7 @@ def _describe(config: Config, run: Run, target: Target, training: Mapping[str, A
         "activation": exported["activation"],
         "base_digest": quantized["base_digest"],
         "tokenizer_digest": sha256_file(run.path("export") / "tokenizer.json"),
-        "op": {"domain": "edgepeft", "abi": OP_ABI},
+        "op": {"domain": DOMAIN, "abi": OP_ABI},
         "onnxruntime": {
             "minimum": MINIMUM_ONNXRUNTIME,
             "requirement": target.requirements[0],

@@ -31,13 +31,14 @@ from pathlib import Path
 from edgepeft.artifact import cache_dir
 from edgepeft.deploy.compile import host_platform, kernel_folder, plugin_library
 from edgepeft.errors import TargetError, unknown
+from edgepeft.export.ops import MINIMUM_ONNXRUNTIME
 
 QEMU = "qemu-aarch64"
 DEBS = ("python3", "libstdc++6")
 WHEEL_PLATFORMS = tuple(f"manylinux{tag}_aarch64" for tag in ("_2_28", "_2_27", "_2_17", "2014"))
 MARK = 0x45500000  # kMark of kernels/emulation/count.cc
 NEWEST = "1.32.0"
-SAFE = "1.20.1"
+SAFE = MINIMUM_ONNXRUNTIME
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +128,6 @@ class Emulator:
     def count_options(self) -> list[str]:
         """Return the qemu options that make a run print "instructions N" on its standard error."""
         return ["-plugin", str(_plugin(self.qemu, self.home)), "-d", "plugin"]
-
-    def instructions(self, cpu: str, argv: Sequence[str], env: Mapping[str, str] | None = None) -> int:
-        """Return how many instructions a program takes on an emulated CPU."""
-        return counted(self.run(cpu, argv, env, options=self.count_options()))
 
 
 def counted(done: subprocess.CompletedProcess[str]) -> int:

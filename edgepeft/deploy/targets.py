@@ -51,15 +51,6 @@ class Target:
         """The lines of requirements.txt: all that the device runtime imports."""
         return (f"onnxruntime=={self.onnxruntime}", NUMPY, TOKENIZERS)
 
-    def refuses(self, onnxruntime: str) -> str | None:
-        """Say why a release of ONNX Runtime must not run on this target, or return None."""
-        if onnxruntime not in self.onnxruntime_broken:
-            return None
-        return (
-            f"onnxruntime {onnxruntime} dies with SIGILL on {self.cpu} ({self.name}). "
-            f"Run: pip install onnxruntime=={self.onnxruntime}"
-        )
-
 
 def target_folder() -> Path:
     """Return the folder of target files: inside an installed package, or beside it in a checkout."""

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 DOMAIN = "edgepeft"
 VERSION = 1
 MAX_GROUPS = 3
-OPSET = 21  # ONNX Runtime 1.20, the newest one that is safe on a Cortex-A72, reads up to this
+MINIMUM_ONNXRUNTIME = "1.20.1"  # a release that is safe on a Cortex-A72; it reads no newer opset or IR than these
+OPSET = 21
 IR_VERSION = 10
 
 SHARED_INPUTS = ("x", "w", "w_scale", "bias", "s_in")

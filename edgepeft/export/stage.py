@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepeft.adapt import peft_files
-from edgepeft.adapt.merge import weight_shapes
+from edgepeft.adapt.merge import merged_heads, weight_shapes
 from edgepeft.adapt.methods import PREFIX
 from edgepeft.artifact import Run, read_json, write_json
-from edgepeft.backbone.families import FAMILIES
+from edgepeft.backbone.families import FAMILIES, Family
 from edgepeft.console import say
 from edgepeft.errors import VerifyError
+from edgepeft.export.ops import DOMAIN, OPSET
 from edgepeft.train.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ def export(config: Config, run: Run, out: Path) -> dict[str, Any]:
     weights = _weights(config, run)
     about = weights.about
     adapter = _adapter(config, run, out, weights, training)
-    settings = write_settings(run.path("quantized"), out, training["labels"], TASKS[config.task].auto_class)
-    graph = encoder.build(FAMILIES[about["family"]], settings, weights, adapter, config.activation)
+    family = FAMILIES[about["family"]]
+    settings = write_settings(run.path("quantized"), out, training["labels"], TASKS[config.task].auto_class, family)
+    graph = encoder.build(family, settings, weights, adapter, config.activation)
     check(graph.save(out))
     summary = _summary(graph, out, config, about)
     write_json(out / "export.json", summary)
@@ -58,9 +60,7 @@ def _weights(config: Config, run: Run) -> Weights:
 
     if config.adapter != "merged":
         return Weights(run.path("quantized"))
-    trained = peft_files.read(run.path("adapter"))
-    heads = {name.removeprefix(PREFIX): value for name, value in trained.heads.items()}
-    return Weights(run.path("merged"), heads)
+    return Weights(run.path("merged"), merged_heads(run.path("adapter")))
 
 
 def _adapter(config: Config, run: Run, out: Path, weights: Weights, training: Mapping[str, Any]) -> AdapterFile:
@@ -77,12 +77,12 @@ def _adapter(config: Config, run: Run, out: Path, weights: Weights, training: Ma
     return AdapterFile.read(out / ADAPTER_FILE, training["config"]["method"])
 
 
-def write_settings(source: Path, out: Path, labels: list[str], auto_class: str) -> dict[str, Any]:
+def write_settings(source: Path, out: Path, labels: list[str], auto_class: str, family: Family) -> dict[str, Any]:
     """Write config.json with the labels, copy the tokenizer's files, and return the settings."""
     settings = read_json(source / "config.json")
     head = auto_class.removeprefix("AutoModel")
     names = {
-        "architectures": [{"bert": "Bert"}.get(settings["model_type"], settings["model_type"].title()) + head],
+        "architectures": [family.class_prefix + head],
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
         "num_labels": len(labels),
@@ -107,7 +107,7 @@ def check(path: Path) -> None:
 def _summary(graph: Any, out: Path, config: Config, about: Mapping[str, Any]) -> dict[str, Any]:
     """Return what was written."""
     sizes = {p.relative_to(out).as_posix(): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
-    fused = [node for node in graph.nodes if node.domain == "edgepeft"]
+    fused = [node for node in graph.nodes if node.domain == DOMAIN]
     adapter_inputs = [value.name for value in graph.inputs if value.name.startswith(PREFIX)]
     return {
         "format": about["format"],
@@ -117,7 +117,7 @@ def _summary(graph: Any, out: Path, config: Config, about: Mapping[str, Any]) ->
         "fused_nodes": len(fused),
         "fused_linears": sum(len(node.output) for node in fused),
         "adapter_inputs": len(adapter_inputs),
-        "opset": 21,
+        "opset": OPSET,
         "sizes_bytes": sizes,
         "total_bytes": sum(sizes.values()),
     }

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepeft.adapt import peft_files
-from edgepeft.adapt.methods import PREFIX
+from edgepeft.adapt.merge import merged_model
 from edgepeft.artifact import Run, read_tensors
 from edgepeft.errors import TargetError
 from edgepeft.export import parity
@@ -165,8 +164,4 @@ def _torch_model(config: Config, run: Run, labels: Sequence[str]) -> Any:
         exported = (run.path("export") / ADAPTER_FILE).parent
         model.load_adapter(str(exported), adapter_name="exported")
         return model.eval()
-    model = quantized_model(run.path("merged"), labels, config)
-    heads = peft_files.read(run.path("adapter")).heads
-    tensors = {name.removeprefix(PREFIX): torch.from_numpy(value.copy()) for name, value in heads.items()}
-    model.load_state_dict(tensors, strict=False)
-    return model.eval()
+    return merged_model(run.path("merged"), run.path("adapter"), labels, config).eval()

@@ -10,14 +10,13 @@ import ctypes
 import functools
 from typing import TYPE_CHECKING
 
+from edgepeft import OP_ABI
 from edgepeft.console import say
 from edgepeft.errors import TargetError
 from edgepeft.quant.formats import FORMATS, Packed
 
 if TYPE_CHECKING:
     import numpy as np
-
-ABI = 1
 
 
 @functools.cache
@@ -32,7 +31,7 @@ def library() -> ctypes.CDLL | None:
         return None
     lib.edgepeft_dequantize.argtypes = [ctypes.c_char_p, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, ctypes.c_void_p]
     lib.edgepeft_dequantize.restype = ctypes.c_int
-    return lib if lib.edgepeft_abi() == ABI else None
+    return lib if lib.edgepeft_abi() == OP_ABI else None
 
 
 def available() -> bool:

@@ -19,10 +19,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgepeft import OP_ABI
 from edgepeft.errors import TargetError
 from edgepeft.runtime.manifest import Manifest
 
-ABI = 1
 FILE_NAME = "libedgepeft_ops.so"
 INSTALLED = Path(__file__).parents[1] / "_lib" / FILE_NAME
 MACHINES = {62: "x86_64", 183: "aarch64", 40: "arm", 3: "x86", 243: "riscv64"}
@@ -99,8 +99,10 @@ def open_library(path: Path) -> Library:
         build, kernels = code.edgepeft_build(), code.edgepeft_kernels()
     except (OSError, AttributeError) as error:
         raise TargetError(f"{path}: not an edgepeft op library that loads here: {error}.") from None
-    if abi != ABI:
-        raise TargetError(f"{path}: op ABI {abi}, this edgepeft needs {ABI}. Build bundle and runtime by one version.")
+    if abi != OP_ABI:
+        raise TargetError(
+            f"{path}: op ABI {abi}, this edgepeft needs {OP_ABI}. Build bundle and runtime by one version."
+        )
     return Library(path, build.decode(), tuple(kernels.decode().split()))
 
 

@@ -317,8 +317,10 @@ def _tell_start(model: Any, splits: Splits, resumed: int | None) -> None:
 
 
 def _tell_end(result: Mapping[str, Any]) -> None:
-    test, best = result["test"], result["best_epoch"]
-    say(f"  best epoch {best}: test accuracy {test['accuracy']:.4f}, macro-F1 {test['macro_f1']:.4f}")
+    from edgepeft.train.watch import figures_text
+
+    test = {name: value for name, value in result["test"].items() if name != "examples"}
+    say(f"  best epoch {result['best_epoch']}: test {figures_text(test)}")
     memory = result["peak_resident_bytes"] / 2**20
     speed = result["samples_per_second"]
     say(f"  {result['seconds']:.0f} s, peak memory {memory:.0f} MiB" + (f", {speed:.0f} samples/s" if speed else ""))

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from edgepeft.train.tasks import Task
 
 
+TRAINER_FIGURES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
 class Progress(TrainerCallback):
     """A bar on a terminal, one line per epoch, and the wall and CPU seconds spent in training steps."""
 
@@ -61,8 +64,7 @@ class Progress(TrainerCallback):
         metrics = given["metrics"]
         best = checkpoints.best_step(state.log_history, self.task.select) == state.global_step
         loss = epoch_rows(state.log_history)[-1]["train_loss"]
-        figures = f"train loss {loss:.4f}, validation loss {metrics['eval_loss']:.4f}"
-        figures += f", accuracy {metrics['eval_accuracy']:.4f}, macro-F1 {metrics['eval_macro_f1']:.4f}"
+        figures = f"train loss {loss:.4f}, validation {figures_text(eval_figures(metrics))}"
         self._bar.clear()
         say(f"  epoch {round(state.epoch)}/{args.num_train_epochs}: {figures}{' (best)' if best else ''}")
 
@@ -100,6 +102,17 @@ class GuardedLoss:
         return loss
 
 
+def eval_figures(entry: Mapping[str, float]) -> dict[str, float]:
+    """Return the loss and the task's metrics of an evaluation, without the speeds that the Trainer adds."""
+    found = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
+    return {name: value for name, value in found.items() if name not in TRAINER_FIGURES}
+
+
+def figures_text(figures: Mapping[str, float]) -> str:
+    """Return figures as words: "loss 0.5, accuracy 0.8"."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+
+
 def epoch_rows(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """Return one row per evaluated epoch: the mean training loss since the one before and the validation figures."""
     rows: list[dict[str, float]] = []
@@ -108,7 +121,7 @@ def epoch_rows(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, float
         if "loss" in entry:
             losses.append(entry["loss"])
         elif "eval_loss" in entry:
-            figures = {key[5:]: entry[key] for key in ("eval_loss", "eval_accuracy", "eval_macro_f1")}
+            figures = eval_figures(entry)
             mean = sum(losses) / len(losses) if losses else math.nan
             rows.append({"epoch": entry["epoch"], "step": entry["step"], "train_loss": mean, **figures})
             losses = []
@@ -126,14 +139,15 @@ def tensorboard(folder: Path) -> list[TrainerCallback]:
 
 
 def draw_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw losses and accuracy over the epochs as a PNG, if matplotlib is installed."""
+    """Draw losses and metrics over the epochs as a PNG, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
     figure = Figure(figsize=(8, 3), layout="constrained")
     epochs = [row["epoch"] for row in rows]
-    for axis, names in zip(figure.subplots(1, 2), (("train_loss", "loss"), ("accuracy", "macro_f1")), strict=True):
+    metrics = [name for name in rows[0] if name not in ("epoch", "step", "train_loss", "loss")]
+    for axis, names in zip(figure.subplots(1, 2), (["train_loss", "loss"], metrics), strict=True):
         for name in names:
             label = "validation_loss" if name == "loss" else name
             axis.plot(epochs, [row[name] for row in rows], marker=".", label=label.replace("_", " "))

@@ -45,16 +45,16 @@ def test_lora_folds_its_scale_into_b(tmp_path: Path) -> None:
     assert np.array_equal(a_rk, tensors[f"{PREFIX}a.dense.lora_A.weight"])
 
 
-def test_device_tensors_are_halves_under_pefts_names_and_whole_heads(tmp_path: Path) -> None:
-    tensors = METHODS["lora"].device_tensors(folder_of(tmp_path))
-    assert sorted(tensors) == sorted(peft_files.read(tmp_path).tensors)
-    assert {str(t.dtype) for name, t in tensors.items() if "lora_" in name} == {"float16"}
-    assert tensors[f"{PREFIX}head.weight"].dtype == np.float32
+def test_terms_for_the_device_are_halves_under_pefts_names(tmp_path: Path) -> None:
+    adapter = peft_files.read(folder_of(tmp_path))
+    tensors = METHODS["lora"].half_terms(adapter)
+    assert sorted(tensors) == sorted(name for name in adapter.tensors if "lora_" in name)
+    assert {str(t.dtype) for t in tensors.values()} == {"float16"}
 
 
 def test_what_overflows_float16_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"a.dense: b_nr reaches .*65504"):
-        METHODS["lora"].device_tensors(folder_of(tmp_path, b_scale=1e5))
+        METHODS["lora"].half_terms(peft_files.read(folder_of(tmp_path, b_scale=1e5)))
 
 
 def test_what_is_no_sum_is_not_merged(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from models import settings, shards, tensors
 
-from edgepeft.artifact import Run, read_tensors, sha256_file
+from edgepeft.artifact import Run, cache_dir, read_tensors, sha256_file
 from edgepeft.backbone import load
 from edgepeft.config import Config
 from edgepeft.errors import ArtifactError, ModelError
@@ -175,10 +176,9 @@ def test_weights_of_another_model_are_refused(model, packaged, monkeypatch):
 def test_the_known_model_is_the_published_one():
     row = load.PACKAGED["minilm"]
     assert re.fullmatch(r"[0-9a-f]{64}", row.weights_sha256)
-    try:
-        folder = load._installed(row)
-    except ModelError:
-        pytest.skip("the package is not installed")
+    folder = cache_dir() / "models" / f"{row.package}-{row.version}"
+    if not folder.exists():
+        pytest.skip(f"offline run: {folder} is not there yet; a build with the default model makes it")
     assert sha256_file(folder / load.WEIGHTS) == row.weights_sha256
 
 
@@ -229,7 +229,7 @@ def test_a_value_that_is_no_number_is_named_with_its_tensor(model, value):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_floats_of_any_width_come_as_float32(model, dtype):
-    torch = pytest.importorskip("torch")
+    import torch
     from safetensors.torch import load_file, save_file
 
     whole = {n: t.to(getattr(torch, dtype)) for n, t in load_file(model / "model.safetensors").items()}
@@ -266,7 +266,7 @@ def built(packed, seed=0):
 
 
 def test_the_model_computes_what_a_float_one_on_the_decoded_weights_does(packed, bert):
-    torch = pytest.importorskip("torch")
+    import torch
     from transformers import BertForSequenceClassification
 
     from edgepeft.quant.linear import QuantEmbedding, QuantLinear
@@ -299,7 +299,8 @@ def test_no_float_copy_of_a_packed_weight_exists(packed):
 
 
 def test_the_head_comes_from_the_seed_and_alone_is_trained(packed):
-    torch = pytest.importorskip("torch")
+    import torch
+
     one, same, other = built(packed), built(packed), built(packed, seed=1)
     assert torch.equal(one.classifier.weight, same.classifier.weight)
     assert not torch.equal(one.classifier.weight, other.classifier.weight)
@@ -308,7 +309,8 @@ def test_the_head_comes_from_the_seed_and_alone_is_trained(packed):
 
 
 def test_building_draws_no_global_random_number(packed):
-    torch = pytest.importorskip("torch")
+    import torch
+
     torch.manual_seed(7)
     before = torch.get_rng_state()
     built(packed)
@@ -317,9 +319,7 @@ def test_building_draws_no_global_random_number(packed):
 
 @pytest.mark.parametrize("fault", ["missing", "strange", "shape"])
 def test_a_packed_folder_that_does_not_hold_together_is_refused(packed, fault, tmp_path):
-    from models import copy_of
-
-    folder = copy_of(packed, tmp_path / "packed")
+    folder = shutil.copytree(packed, tmp_path / "packed")
     whole = {name: np.array(a) for name, a in read_tensors(folder / "weights.safetensors").items()}
     name = "bert.encoder.layer.0.output.dense.qweight"
     if fault == "missing":
@@ -336,7 +336,5 @@ def test_a_packed_folder_that_does_not_hold_together_is_refused(packed, fault, t
 
 
 def test_sizes_that_contradict_the_settings_are_refused(packed, tmp_path):
-    from models import copy_of
-
     with pytest.raises(ModelError, match=r"packed as 128 x 64, config\.json makes it 96 x 64"):
-        built(settings(copy_of(packed, tmp_path / "packed"), intermediate_size=96))
+        built(settings(shutil.copytree(packed, tmp_path / "packed"), intermediate_size=96))

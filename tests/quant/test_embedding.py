@@ -1,12 +1,10 @@
 """Embedding rows are read by stock ONNX Runtime's GatherBlockQuantized, with the values we dequantize to."""
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from edgepeft.quant.formats import EMBEDDING_FORMATS
-
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
 
 
 @pytest.mark.parametrize("fmt", EMBEDDING_FORMATS.values(), ids=EMBEDDING_FORMATS)

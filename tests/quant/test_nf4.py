@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from bitsandbytes import functional
 
 from edgepeft.quant import nf4_block
 from edgepeft.quant.formats import FORMATS
 
-functional = pytest.importorskip("bitsandbytes.functional")
 FORMAT = FORMATS["nf4b64"]
 
 

@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from models import settings, tensors, tiny_bert
+from builders import tiny_bert
+from models import settings, tensors
 
 from edgepeft.artifact import Run, digests, read_json, read_tensors, sha256_file, tensor_header
 from edgepeft.config import Config

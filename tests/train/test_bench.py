@@ -46,8 +46,6 @@ def test_settings_are_typed_as_the_fields_are() -> None:
 def test_every_variant_trains(
     quantized: Callable[..., Path], tiny_config: Config, tmp_path: Path, variant: str
 ) -> None:
-    if variant == "bnb-nf4":
-        pytest.importorskip("bitsandbytes")
     folder = quantized(variant if variant in training.FORMATS else "i4b32").parent
     found = training.train_one(tiny_config.replace(epochs=1), variant, folder)
     assert found["variant"] == variant

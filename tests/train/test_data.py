@@ -68,7 +68,8 @@ def test_integer_labels_sort_as_numbers(tmp_path: Path, kind: str) -> None:
 
 
 def test_class_labels_are_given_by_name(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     saved = datasets.Dataset.from_list(sentences()).class_encode_column("label")
     saved.save_to_disk(str(tmp_path / "saved"))
     assert load_splits(config(tmp_path / "saved")).labels == LABELS
