@@ -25,7 +25,7 @@ struct TileJob {
   const float* x;          // [m,K], float activations only
   const int8_t* q;         // [m,K], int8 activations only, with
   const float* q_scale;    //   [m,K/act_block] value of one step; NaN where the block holds NaN or Inf
-  const int32_t* q_fix;    //   [m,K/act_block] -zero * sum(q), zero being the row's
+  const int32_t* q_fix;    //   [m,K/act_block] -zero * sum(q), zero being the row's, in the row's own form
   int64_t rank;            // 0: no adapter, and t, b are not read
   const float* t;          // [m,t_stride] gate . (A.x), zero from rank on
   int64_t t_stride;        // rank rounded up to kRankPad

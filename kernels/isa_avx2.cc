@@ -1,7 +1,8 @@
 // AVX2 + FMA + F16C: 8 outputs in a vector.
 //
 // 4-bit codes are unsigned, so vpmaddubsw takes them as they are: 8 steps of 4 columns sum to at most
-// 8*2*15*127 = 30480 in 16 bits, and one vpmaddwd per unit widens. 8-bit integers (i8c, the NF4 table) would overflow
+// 8*2*15*127 = 30480 in 16 bits, and one vpmaddwd per unit widens. Where a unit is a whole block, the 16-bit sums start
+// from the correction, split as they are: what they end with is at most 8*2*8*127, whatever wraps on the way. 8-bit integers (i8c, the NF4 table) would overflow
 // there: they multiply as |w| * sign(w)x, at most 2*127*127, and widen every step.
 #include "adapter_matmul.h"
 
@@ -36,6 +37,21 @@ struct Avx2 {
     const F high = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
     return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
   }
+  static EP_INLINE void transpose(F (&v)[8]) {
+    F pairs[8], quads[8];
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+      for (int c = 0; c < 4; c++)
+        quads[i + c] = c % 2 ? _mm256_shuffle_ps(pairs[i + c / 2], pairs[i + c / 2 + 2], 0xee)
+                             : _mm256_shuffle_ps(pairs[i + c / 2], pairs[i + c / 2 + 2], 0x44);
+    for (int c = 0; c < 4; c++) {
+      v[c] = _mm256_permute2f128_ps(quads[c], quads[c + 4], 0x20);
+      v[c + 4] = _mm256_permute2f128_ps(quads[c], quads[c + 4], 0x31);
+    }
+  }
   static EP_INLINE I load_int(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
   static EP_INLINE I set_int(int32_t v) { return _mm256_set1_epi32(v); }
   static EP_INLINE I field(I v, int shift, int mask) { return _mm256_and_si256(_mm256_srli_epi32(v, shift), set_int(mask)); }
@@ -52,16 +68,22 @@ struct Avx2 {
     t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0x4e));
     return (uint32_t)_mm_cvtsi128_si32(_mm_max_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
   }
-  static EP_INLINE int32_t quantize_unit(const float* x, float step, int8_t* q) {
+  static EP_INLINE void quantize_unit(const float* x, float step, int8_t* q) {
     I v[4];
     for (int i = 0; i < 4; i++) v[i] = _mm256_cvtps_epi32(mul(load(x + 8 * i), set1(step)));
     const I pairs = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
     const I bytes = _mm256_permutevar8x32_epi32(pairs, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     _mm256_storeu_si256((__m256i*)q, bytes);
-    const I s = _mm256_add_epi32(_mm256_add_epi32(v[0], v[1]), _mm256_add_epi32(v[2], v[3]));
-    __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
-    t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
+  }
+  static EP_INLINE int32_t correction(const int8_t* q, int32_t zero, int n) {
+    if (!zero) return 0;
+    I sums = set_int(0);  // 16 bits: columns 4j and 4j+1, 4j+2 and 4j+3
+    for (int i = 0; i < n; i += kUnit) sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(_mm256_set1_epi8(1), load_int(q + i)));
+    __m128i s = _mm_add_epi16(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    s = _mm_add_epi16(s, _mm_shuffle_epi32(s, 0x4e));
+    s = _mm_add_epi16(s, _mm_shuffle_epi32(s, 0xb1));
+    const __m128i factor = _mm_set1_epi16((int16_t)-zero);
+    return _mm_cvtsi128_si32(n == kUnit ? _mm_mullo_epi16(s, factor) : _mm_madd_epi16(s, factor));
   }
 
   // ---- weights as integers
@@ -109,8 +131,10 @@ struct Avx2 {
   }
   template <Format F, int R, bool packed>
   static EP_INLINE void dot_unit(const uint8_t* w, const int8_t* q, int64_t q_stride, I (&d)[R][2]) {
+    constexpr bool corrected = nibbles<F>() && info(F).act_block == kUnit;  // see correction()
     I pairs[R][2];
-    for (int r = 0; r < R; r++) pairs[r][0] = pairs[r][1] = set_int(0);
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < 2; v++) pairs[r][v] = corrected ? d[r][v] : set_int(0);
     if constexpr (packed) {
 #pragma GCC unroll 8
       for (int j = 0; j < 8; j++) dot_step<F, R>(codes<F>(w, j, 0), codes<F>(w, j, 1), q + 4 * j, q_stride, pairs, d);
@@ -120,7 +144,7 @@ struct Avx2 {
     }
     if constexpr (nibbles<F>())
       for (int r = 0; r < R; r++)
-        for (int v = 0; v < 2; v++) d[r][v] = _mm256_add_epi32(d[r][v], widen(pairs[r][v]));
+        for (int v = 0; v < 2; v++) d[r][v] = corrected ? widen(pairs[r][v]) : _mm256_add_epi32(d[r][v], widen(pairs[r][v]));
   }
 };
 

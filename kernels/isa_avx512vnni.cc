@@ -47,6 +47,29 @@ struct Avx512 {
     return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
   }
   static EP_INLINE F sum_each(const F (&v)[16]) { return _mm512_insertf32x8(_mm512_castps256_ps512(sum_8(v)), sum_8(v + 8), 1); }
+  template <int which>  // two of a's, then two of b's; SIMDe has no shuffle_f32x4
+  static EP_INLINE F quarters(F a, F b) {
+    return _mm512_castsi512_ps(_mm512_shuffle_i32x4(_mm512_castps_si512(a), _mm512_castps_si512(b), which));
+  }
+  static EP_INLINE void transpose(F (&v)[16]) {
+    F pairs[16];
+    for (int i = 0; i < 16; i += 2) {
+      pairs[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+      pairs[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)  // columns 0..3 of each quarter, of 4 rows
+      for (int c = 0; c < 4; c++)
+        v[i + c] = c % 2 ? _mm512_shuffle_ps(pairs[i + c / 2], pairs[i + c / 2 + 2], 0xee)
+                         : _mm512_shuffle_ps(pairs[i + c / 2], pairs[i + c / 2 + 2], 0x44);
+    for (int c = 0; c < 4; c++) {
+      const F a = quarters<0x88>(v[c], v[c + 4]), b = quarters<0x88>(v[c + 8], v[c + 12]);
+      const F d = quarters<0xdd>(v[c], v[c + 4]), e = quarters<0xdd>(v[c + 8], v[c + 12]);
+      v[c] = quarters<0x88>(a, b);
+      v[c + 4] = quarters<0x88>(d, e);
+      v[c + 8] = quarters<0xdd>(a, b);
+      v[c + 12] = quarters<0xdd>(d, e);
+    }
+  }
   static EP_INLINE I load_int(const void* p) { return _mm512_loadu_si512(p); }
   static EP_INLINE I set_int(int32_t v) { return _mm512_set1_epi32(v); }
   static EP_INLINE I field(I v, int shift, int mask) { return _mm512_and_si512(_mm512_srli_epi32(v, shift), set_int(mask)); }
@@ -61,15 +84,19 @@ struct Avx512 {
     t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0x4e));
     return (uint32_t)_mm_cvtsi128_si32(_mm_max_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
   }
-  static EP_INLINE int32_t quantize_unit(const float* x, float step, int8_t* q) {
+  static EP_INLINE void quantize_unit(const float* x, float step, int8_t* q) {
     const I a = _mm512_cvtps_epi32(mul(load(x), set1(step))), b = _mm512_cvtps_epi32(mul(load(x + 16), set1(step)));
-    const __m128i low = _mm512_cvtsepi32_epi8(a), high = _mm512_cvtsepi32_epi8(b);
-    _mm_storeu_si128((__m128i*)q, low);
-    _mm_storeu_si128((__m128i*)(q + 16), high);
-    // 32 signed bytes summed as unsigned ones, 128 up
-    const __m128i up = _mm_set1_epi8(-128), none = _mm_setzero_si128();
-    const __m128i s = _mm_add_epi64(_mm_sad_epu8(_mm_xor_si128(low, up), none), _mm_sad_epu8(_mm_xor_si128(high, up), none));
-    return _mm_cvtsi128_si32(_mm_add_epi64(s, _mm_unpackhi_epi64(s, s))) - 32 * 128;
+    _mm_storeu_si128((__m128i*)q, _mm512_cvtsepi32_epi8(a));
+    _mm_storeu_si128((__m128i*)(q + 16), _mm512_cvtsepi32_epi8(b));
+  }
+  static EP_INLINE int32_t correction(const int8_t* q, int32_t zero, int n) {
+    __m256i sums = _mm256_setzero_si256();  // of signed bytes as unsigned ones, 128 up
+    for (int i = 0; i < n; i += kUnit) {
+      const __m256i up = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(q + i)), _mm256_set1_epi8(-128));
+      sums = _mm256_add_epi64(sums, _mm256_sad_epu8(up, _mm256_setzero_si256()));
+    }
+    const __m128i s = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    return -zero * (_mm_cvtsi128_si32(_mm_add_epi64(s, _mm_unpackhi_epi64(s, s))) - 128 * n);
   }
 
   // ---- weights as unsigned bytes

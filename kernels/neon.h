@@ -4,7 +4,6 @@
 
 struct NeonBase {
   static constexpr int lanes = 4;
-  static constexpr bool fix_in_float = false;
   using F = float32x4_t;
   using I = int32x4_t;
 
@@ -17,6 +16,13 @@ struct NeonBase {
   static EP_INLINE F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   static EP_INLINE float sum(F v) { return vaddvq_f32(v); }
   static EP_INLINE F sum_each(const F (&v)[4]) { return vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3])); }
+  static EP_INLINE void transpose(F (&v)[4]) {
+    const float32x4x2_t even = vtrnq_f32(v[0], v[1]), odd = vtrnq_f32(v[2], v[3]);
+    for (int i = 0; i < 2; i++) {
+      v[i] = vcombine_f32(vget_low_f32(even.val[i]), vget_low_f32(odd.val[i]));
+      v[i + 2] = vcombine_f32(vget_high_f32(even.val[i]), vget_high_f32(odd.val[i]));
+    }
+  }
   static EP_INLINE I load_int(const void* p) { return vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(p))); }
   static EP_INLINE I set_int(int32_t v) { return vdupq_n_s32(v); }
   static EP_INLINE F to_float(I v) { return vcvtq_f32_s32(v); }
@@ -36,7 +42,7 @@ struct NeonBase {
     for (int i = 0; i < n; i += 4) top = vmaxq_u32(top, vreinterpretq_u32_f32(vabsq_f32(load(x + i))));
     return vmaxvq_u32(top);
   }
-  static EP_INLINE int32_t quantize_unit(const float* x, float step, int8_t* q) {
+  static EP_INLINE void quantize_unit(const float* x, float step, int8_t* q) {
     int16x8_t pairs[4];
     for (int i = 0; i < 4; i++) {
       const I a = vcvtnq_s32_f32(mul(load(x + 8 * i), set1(step))), b = vcvtnq_s32_f32(mul(load(x + 8 * i + 4), set1(step)));
@@ -44,7 +50,11 @@ struct NeonBase {
     }
     vst1q_s8(q, vcombine_s8(vqmovn_s16(pairs[0]), vqmovn_s16(pairs[1])));
     vst1q_s8(q + 16, vcombine_s8(vqmovn_s16(pairs[2]), vqmovn_s16(pairs[3])));
-    return vaddvq_s16(vaddq_s16(vaddq_s16(pairs[0], pairs[1]), vaddq_s16(pairs[2], pairs[3])));
+  }
+  static EP_INLINE int32_t correction(const int8_t* q, int32_t zero, int n) {
+    int32_t sum = 0;
+    for (int i = 0; i < n; i += kUnit) sum += vaddlvq_s16(vpadalq_s8(vpaddlq_s8(vld1q_s8(q + i)), vld1q_s8(q + i + 16)));
+    return -zero * sum;
   }
 
   // ---- weights as integers of 8 bits: 4-bit codes stay unsigned, since 0..15 is a signed byte as well

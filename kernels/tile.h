@@ -11,7 +11,9 @@
 //   load(float*) load_half(uint16*) store(float*, F) set1(float) add mul fma(a,b,c) = a*b+c   F
 //   sum(F) -> float;  sum_each(F v[lanes]) -> F whose lane i is sum(v[i])
 //   set_int(int32) load_int(void*) field(I, shift, mask) to_float(I) nf4(I index) -> F
-//   peak(x, n) -> largest |x| as bits;  quantize_unit(x, step, q) -> sum: 32 floats to q = round_even(x * step)
+//   transpose(F v[lanes]): rows to columns
+//   peak(x, n) -> largest |x| as bits;  quantize_unit(x, step, q): 32 floats to q = round_even(x * step)
+//   correction(q, zero, n) -> what d starts from in a block of n columns: -zero * sum(q), in the form dot_unit takes
 //   zero<Format>() what dot_unit's integers still carry beyond code - zero (see RowOps::zero)
 //   stage_bytes<Format>(), unpack_unit<Format>(w, out): one unit in the form dot_unit<.., packed = false> reads
 //   dot_unit<Format, R, packed>(w, q, q_stride, I d[R][nv]): adds R x 16 dot products over 32 columns
@@ -198,8 +200,23 @@ struct ManyRows {
   void fill(const TileJob& job, int64_t first) {
     r0 = first;
     ranks = job.rank - first < kPanel ? job.rank - first : kPanel;
+    if (job.b_half) turn<true>(job);
+    else turn<false>(job);
+  }
+  // Rows past the last column repeat it: they are computed, and not stored.
+  template <bool half>
+  EP_INLINE void turn(const TileJob& job) {
+    const int64_t whole = ranks / V::lanes * V::lanes;
+    for (int n0 = 0; n0 < kTileRows; n0 += V::lanes)
+      for (int64_t r = 0; r < whole; r += V::lanes) {
+        typename V::F v[V::lanes];
+        for (int n = 0; n < V::lanes; n++)
+          v[n] = load_any<V>(job.b, half, (n0 + n < job.columns ? n0 + n : job.columns - 1) * job.rank + r0 + r);
+        V::transpose(v);
+        for (int i = 0; i < V::lanes; i++) V::store(b + (r + i) * kTileRows + n0, v[i]);
+      }
     for (int n = 0; n < kTileRows; n++)
-      for (int64_t r = 0; r < ranks; r++) b[r * kTileRows + n] = n < job.columns ? element<V>(job, n, first + r) : 0.0f;
+      for (int64_t r = whole; r < ranks; r++) b[r * kTileRows + n] = n < job.columns ? element<V>(job, n, r0 + r) : 0.0f;
   }
   template <int R>
   EP_INLINE void add(const TileJob& job, int64_t m, Sums<V, R>& sums) const {
@@ -309,13 +326,12 @@ void quantize_of(const float* x, int64_t k, int block, int32_t zero, int8_t* q, 
     const uint32_t peak = V::peak(x, block);
     const float top = bits_float(peak);
     const bool finite = peak < 0x7f800000u, empty = !finite || top < 1e-30f;
-    int32_t sum = 0;
     for (int i = 0; i < block; i += kUnit) {
       if (empty) for (int c = 0; c < kUnit; c++) q[i + c] = 0;
-      else sum += V::quantize_unit(x + i, 127.0f / top, q + i);
+      else V::quantize_unit(x + i, 127.0f / top, q + i);
     }
     scale[b] = !finite ? bits_float(0x7fc00000u) : empty ? 0.0f : top / 127.0f;
-    fix[b] = -zero * sum;
+    fix[b] = V::correction(q, zero, block);
   }
 }
 
