@@ -2,8 +2,12 @@
 
     ids ─ word + type + position embeddings ─ LayerNorm ─► layer × L ─► pooler(token 0) ─ tanh ─ classifier ─► logits
 
-    layer:  q|k|v  one AdapterMatMul_<format>_g3 ─ MultiHeadAttention ─ dense ─ SkipLayerNorm
-            ─ dense ─ activation ─ dense ─ SkipLayerNorm
+    layer:  q|k|v  one AdapterMatMul_<format>_g3 ─ MultiHeadAttention ─ dense ─ sum ─ LayerNorm
+            ─ dense ─ activation ─ dense ─ sum ─ LayerNorm
+
+The classifier sees the first token alone, so the last layer computes that one: its q, and all that follows, has one row
+for a text; only k and v still see every token. The residual is a Sum, which ONNX Runtime leaves as it is: an Add would
+be fused into SkipLayerNormalization, whose CPU kernel takes twice the time of the two it replaces.
 
 Every value is named after the Hugging Face module that computes it, so that `verify` can lay graph and PyTorch side by
 side. Linears are the fused op where they are packed and MatMul + Add where they were kept in float; q, k and v fall
@@ -13,7 +17,9 @@ number of labels are symbolic. 4-bit embeddings are signed INT4 (code - 8), 8-bi
 away from the stored bytes, as the oldest supported ONNX Runtime has no unsigned zero point for them without a tensor;
 scales become float32 at load, so that a row comes out exact.
 
-Padding: key_padding_mask adds -10000 to the scores of padded keys, which leaves them exactly 0 after the softmax.
+Padding: -10000 is added to the scores of padded keys, which leaves them exactly 0 after the softmax: by ONNX Runtime's
+key_padding_mask, or as an attention bias where there are fewer queries than keys: ONNX Runtime 1.20 misreads the mask
+there, and a bias that is not spelt out for each head.
 Left out: decoders, relative positions, sequences beyond the position table (the runtime refuses those).
 """
 
@@ -39,6 +45,7 @@ from edgepeft.quant.formats import EMBEDDING_FORMATS, TILE_ROWS
 BATCH, SEQUENCE, LABELS = "batch", "sequence", "labels"
 ADAPTER_FILE = "adapters/default/adapter_model.safetensors"
 MICROSOFT = "com.microsoft"
+HIDDEN = -10000.0  # added to a score: as ONNX Runtime does for a mask
 ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gelu": ("Gelu", {"approximate": "none"}),
     "gelu_python": ("Gelu", {"approximate": "none"}),
@@ -110,9 +117,10 @@ def build(
     ids, mask, types = (graph.input(name, INT64, tokens) for name in names)
     emit = _Emitter(graph, family, settings, weights, adapter, activation)
     x = emit.embeddings(ids, types)
-    mask = graph.node("Cast", mask, to=INT32, dtype=INT32, shape=tokens, name="key_padding_mask")
-    for i in range(settings[family.layers_setting]):
-        x = emit.layer(i, x, mask)
+    masks = emit.masks(mask)
+    layers = settings[family.layers_setting]
+    for i in range(layers):
+        x = emit.layer(i, x, masks, first_token=i == layers - 1)
     graph.output(emit.classifier(family.heads[0], x))
     return graph
 
@@ -202,10 +210,7 @@ class _Emitter:
         place = self.embedding(self.module("position"), self.positions(ids))
         both = self.graph.node("Add", word, kind, shape=self.tokens, name="embeddings:word+type")
         total = self.graph.node("Add", both, place, shape=self.tokens, name="embeddings:sum")
-        norm = self.module("embeddings")
-        gamma, beta = self.weight(f"{norm}.weight"), self.weight(f"{norm}.bias")
-        attrs = {"axis": -1, "epsilon": self.settings.get("layer_norm_eps", 1e-12)}
-        return self.graph.node("LayerNormalization", total, gamma, beta, shape=self.tokens, name=norm, **attrs)
+        return self.norm(self.module("embeddings"), total)
 
     def positions(self, ids: Value) -> Value:
         """Return 0, 1, ... up to the sequence's length."""
@@ -321,18 +326,38 @@ class _Emitter:
         turned = self.graph.node("Transpose", matrix, perm=[1, 0], shape=flipped, name=f"{name}:transposed")
         return self.graph.node("MatMul", x, turned, shape=shape, name=name)
 
+    def norm(self, module: str, x: Value) -> Value:
+        gamma, beta = self.weight(f"{module}.weight"), self.weight(f"{module}.bias")
+        attrs = {"axis": -1, "epsilon": self.settings.get("layer_norm_eps", 1e-12)}
+        return self.graph.node("LayerNormalization", x, gamma, beta, shape=x.shape, name=module, **attrs)
+
     def skip_norm(self, module: str, x: Value, skip: Value) -> Value:
         """LayerNorm(x + skip)."""
-        gamma, beta = self.weight(f"{module}.weight"), self.weight(f"{module}.bias")
-        attrs = {"epsilon": self.settings.get("layer_norm_eps", 1e-12), "domain": MICROSOFT}
-        return self.graph.node("SkipLayerNormalization", x, skip, gamma, beta, shape=self.tokens, name=module, **attrs)
+        return self.norm(module, self.graph.node("Sum", x, skip, shape=x.shape, name=f"{module}:sum"))
 
-    def layer(self, i: int, x: Value, mask: Value) -> Value:
+    def masks(self, mask: Value) -> tuple[Value, Value]:
+        """Return what hides padded keys: the mask of a whole layer, and the bias [B, heads, 1, S] of a single query."""
+        graph, tokens, heads = self.graph, mask.shape, self.settings["num_attention_heads"]
+        whole = graph.node("Cast", mask, to=INT32, dtype=INT32, shape=tokens, name="key_padding_mask")
+        padding = graph.node("Cast", mask, to=FLOAT, shape=tokens, name="attention_bias:mask")
+        padding = graph.node("Sub", self.one(), padding, shape=tokens, name="attention_bias:padding")
+        axes = graph.constant("axes_1_2", np.array([1, 2], np.int64))
+        padding = graph.node("Unsqueeze", padding, axes, shape=(BATCH, 1, 1, SEQUENCE), name="attention_bias:scores")
+        hidden = graph.constant("hidden", np.full((1, heads, 1, 1), HIDDEN, np.float32))
+        return whole, graph.node("Mul", padding, hidden, shape=(BATCH, heads, 1, SEQUENCE), name="attention_bias:heads")
+
+    def layer(self, i: int, x: Value, masks: tuple[Value, Value], first_token: bool) -> Value:
+        """One layer over every token, or over the first of each text, which still attends to every token."""
         name = functools.partial(self.module, layer=i)
-        qkv = self.linears([name(role) for role in "qkv"], x)
+        q, k, v = (name(role) for role in "qkv")
+        if first_token:
+            whole, zero = x, self.graph.constant("first", np.zeros(1, np.int64))
+            x = self.graph.node("Gather", x, zero, axis=1, shape=(BATCH, 1, self.hidden), name=f"{q}:first_token")
+            inputs = [self.linear(q, x), *self.linears([k, v], whole), NONE, NONE, masks[1]]
+        else:
+            inputs = [*self.linears([q, k, v], x), NONE, masks[0]]
         heads = {"num_heads": self.settings["num_attention_heads"], "domain": MICROSOFT}
-        attention = parent(name("q"))
-        mixed = self.graph.node("MultiHeadAttention", *qkv, NONE, mask, shape=self.tokens, name=attention, **heads)
+        mixed = self.graph.node("MultiHeadAttention", *inputs, shape=x.shape, name=parent(q), **heads)
         x = self.skip_norm(name("attention"), self.linear(name("o"), mixed), x)
         wide = self.linear(name("up"), x)
         op, attrs = ACTIVATIONS[self.settings.get("hidden_act", "gelu")]

@@ -135,7 +135,7 @@ def edit_graph(run, change):
 
 def wire_q_to_k(run):
     def change(proto):
-        node = next(n for n in proto.graph.node if n.name.startswith(f"{LAYER}.1.attention.self.query|"))
+        node = next(n for n in proto.graph.node if n.name.startswith(f"{LAYER}.0.attention.self.query|"))
         node.input[5], node.input[9] = node.input[9], node.input[5]
 
     edit_graph(run, change)
@@ -175,7 +175,7 @@ FAULTS = {
     forget_the_scale: rf"exported adapter.*starts in {LAYER}\.0\.attention\.self\.query:",
     zero_a_trained_adapter: rf"effect.*{LAYER}\.0\.attention\.self\.value\.lora_[AB]\.weight",
     tiny_adapter: r"effect: turning the adapter off",
-    wire_q_to_k: rf"stock.*starts in {LAYER}\.1\.attention\.self\.query:",
+    wire_q_to_k: rf"stock.*starts in {LAYER}\.0\.attention\.self\.query:",
     forget_the_mask: rf"stock.*starts in {LAYER}\.0\.attention\.self:",
     drop_an_adapter_input: rf"stock.*starts in {LAYER}\.1\.output\.dense:",
     better_figure: r"accuracy on the test split: expected at least 0\.8",
