@@ -11,9 +11,9 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -152,14 +152,23 @@ def targets() -> None:
     click.echo(table([{"target": row.name, "what": row.description} for row in rows]))
 
 
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def _no_space(error: BaseException) -> bool:
-    """Tell whether an error, or one it came from, is a full disk, whichever library raised it."""
+    """Tell whether an error is a full disk, whichever library raised it."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    if any(text in str(error) for text in FULL_DISK):
-        return True
-    cause = error.__cause__ or error.__context__
-    return cause is not None and _no_space(cause)
+    return any(text in str(error) for text in FULL_DISK)
+
+
+def _stopped() -> NoReturn:
+    say("\nstopped. What was done is kept; the same command goes on from there.")
+    sys.exit(130)
 
 
 def _terminate(*_: Any) -> None:
@@ -179,13 +188,14 @@ def main() -> None:
         say(f"error: {error}")
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        say("\nstopped. What was done is kept; the same command goes on from there.")
-        sys.exit(130)
+        _stopped()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        if not _no_space(error):
+        if any(isinstance(cause, KeyboardInterrupt) for cause in _chain(error)):
+            _stopped()  # it met a library that was loading, whose import failed of it
+        if not any(map(_no_space, _chain(error))):
             raise
         say(f"error: the disk is full ({error}). Nothing half-written was kept; free some space and run it again.")
         sys.exit(1)

@@ -19,6 +19,8 @@
 //   dot_unit<Format, R, packed>(w, q, q_stride, I d[R][nv]): adds R x 16 dot products over 32 columns
 #pragma once
 
+#define EP_SHARED __attribute__((noinline))  // one copy for all that call it: what a library takes to compile, and its size
+
 constexpr int kChunk = 1024;      // int8 columns in a stage
 constexpr int kFloatChunk = 256;  // float columns in a stage
 constexpr int kPanel = 64;        // ranks of B in a panel
@@ -84,7 +86,7 @@ struct Int8Chunk {
     return info(F).nf4 ? V::mul(scale, V::set1(int_scale(info(F)))) : scale;
   }
   template <int R>
-  __attribute__((noinline)) void add(const TileJob& job, int64_t m, int64_t k0, int64_t k1, Sums<V, R>& sums_out) const {
+  EP_SHARED void add(const TileJob& job, int64_t m, int64_t k0, int64_t k1, Sums<V, R>& sums_out) const {
     constexpr int block = info(F).act_block;
     const int64_t blocks = job.k / block;
     const uint8_t* w = packed ? job.w : stage;
@@ -114,20 +116,17 @@ struct Int8Chunk {
   }
 };
 
-template <class V, Format F>
-struct FloatChunk {
+// float: only what fills the stage depends on the format.
+template <class V>
+struct FloatStage {
   static constexpr int columns = kFloatChunk;
   alignas(64) float stage[kFloatChunk * kTileRows];
 
-  void fill(const TileJob& job, int64_t k0, int64_t k1) {
-    constexpr FormatInfo f = info(F);
-    for (int64_t k = k0; k < k1; k += kUnit)
-      dequantize_unit<V, F>(job.w + k / kUnit * unit_bytes(f), job.w_scale, f.block ? k / f.block : 0,
-                            stage + (k - k0) * kTileRows);
-  }
   template <int R>
-  EP_INLINE void add(const TileJob& job, int64_t m, int64_t k0, int64_t k1, Sums<V, R>& sums) const {
+  EP_SHARED void add(const TileJob& job, int64_t m, int64_t k0, int64_t k1, Sums<V, R>& sums_out) const {
     const float* x = job.x + m * job.k;
+    Sums<V, R> sums;
+    __builtin_memcpy(&sums, &sums_out, sizeof(sums));
     for (int64_t k = k0; k < k1; k++) {
       typename V::F w[kVectors<V>];
       for (int v = 0; v < kVectors<V>; v++) w[v] = V::load(stage + (k - k0) * kTileRows + v * V::lanes);
@@ -136,12 +135,22 @@ struct FloatChunk {
         for (int v = 0; v < kVectors<V>; v++) sums[r][v] = V::fma(w[v], x_rk, sums[r][v]);
       }
     }
+    __builtin_memcpy(&sums_out, &sums, sizeof(sums));
+  }
+};
+template <class V, Format F>
+struct FloatChunk : FloatStage<V> {
+  void fill(const TileJob& job, int64_t k0, int64_t k1) {
+    constexpr FormatInfo f = info(F);
+    for (int64_t k = k0; k < k1; k += kUnit)
+      dequantize_unit<V, F>(job.w + k / kUnit * unit_bytes(f), job.w_scale, f.block ? k / f.block : 0,
+                            this->stage + (k - k0) * kTileRows);
   }
 };
 
 // ---- the adapter --------------------------------------------------------------------------------------------------
-// Few rows of x: each output is a dot product over R, read straight from B; only what R leaves over whole vectors is
-// copied out first. Many rows: up to kPanel ranks of B are turned to float [R][16], which pays from some rows on.
+// One row of x: each output is a dot product over R, read straight from B; only what R leaves over whole vectors is
+// copied out first. More rows: up to kPanel ranks of B are turned to float [R][16], once for all rows.
 template <class V>
 EP_INLINE float element(const TileJob& job, int64_t n, int64_t r) {
   const int64_t i = n * job.rank + r;
@@ -149,12 +158,12 @@ EP_INLINE float element(const TileJob& job, int64_t n, int64_t r) {
 }
 
 template <class V>
-struct FewRows {
+struct OneRow {
   static constexpr int64_t ranks_at_once = 1 << 30;
   int64_t whole;  // ranks in whole vectors
   alignas(64) float rest[kTileRows * V::lanes];
 
-  void fill(const TileJob& job, int64_t) {
+  EP_SHARED void fill(const TileJob& job, int64_t) {
     // Wanted once the tile's weights have gone by: on its way until then.
     const char* b = static_cast<const char*>(job.b);
     const int64_t bytes = job.columns * job.rank * (job.b_half ? 2 : 4);
@@ -174,18 +183,23 @@ struct FewRows {
   }
   // Rows past the last column repeat it: they are computed, and not stored.
   template <bool half>
-  __attribute__((noinline)) typename V::F dots(const TileJob& job, int n0, const float* t) const {
-    typename V::F products[V::lanes];
-    int64_t row[V::lanes];
-    const bool left = whole < job.rank;
-    const typename V::F t_first = V::load(left ? t + whole : t);
+  EP_SHARED typename V::F dots(const TileJob& job, int n0, const float* t) const {
+    int64_t row[V::lanes], at = (n0 < job.columns ? n0 : job.columns - 1) * job.rank;
     for (int n = 0; n < V::lanes; n++) {
-      row[n] = (n0 + n < job.columns ? n0 + n : job.columns - 1) * job.rank;
-      products[n] = V::mul(left ? V::load(rest + (n0 + n) * V::lanes) : load_any<V>(job.b, half, row[n]), t_first);
+      row[n] = at;
+      if (n0 + n + 1 < job.columns) at += job.rank;
     }
-    for (int64_t r = left ? 0 : V::lanes; r < whole; r += V::lanes) {
+    const typename V::F t_first = V::load(t);
+    typename V::F products[V::lanes];
+    if (whole) for (int n = 0; n < V::lanes; n++) products[n] = V::mul(load_any<V>(job.b, half, row[n]), t_first);
+    else for (int n = 0; n < V::lanes; n++) products[n] = V::mul(V::load(rest + (n0 + n) * V::lanes), t_first);
+    for (int64_t r = V::lanes; r < whole; r += V::lanes) {
       const typename V::F t_r = V::load(t + r);
       for (int n = 0; n < V::lanes; n++) products[n] = V::fma(load_any<V>(job.b, half, row[n] + r), t_r, products[n]);
+    }
+    if (whole && whole < job.rank) {
+      const typename V::F t_r = V::load(t + whole);
+      for (int n = 0; n < V::lanes; n++) products[n] = V::fma(V::load(rest + (n0 + n) * V::lanes), t_r, products[n]);
     }
     return V::sum_each(products);
   }
@@ -197,7 +211,7 @@ struct ManyRows {
   int64_t r0, ranks;
   alignas(64) float b[kPanel * kTileRows];
 
-  void fill(const TileJob& job, int64_t first) {
+  EP_SHARED void fill(const TileJob& job, int64_t first) {
     r0 = first;
     ranks = job.rank - first < kPanel ? job.rank - first : kPanel;
     if (job.b_half) turn<true>(job);
@@ -205,7 +219,7 @@ struct ManyRows {
   }
   // Rows past the last column repeat it: they are computed, and not stored.
   template <bool half>
-  EP_INLINE void turn(const TileJob& job) {
+  void turn(const TileJob& job) {
     const int64_t whole = ranks / V::lanes * V::lanes;
     for (int n0 = 0; n0 < kTileRows; n0 += V::lanes)
       for (int64_t r = 0; r < whole; r += V::lanes) {
@@ -219,16 +233,34 @@ struct ManyRows {
       for (int64_t r = whole; r < ranks; r++) b[r * kTileRows + n] = n < job.columns ? element<V>(job, n, r0 + r) : 0.0f;
   }
   template <int R>
-  EP_INLINE void add(const TileJob& job, int64_t m, Sums<V, R>& sums) const {
+  EP_SHARED void add(const TileJob& job, int64_t m, Sums<V, R>& sums_out) const {
     const float* t = job.t + m * job.t_stride + r0;
+    Sums<V, R> sums;
+    __builtin_memcpy(&sums, &sums_out, sizeof(sums));
     for (int64_t r = 0; r < ranks; r++)
       for (int i = 0; i < R; i++) {
         const typename V::F t_r = V::set1(t[i * job.t_stride + r]);
         for (int v = 0; v < kVectors<V>; v++)
           sums[i][v] = V::fma(V::load(b + r * kTileRows + v * V::lanes), t_r, sums[i][v]);
       }
+    __builtin_memcpy(&sums_out, &sums, sizeof(sums));
   }
 };
+
+// ---- y ------------------------------------------------------------------------------------------------------------
+template <class V, int R>
+EP_SHARED void write_y(const TileJob& job, int64_t m, const Sums<V, R>& sums, const float* s_out) {
+  for (int r = 0; r < R; r++) {
+    alignas(64) float line[kTileRows];
+    float* y = job.y + (m + r) * job.y_stride;
+    float* to = job.columns == kTileRows ? y : line;
+    for (int v = 0; v < kVectors<V>; v++) {
+      const typename V::F bias = V::load(job.bias + v * V::lanes);
+      V::store(to + v * V::lanes, job.s_out ? V::fma(sums[r][v], V::load(s_out + v * V::lanes), bias) : V::add(sums[r][v], bias));
+    }
+    if (to == line) for (int n = 0; n < job.columns; n++) y[n] = line[n];
+  }
+}
 
 // ---- a tile -------------------------------------------------------------------------------------------------------
 template <class V, class Chunk, class Adapter>
@@ -253,19 +285,6 @@ struct Tile {
     for (int r = 0; r < R; r++)
       for (int v = 0; v < kVectors<V>; v++) V::store(acc + (m + r) * kTileRows + v * V::lanes, sums[r][v]);
   }
-  template <int R>
-  EP_INLINE void write_y(int64_t m, Sums<V, R>& sums) {
-    for (int r = 0; r < R; r++) {
-      alignas(64) float line[kTileRows];
-      float* y = job.y + (m + r) * job.y_stride;
-      float* to = job.columns == kTileRows ? y : line;
-      for (int v = 0; v < kVectors<V>; v++) {
-        const typename V::F bias = V::load(job.bias + v * V::lanes);
-        V::store(to + v * V::lanes, job.s_out ? V::fma(sums[r][v], V::load(s_out + v * V::lanes), bias) : V::add(sums[r][v], bias));
-      }
-      if (to == line) for (int n = 0; n < job.columns; n++) y[n] = line[n];
-    }
-  }
   // Rows by R, what remains by R/2, ... 1.
   template <int R>
   void adapter_rows(int64_t m) {
@@ -288,7 +307,7 @@ struct Tile {
         continue;
       }
       if (job.rank) adapter.template add<R>(job, m, sums);
-      write_y<R>(m, sums);
+      write_y<V, R>(job, m, sums, s_out);
     }
     if constexpr (R > 1) chunk_rows<R / 2>(m, k0, k1);
   }
@@ -312,8 +331,10 @@ template <class V, Format F, Act A, int R>
 void tile_of(const TileJob& job) {
   if constexpr (A == Act::float32) {
     Tile<V, FloatChunk<V, F>, ManyRows<V>>(job).template all<R>();
+  } else if (job.m == 1) {
+    Tile<V, Int8Chunk<V, F, true>, OneRow<V>>(job).template all<1>();
   } else if (job.m <= R) {
-    Tile<V, Int8Chunk<V, F, true>, FewRows<V>>(job).template all<R>();
+    Tile<V, Int8Chunk<V, F, true>, ManyRows<V>>(job).template all<R>();
   } else {
     Tile<V, Int8Chunk<V, F, false>, ManyRows<V>>(job).template all<R>();
   }

@@ -19,6 +19,12 @@ def edgepeft(*arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
 
 
+def chained(error, cause):
+    """Return an error that came from another."""
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize("command", [None, *cli.cli.commands])
 def test_help_shows_examples_and_every_setting(command):
     text = CliRunner().invoke(cli.cli, [*([command] if command else []), "--help"], terminal_width=200).output
@@ -76,6 +82,7 @@ def test_a_mistake_gets_one_text_and_a_status(tmp_path, arguments, status, said)
 @pytest.mark.parametrize(
     ("raised", "status", "said"),
     [
+        (chained(ImportError("initialization failed"), KeyboardInterrupt()), 130, "stopped"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "the disk is full"),
         (RuntimeError("write failed: No space left on device (os error 28)"), 1, "the disk is full"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), 1, "the disk is full"),

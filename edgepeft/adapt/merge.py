@@ -133,15 +133,17 @@ def _metrics(config: Config, run: Run, out: Path) -> dict[str, Any]:
     from edgepeft.train.data import load_splits
     from edgepeft.train.loop import evaluate, load_tokenizer
     from edgepeft.train.tasks import TASKS
+    from edgepeft.train.watch import quiet
 
     if config.threads:
         torch.set_num_threads(config.threads)
     splits, metric = load_splits(config), TASKS[config.task].select
-    tokenizer = load_tokenizer(run.path("quantized"))
-    apart = PeftModel.from_pretrained(
-        quantized_model(run.path("quantized"), splits.labels, config), str(run.path("adapter"))
-    )
-    merged = merged_model(out, run.path("adapter"), splits.labels, config)
+    with quiet():
+        tokenizer = load_tokenizer(run.path("quantized"))
+        apart = PeftModel.from_pretrained(
+            quantized_model(run.path("quantized"), splits.labels, config), str(run.path("adapter"))
+        )
+        merged = merged_model(out, run.path("adapter"), splits.labels, config)
     before, after = (evaluate(model, config, splits.validation, tokenizer)[metric] for model in (apart, merged))
     return {"metric": metric, "separate": before, "merged": after, "drop": before - after}
 
