@@ -92,20 +92,34 @@ def stage_named(name: str) -> Stage:
     raise ArtifactError(unknown("stage", name, [stage.name for stage in STAGES]))
 
 
-def stage_key(stage: Stage, config: Config, run: Run) -> str:
-    """Return the digest of everything a stage's result depends on.
+def _needs(stage: Stage, config: Config) -> list[Stage]:
+    """Return the earlier stages whose results a stage reads."""
+    return [other for other in STAGES if other.folder in stage.needs and other.applies(config)]
 
-    Raises ArtifactError when an earlier stage that applies has not been done.
-    """
+
+def _basis(stage: Stage, config: Config, run: Run) -> str:
+    """Return the digest of the settings a stage reads and of the results it starts from."""
     settings = {name: getattr(config, name) for name in stage.settings}
-    inputs = {}
-    for other in STAGES:
-        if other.folder in stage.needs and other.applies(config):
-            if other.folder not in run.records:
-                raise ArtifactError(f"{run.path(other.folder)}: missing. Run 'edgepeft {other.name}' first.")
-            inputs[other.folder] = run.records[other.folder]["files"]
-    outside = stage.outside(config) if stage.outside else ""
-    return key_of([__version__, stage.name, settings, inputs, outside])
+    inputs = {other.folder: run.records.get(other.folder, {}).get("files") for other in _needs(stage, config)}
+    return key_of([__version__, stage.name, settings, inputs])
+
+
+def stage_key(stage: Stage, config: Config, run: Run) -> str:
+    """Return the key of everything a stage's result depends on, what lies outside the run folder included.
+
+    Raises ArtifactError when an earlier stage has not been done, or with other settings or from other results than
+    there are now: what it found, or checked, would not be what goes on.
+    """
+    for other in _needs(stage, config):
+        if other.folder not in run.records:
+            raise ArtifactError(f"{run.path(other.folder)}: missing. Run 'edgepeft {other.name}' first.")
+        if not run.records[other.folder]["key"].startswith(_basis(other, config, run)):
+            raise ArtifactError(
+                f"{run.path(other.folder)}: expected the result of the settings and files there are now, found an "
+                f"older one. Run 'edgepeft {other.name}' first."
+            )
+    outside = key_of(stage.outside(config)) if stage.outside else ""
+    return f"{_basis(stage, config, run)}-{outside}"
 
 
 def run_stage(stage: Stage, config: Config, run: Run) -> dict[str, Any]:

@@ -173,6 +173,8 @@ bool prove(const Row& row, const Row& reference, const char* fault) {
       {64, 32, 1024 + 128, 8, true, true, false, Shape::plain},
       {257, 20, 256, 5, true, true, true, Shape::nan},
       {531, 18, 128, 0, false, false, false, Shape::plain},
+      {2, 16, 2 * big, 0, true, false, false, Shape::nan},  // with no adapter, whose A.x would be NaN in any case
+      {6, 16, 2 * big, 0, true, false, false, Shape::inf},
   };
   float worst = 0;
   int count = 0;

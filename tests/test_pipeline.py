@@ -75,6 +75,22 @@ def test_a_changed_byte_is_made_again_and_nothing_before_it(inputs, built, tmp_p
     assert result(output) == result(built)
 
 
+def test_a_stage_refuses_what_an_earlier_one_did_not_see(built, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(built, output)
+
+    def command(*words):
+        full = [sys.executable, "-m", "edgepeft", *words, "--output", str(output)]
+        return subprocess.run(full, capture_output=True, text=True, check=False)
+
+    assert command("export", "--activation", "float").returncode == 0
+    done = command("bundle")
+    assert done.returncode == 1
+    assert "Run 'edgepeft verify' first" in done.stderr
+    assert command("verify").returncode == 0
+    assert command("bundle").returncode == 0
+
+
 def litter(output):
     """Return what a finished or failed build must not leave."""
     return [path.name for path in output.glob(".*.tmp")]

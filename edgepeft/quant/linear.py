@@ -110,7 +110,7 @@ class QuantLinear(_PackedModule, torch.nn.Linear):
         self.register_parameter("weight", None)
         self._register(FORMATS[format], out_features, in_features, device)
         self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
-        self._cuda_state: Any = None
+        self._bitsandbytes: Any = None
 
     @classmethod
     def from_float(cls, linear: torch.nn.Linear, format: str) -> QuantLinear:
@@ -141,16 +141,16 @@ class QuantLinear(_PackedModule, torch.nn.Linear):
     def set_packed(self, packed: Packed) -> None:
         """Take over a packed weight."""
         self._set(packed)
-        self._cuda_state = None
+        self._bitsandbytes = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x Ŵᵀ + bias in the dtype of x."""
         if x.is_cuda and FORMATS[self.format].codec == "nf4_block":
-            return _cuda_matmul(self, x)
+            return _bitsandbytes_matmul(self, x)
         return _PackedMatmul.apply(x, self)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        self._cuda_state = None
+        self._bitsandbytes = None
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
@@ -214,15 +214,15 @@ class QuantEmbedding(_PackedModule, torch.nn.Embedding):
         return f"{self.num_embeddings}, {self.embedding_dim}, format={self.format}"
 
 
-def _cuda_matmul(layer: QuantLinear, x: torch.Tensor) -> torch.Tensor:
+def _bitsandbytes_matmul(layer: QuantLinear, x: torch.Tensor) -> torch.Tensor:
     """Multiply on the GPU by bitsandbytes' kernels, or as on the CPU where it is missing."""
     try:
         import bitsandbytes
     except ImportError:
         return _PackedMatmul.apply(x, layer)
-    if layer._cuda_state is None:
-        layer._cuda_state = bitsandbytes_state(layer)
-    w, state = layer._cuda_state
+    if layer._bitsandbytes is None:
+        layer._bitsandbytes = bitsandbytes_state(layer)
+    w, state = layer._bitsandbytes
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return bitsandbytes.matmul_4bit(x, w.t(), quant_state=state, bias=bias)
 

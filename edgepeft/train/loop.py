@@ -131,11 +131,12 @@ def predict(model: Any, config: Config, split: Split, tokenizer: Any = None) -> 
     logits: dict[int, np.ndarray] = {}
     was_training = model.training
     model.eval()
+    device = next(model.parameters()).device
     with torch.inference_mode():
         for start in range(0, len(order), EVAL_BATCH):
             chosen = order[start : start + EVAL_BATCH]
             batch = TASKS[config.task].collate([rows[i] for i in chosen], tokenizer.pad_token_id or 0)
-            batch.pop("labels")
+            batch = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
             logits.update(zip(chosen, model(**batch).logits.float().cpu().numpy(), strict=True))
     model.train(was_training)
     return np.stack([logits[i] for i in range(len(rows))])
@@ -249,7 +250,8 @@ def _arguments(config: Config, work: Path, steps_per_epoch: int) -> Any:
         output_dir=str(work), num_train_epochs=config.epochs, per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=EVAL_BATCH, learning_rate=config.learning_rate, lr_scheduler_type="linear",
         warmup_steps=max(1, int(WARMUP_SHARE * steps_per_epoch * config.epochs)), weight_decay=WEIGHT_DECAY,
-        max_grad_norm=CLIP_NORM, optim="adamw_torch", seed=config.seed, data_seed=config.seed, use_cpu=True,
+        max_grad_norm=CLIP_NORM, optim="adamw_torch", seed=config.seed, data_seed=config.seed,
+        use_cpu=not _torch().cuda.is_available(),
         bf16=False, fp16=False, eval_strategy="epoch", save_strategy="epoch", logging_strategy="steps",
         logging_steps=max(1, steps_per_epoch // LOGS_PER_EPOCH), logging_nan_inf_filter=False, report_to=[],
         disable_tqdm=True, remove_unused_columns=False, label_names=["labels"], dataloader_pin_memory=False,

@@ -137,6 +137,18 @@ def test_nf4_bits_turn_into_those_of_bitsandbytes():
     assert torch.equal(functional.dequantize_4bit(w, state), layer.get_weight())
 
 
+def test_nf4_multiplies_through_bitsandbytes_as_by_itself():
+    layer, results = packed_layer("nf4b64"), []
+    for forward in (layers._bitsandbytes_matmul, lambda layer, x: layer(x)):  # the first is what a GPU takes
+        torch.manual_seed(0)
+        x = torch.randn(3, 5, K, requires_grad=True)
+        y = forward(layer, x)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad))
+    for through, alone in zip(*results, strict=True):
+        torch.testing.assert_close(through, alone, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("tag", EMBEDDING_FORMATS)
 def test_embedding_gives_the_dequantized_rows(tag):
     torch.manual_seed(0)
