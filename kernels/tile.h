@@ -16,7 +16,8 @@
 //   correction(q, zero, n) -> what d starts from in a block of n columns: -zero * sum(q), in the form dot_unit takes
 //   zero<Format>() what dot_unit's integers still carry beyond code - zero (see RowOps::zero)
 //   stage_bytes<Format>(), unpack_unit<Format>(w, out): one unit in the form dot_unit<.., packed = false> reads
-//   dot_unit<Format, R, packed>(w, q, q_stride, I d[R][nv]): adds R x 16 dot products over 32 columns
+//   dot_unit<Format, R, packed>(w, q, q_stride, I d[R][nv]): adds R x 16 dot products over 32 columns to d, which starts
+//     from the correction; after the last unit of a block d holds int32 sums
 #pragma once
 
 #define EP_SHARED __attribute__((noinline))  // one copy for all that call it: what a library takes to compile, and its size

@@ -30,6 +30,7 @@ from edgepeft.quant.formats import FORMATS
 SHAPES = ((384, 1536), (896, 4864), (2048, 2048), (2048, 8192), (8192, 2048))  # (K, N)
 MS = (1, 128, 512)
 PEER_BLOCK = 32
+MIN_TURNS, PATIENCE = 5, 60  # turns; times the seconds asked for
 LIMIT = 0.05  # of |y|, as a norm: int8 activations and 4-bit arithmetic on the same weights stay far below
 
 
@@ -133,12 +134,17 @@ def _check(name: str, y_mn: np.ndarray, expected_mn: np.ndarray) -> None:
 def interleave(
     runs: dict[str, Callable[[], Any]], seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Time several functions turn by turn for about `seconds` (at least 5 turns); returns `clock` per call by name."""
+    """Time several functions turn by turn for about `seconds` (at least 5 turns); returns `clock` per call by name.
+
+    Raises EdgePeftError when the clock hardly ever moves between two calls.
+    """
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+    start_s = time.perf_counter()
+    while (spent_s := time.perf_counter() - start_s) < seconds or len(next(iter(times.values()))) < MIN_TURNS:
+        if spent_s > PATIENCE * max(1.0, seconds):
+            raise EdgePeftError(f"{clock.__name__} stands still from call to call: too coarse a clock for this op.")
         turn = {}
         for name, run in runs.items():
             start = clock()

@@ -7,7 +7,7 @@
 
 The classifier sees the first token alone, so the last layer computes that one: its q, and all that follows, has one row
 for a text; only k and v still see every token. The residual is a Sum, which ONNX Runtime leaves as it is: an Add would
-be fused into SkipLayerNormalization, whose CPU kernel takes twice the time of the two it replaces.
+be fused into SkipLayerNormalization, whose CPU kernel takes three times as long as the two it replaces.
 
 Every value is named after the Hugging Face module that computes it, so that `verify` can lay graph and PyTorch side by
 side. Linears are the fused op where they are packed and MatMul + Add where they were kept in float; q, k and v fall
