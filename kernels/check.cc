@@ -162,6 +162,8 @@ bool prove(const Row& row, const Row& reference, const char* fault) {
       {1, 1, big, 1, true, false, false, Shape::plain},
       {1, 48, 3 * big, 16, true, false, false, Shape::plain},
       {1, 37, 8 * big, 8, false, true, true, Shape::plain},
+      {1, 40, 5 * big, 29, true, true, true, Shape::plain},
+      {1, 21, 2 * big, 75, false, false, false, Shape::plain},
       {2, 17, 5 * big, 3, true, true, false, Shape::zero_blocks},
       {3, 31, 3 * big, 70, false, false, true, Shape::plain},
       {4, 16, 9 * big, 130, true, true, true, Shape::plain},
