@@ -8,6 +8,7 @@ against that table when the record is made.
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -60,6 +61,10 @@ def _targets() -> Iterable[str]:
     return target_names()
 
 
+# More than the cores only slows a machine down, and thousands of waiting threads take it away from its user.
+MOST_THREADS = 4 * (os.cpu_count() or 1)
+
+
 def _field(
     default: Any,
     help_text: str,
@@ -100,7 +105,7 @@ class Config:
     min_retention: float = _field(0.5, "Merged: least share of the adapter to survive.", low=0, high=1, group="export")
     max_metric_drop: float = _field(0.01, "Merged: most the validation metric may fall.", low=0, group="export")
     activation: str = _field("int8", "Activations of the fused op.", _activations, group="export")
-    threads: int = _field(0, "CPU threads to train and verify with; 0 takes all.", low=0, group="run")
+    threads: int = _field(0, "CPU threads to train and verify; 0 takes all.", low=0, high=MOST_THREADS, group="run")
     output: str = _field("edgepeft-out", "Folder for everything that is made.", group="run")
 
     def __post_init__(self) -> None:

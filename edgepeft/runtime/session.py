@@ -21,6 +21,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from edgepeft.config import MOST_THREADS
 from edgepeft.console import say
 from edgepeft.errors import ArtifactError, ConfigError, TargetError, unknown
 from edgepeft.runtime import adapters as ad
@@ -231,8 +232,11 @@ def load(
     """Load a bundle. threads 0 takes all cores; library is "auto", "none" or a path; activation None is as exported.
 
     Raises ArtifactError for a folder that is no bundle or was changed, TargetError for a library or an ONNX Runtime
-    that cannot work here. `check` is "auto", "full" or "quick": see edgepeft.runtime.manifest.
+    that cannot work here, ConfigError for more threads than this machine can use. `check` is "auto", "full" or "quick":
+    see edgepeft.runtime.manifest.
     """
+    if not 0 <= threads <= MOST_THREADS:
+        raise ConfigError(f"threads: expected 0 (all cores) to {MOST_THREADS} on this machine, found {threads}.")
     manifest = check_bundle(bundle, check)
     found = _library(manifest, library)
     model = Model(manifest, open_session(manifest, threads, found, activation), found, threads)
