@@ -241,13 +241,24 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder against a second build; sweep what a killed one left. Raises ArtifactError when taken."""
+        """Hold the folder against a second build; sweep what a killed one left.
+
+        Raises ArtifactError when it is taken, or holds what no build put there: stages replace whole folders.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        foreign = [path.name for path in self.folder.iterdir() if not path.name.startswith((".lock", ".run.json."))]
+        if foreign and not (self.folder / "run.json").exists():
+            raise ArtifactError(
+                f"{self.folder}: expected a new or empty folder, or one that a build made; found {len(foreign)} other "
+                f"entries ({', '.join(sorted(foreign)[:3])}). Give another --output."
+            )
         with open(self.folder / ".lock", "w") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ArtifactError(f"{self.folder}: another build works here. Wait for it or take --output.") from None
+            if not (self.folder / "run.json").exists():
+                write_json(self.folder / "run.json", {"version": 1, "stages": {}})
             for left in self.folder.glob(".*.tmp"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield

@@ -18,9 +18,9 @@ from typing import Any, NoReturn
 import click
 
 from edgepeft import __version__
-from edgepeft.config import Config, flag, resolve
+from edgepeft.config import Config, flag, resolve, settings
 from edgepeft.console import say
-from edgepeft.errors import EdgePeftError
+from edgepeft.errors import ConfigError, EdgePeftError
 
 # What a failed write says: the system through any library, and torch.save, which hides the system's error.
 FULL_DISK = ("No space left on device", "] . unexpected pos")
@@ -87,10 +87,12 @@ def _stage_command(name: str, help_text: str) -> None:
     def command(config_file: Path | None, **flags: Any) -> None:
         from edgepeft import pipeline
 
-        output = Path(flags["output"] or Config.output)
-        saved = pipeline.saved_settings(output)
-        given = {**saved, **{key: value for key, value in flags.items() if value is not None}}
-        click.echo(pipeline.build(resolve(config_file, given), [pipeline.stage_named(name)]))
+        told = settings(config_file, flags)
+        saved = pipeline.saved_settings(Path(told.get("output", Config.output)))
+        config, stage = Config(**{**saved, **told}), pipeline.stage_named(name)
+        if not stage.applies(config):
+            raise ConfigError(f"{name}: there is nothing to do with --adapter {config.adapter}. Give --adapter merged.")
+        click.echo(pipeline.build(config, [stage]))
 
     command.__doc__ = f"{help_text}\n\n{REMEMBERED}"
     cli.command(name)(command)
@@ -196,6 +198,9 @@ def main() -> None:
         if any(isinstance(cause, KeyboardInterrupt) for cause in _chain(error)):
             _stopped()  # it met a library that was loading, whose import failed of it
         if not any(map(_no_space, _chain(error))):
+            if isinstance(error, OSError) and error.filename is not None:
+                say(f"error: {error.filename}: {error.strerror}. Check the path and what it may hold.")
+                sys.exit(1)
             raise
         say(f"error: the disk is full ({error}). Nothing half-written was kept; free some space and run it again.")
         sys.exit(1)

@@ -8,6 +8,7 @@ against that table when the record is made.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -94,13 +95,13 @@ class Config:
     solver: str = _field("rtn", "How codes and scales are found.", _solvers, group="quantize")
     method: str = _field("lora", "Adapter method.", _methods, group="train")
     rank: int = _field(16, "Rank R of the adapter.", low=1, high=1024, group="train")
-    alpha: float = _field(32.0, "LoRA alpha; the adapter is scaled by alpha / rank.", low=0, group="train")
+    alpha: float = _field(32.0, "LoRA alpha; the adapter is scaled by alpha / rank.", low=1e-3, group="train")
     dropout: float = _field(0.05, "Dropout on the adapter's input.", low=0, high=0.9, group="train")
     epochs: int = _field(8, "Passes over the training set.", low=1, group="train")
     batch_size: int = _field(32, "Examples per training step.", low=1, group="train")
-    learning_rate: float = _field(2e-3, "Peak learning rate.", low=0, group="train")
+    learning_rate: float = _field(2e-3, "Peak learning rate.", low=1e-9, group="train")
     max_length: int = _field(64, "Longest text in tokens; longer ones are cut.", low=4, group="train")
-    seed: int = _field(0, "Seed of every random choice.", low=0, group="train")
+    seed: int = _field(0, "Seed of every random choice.", low=0, high=2**32 - 1, group="train")
     adapter: str = _field("separate", "Ship the adapter beside the base or merged.", _adapter_forms, group="export")
     min_retention: float = _field(0.5, "Merged: least share of the adapter to survive.", low=0, high=1, group="export")
     max_metric_drop: float = _field(0.01, "Merged: most the validation metric may fall.", low=0, group="export")
@@ -130,6 +131,8 @@ def _problem(field: dataclasses.Field, value: Any) -> str | None:
     meta = field.metadata
     if meta["choices"] is not None and value not in (known := list(meta["choices"]())):
         return f"{flag(field.name)}: " + unknown(field.name.replace("_", " "), value, known)
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{flag(field.name)}: expected a finite number, found {value!r}."
     for bound, low in ((meta["low"], True), (meta["high"], False)):
         if bound is not None and not (value >= bound if low else value <= bound):
             return f"{flag(field.name)}: expected at {'least' if low else 'most'} {bound:g}, found {value!r}."
@@ -153,8 +156,17 @@ def read_file(path: Path) -> dict[str, Any]:
             table = tomllib.load(stream)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read as a configuration file: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}.") from None
+    return checked(table, path)
+
+
+def checked(table: Any, path: Path) -> dict[str, Any]:
+    """Return the settings that a file holds. Raises ConfigError for unknown keys or wrong types."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}: expected a table of settings, found {type(table).__name__}.")
     fields = {f.name: f for f in dataclasses.fields(Config)}
     table = {key.replace("-", "_"): value for key, value in table.items()}
     strange = [f"{path}: " + unknown("key", key, fields) for key in table if key not in fields]
@@ -163,8 +175,12 @@ def read_file(path: Path) -> dict[str, Any]:
     return {key: _coerce(fields[key], value, str(path)) for key, value in table.items()}
 
 
-def resolve(file: Path | None, flags: Mapping[str, Any]) -> Config:
-    """Merge defaults, file and flags, later ones winning; a flag that is None was not given."""
+def settings(file: Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what file and flags say, flags winning; a flag that is None was not given."""
     values = read_file(file) if file else {}
-    values.update({key: value for key, value in flags.items() if value is not None})
-    return Config(**values)
+    return {**values, **{key: value for key, value in flags.items() if value is not None}}
+
+
+def resolve(file: Path | None, flags: Mapping[str, Any]) -> Config:
+    """Return defaults, file and flags as one, later ones winning."""
+    return Config(**settings(file, flags))

@@ -18,7 +18,7 @@ from typing import Any
 
 from edgepeft import __version__
 from edgepeft.artifact import Run, key_of, read_json, write_json
-from edgepeft.config import Config
+from edgepeft.config import Config, checked
 from edgepeft.console import say
 from edgepeft.errors import ArtifactError, unknown
 
@@ -145,7 +145,7 @@ def open_run(config: Config) -> Run:
 def saved_settings(folder: Path) -> dict[str, Any]:
     """Return the settings an earlier command left in a run folder, or nothing."""
     path = folder / "config.json"
-    return read_json(path) if path.exists() else {}
+    return checked(read_json(path), path) if (folder / "run.json").exists() and path.exists() else {}
 
 
 def build(config: Config, stages: Sequence[Stage] = STAGES) -> Path:

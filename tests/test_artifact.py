@@ -96,6 +96,7 @@ def test_a_stage_holds_only_while_key_and_every_byte_agree(tmp_path, change):
 
 
 def test_one_folder_takes_one_build_and_litter_of_a_killed_one_is_swept(tmp_path):
+    (tmp_path / "run.json").write_text('{"version": 1, "stages": {}}')
     (tmp_path / ".quantized.1.tmp").mkdir()
     with artifact.Run(tmp_path).lock():
         assert not (tmp_path / ".quantized.1.tmp").exists()

@@ -91,6 +91,27 @@ def test_a_stage_refuses_what_an_earlier_one_did_not_see(built, tmp_path):
     assert command("bundle").returncode == 0
 
 
+def test_a_folder_of_somebody_else_is_left_alone(inputs, tmp_path):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "mine").write_text("mine")
+    (tmp_path / "config.json").write_text("mine")
+    process = start(inputs, tmp_path)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Give another --output" in said
+    assert (tmp_path / "config.json").read_text() == (tmp_path / "export" / "mine").read_text() == "mine"
+
+
+def test_a_stage_takes_flags_before_the_file_before_what_it_remembers(built, tmp_path):
+    output, settings = tmp_path / "out", tmp_path / "edgepeft.toml"
+    shutil.copytree(built, output)
+    settings.write_text(f'output = "{output}"\nactivation = "float"\nmin_retention = 0.25\n')
+    command = [sys.executable, "-m", "edgepeft", "export", "--config", str(settings), "--min-retention", "0.125"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    saved = json.loads((output / "config.json").read_text())
+    assert (saved["activation"], saved["min_retention"], saved["rank"]) == ("float", 0.125, 4)
+
+
 def litter(output):
     """Return what a finished or failed build must not leave."""
     return [path.name for path in output.glob(".*.tmp")]

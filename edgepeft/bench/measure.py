@@ -28,6 +28,7 @@ from edgepeft import __version__
 from edgepeft.artifact import write_json
 from edgepeft.bench import memory
 from edgepeft.bench.timing import disturbed, interleave
+from edgepeft.errors import ConfigError
 from edgepeft.runtime import Model, load
 from edgepeft.runtime.adapters import BASE, DEFAULT
 from edgepeft.runtime.library import installed_onnxruntime, platform_tag
@@ -167,6 +168,8 @@ def bench_cli(
     from edgepeft.bench.report import report_text
 
     check_bundle(Path(bundle))
+    if json_file is not None and not Path(json_file).absolute().parent.is_dir():
+        raise ConfigError(f"{json_file}: there is no folder to write it to.")
     result = bench(Path(bundle), list(threads) or [1], baseline)
     print(report_text(result))
     if json_file is not None:

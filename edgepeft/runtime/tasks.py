@@ -87,9 +87,11 @@ def _chunks(items: Iterable[str], size: int) -> Iterator[list[str]]:
 
 def _inputs(texts: Sequence[str], file: Path | str | None) -> Iterator[list[str]]:
     """Yield the texts in chunks: arguments at once, a file by CHUNK lines, standard input ("-") line by line."""
+    if texts and (file is not None or (len(texts) > 1 and "-" in texts)):
+        raise DataError("texts come from one place: give them as arguments, or --file FILE, or -.")
     if file is not None and str(file) != "-":
         try:
-            with open(file, encoding="utf-8") as stream:
+            with open(file, encoding="utf-8-sig") as stream:
                 yield from _chunks(_lines(stream), CHUNK)
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file}: cannot be read as UTF-8 text: {error}.") from None

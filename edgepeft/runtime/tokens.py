@@ -24,6 +24,8 @@ def check_texts(texts: Any) -> list[str]:
     for place, item in enumerate(items):
         if not isinstance(item, str):
             raise DataError(f"text {place}: expected a string, found {type(item).__name__} {item!r:.60}.")
+        if any("\ud800" <= c <= "\udfff" for c in item):
+            raise DataError(f"text {place}: not valid Unicode (half of a surrogate pair): {item!r:.60}.")
         if not item.strip():
             raise DataError(f"text {place}: empty. There is nothing to classify; leave it out.")
     return items

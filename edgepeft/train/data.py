@@ -196,6 +196,8 @@ def _row_problems(text: Any, label: str | None, config: Config) -> list[str]:
         problems.append(f"expected text in {config.text_column!r}, found {type(text).__name__}. Quote it.")
     elif not (text or "").strip():
         problems.append("the text is empty. Fill in or remove these rows.")
+    elif any("\ud800" <= c <= "\udfff" for c in text or ""):
+        problems.append("the text is not valid Unicode (half of a surrogate pair). Mend or remove these rows.")
     if label is None:
         problems.append("the label is missing. Fill in or remove these rows.")
     return problems

@@ -246,10 +246,11 @@ def _settings(model: Any, config: Config, heads: Iterable[str]) -> dict[str, Any
 def _arguments(config: Config, work: Path, steps_per_epoch: int) -> Any:
     from transformers import TrainingArguments
 
+    steps = steps_per_epoch * config.epochs
     return TrainingArguments(
         output_dir=str(work), num_train_epochs=config.epochs, per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=EVAL_BATCH, learning_rate=config.learning_rate, lr_scheduler_type="linear",
-        warmup_steps=max(1, int(WARMUP_SHARE * steps_per_epoch * config.epochs)), weight_decay=WEIGHT_DECAY,
+        warmup_steps=min(max(1, int(WARMUP_SHARE * steps)), steps - 1), weight_decay=WEIGHT_DECAY,
         max_grad_norm=CLIP_NORM, optim="adamw_torch", seed=config.seed, data_seed=config.seed,
         use_cpu=not _torch().cuda.is_available(),
         bf16=False, fp16=False, eval_strategy="epoch", save_strategy="epoch", logging_strategy="steps",

@@ -64,6 +64,8 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 def _read_csv(path: Path, delimiter: str = ",") -> Table:
     rows = _csv_rows(path, delimiter)
     _, columns = next(rows, (1, []))
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise DataError(f"{path}, line 1: the header names {', '.join(map(repr, twice))} more than once. Rename one.")
     values = []
     for line, fields in rows:
         if len(fields) != len(columns):

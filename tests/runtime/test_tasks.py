@@ -41,7 +41,7 @@ def test_run_writes_tab_separated_lines(sealed: Path, capsys: pytest.CaptureFixt
 
 
 def test_run_reads_a_file_and_says_what_it_skipped(sealed: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / "texts").write_text("play\n\nturn on\r\n", encoding="utf-8")
+    (tmp_path / "texts").write_text("play\n\nturn on\r\n", encoding="utf-8-sig")
     assert run_cli(sealed, file=tmp_path / "texts", as_json=True, adapter="none") == 2
     out, err = capsys.readouterr()
     answers = [json.loads(line) for line in out.splitlines()]
@@ -66,6 +66,9 @@ def test_run_reads_standard_input(
         ({"file": "nowhere"}, "cannot be read"),
         ({"texts": ["play"], "top_k": 0}, "at least 1"),
         ({"texts": [" "]}, "empty"),
+        ({"texts": ["play \udcff jazz"]}, "not valid Unicode"),
+        ({"texts": ["play"], "file": "-"}, "one place"),
+        ({"texts": ["-", "play"]}, "one place"),
     ],
 )
 def test_run_refuses(sealed: Path, given: dict, message: str) -> None:

@@ -103,6 +103,8 @@ FAULTS = {
     "cut off": ("a.csv", GOOD + "turn", ["line 17", "found 1"]),
     "not UTF-8": ("a.csv", GOOD.encode() + "f\xfcr,music\n".encode("latin-1"), ["line 17", "0xfc", "UTF-8"]),
     "empty texts": ("a.csv", GOOD + ",music\n  ,music\n", ["2 rows (line 17, line 18)", "text is empty"]),
+    "half an emoji": ("a.jsonl", '{"text": "play \\ud83d", "label": "a"}\n' * 3, ["not valid Unicode", "line 1"]),
+    "a column twice": ("a.csv", "text,label,label\na,x,y\n", ["line 1", "'label' more than once"]),
     "missing labels": ("a.csv", GOOD + "turn on,\n", ["1 row (line 17)", "label is missing"]),
     "one label": ("a.csv", "text,label\na,x\nb,x\n", ["at least 2 labels", "'x'"]),
     "rare label": ("a.csv", GOOD + "odd,odd\n", ["1 labels", "fewer than 2", "'odd'"]),
