@@ -59,7 +59,7 @@ def export_peer(bundle: Path, folder: Path) -> dict[str, Path]:
     Raises EdgePeftError when torch, transformers or onnx are not installed, or the export is not what PyTorch computes.
     """
     try:
-        import onnx  # noqa: F401
+        import onnx  # noqa: F401 - the exporter needs it
         import torch
         from onnxruntime.transformers import optimizer
         from transformers import AutoConfig, AutoModelForSequenceClassification

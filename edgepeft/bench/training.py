@@ -68,7 +68,7 @@ def _packed_model(config: Config, labels: Sequence[str], folder: Path) -> Any:
 def train_one(config: Config, variant: str, folder: Path) -> dict[str, Any]:
     """Train one variant in this process; return accuracy, speed and memory. `folder` holds the quantized backbone."""
     import peft  # noqa: F401 - its memory belongs to the libraries
-    from transformers import Trainer, set_seed  # noqa: F401
+    from transformers import Trainer, set_seed  # noqa: F401 - and Trainer's
 
     from edgepeft.backbone.load import resolve_model
     from edgepeft.train import loop, watch

@@ -161,7 +161,7 @@ def int8_activations(model: Any) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
     try:
         for layer in layers:
-            layer.forward = rounded(layer)  # type: ignore[method-assign]
+            layer.forward = rounded(layer)  # type: ignore[method-assign]  # for a while
         yield
     finally:
         for layer in layers:

@@ -246,7 +246,7 @@ def _portable(work: Subject, os_arch: str) -> Iterator[tuple[dict[str, Path], Pa
         for activation in ("float", "int8"):
             models[activation] = place / f"{activation}.onnx"
             models[activation].write_bytes(parity.model_bytes(work.folder, activation))
-        np.savez(place / "inputs.npz", **work.sample(DEVICE_TRACED))  # type: ignore[arg-type]
+        np.savez(place / "inputs.npz", **work.sample(DEVICE_TRACED))  # type: ignore[arg-type]  # numpy's stubs
         yield models, cross_library(os_arch, place / LIBRARY)
 
 

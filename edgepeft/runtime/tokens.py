@@ -18,13 +18,22 @@ from edgepeft.errors import ArtifactError, DataError
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
 
 
+def is_unicode(text: str) -> bool:
+    """Tell whether a string can be encoded: half of a surrogate pair cannot, and tokenizers refuse it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_texts(texts: Any) -> list[str]:
     """Return texts as a list. Raises DataError for anything but non-empty strings, with its place."""
     items = [texts] if isinstance(texts, str) else list(texts)
     for place, item in enumerate(items):
         if not isinstance(item, str):
             raise DataError(f"text {place}: expected a string, found {type(item).__name__} {item!r:.60}.")
-        if any("\ud800" <= c <= "\udfff" for c in item):
+        if not is_unicode(item):
             raise DataError(f"text {place}: not valid Unicode (half of a surrogate pair): {item!r:.60}.")
         if not item.strip():
             raise DataError(f"text {place}: empty. There is nothing to classify; leave it out.")

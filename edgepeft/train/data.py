@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from edgepeft.artifact import digests, key_of, sha256_file
 from edgepeft.console import say
 from edgepeft.errors import DataError
+from edgepeft.runtime.tokens import is_unicode
 from edgepeft.train.read import READERS, Table, read_table, saved_tables
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def _row_problems(text: Any, label: str | None, config: Config) -> list[str]:
         problems.append(f"expected text in {config.text_column!r}, found {type(text).__name__}. Quote it.")
     elif not (text or "").strip():
         problems.append("the text is empty. Fill in or remove these rows.")
-    elif any("\ud800" <= c <= "\udfff" for c in text or ""):
+    elif not is_unicode(text or ""):
         problems.append("the text is not valid Unicode (half of a surrogate pair). Mend or remove these rows.")
     if label is None:
         problems.append("the label is missing. Fill in or remove these rows.")

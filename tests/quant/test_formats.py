@@ -35,7 +35,7 @@ def test_tiles_are_laid_out_as_the_kernels_read_them(fmt, n):
     packed = fmt.pack(codes, scales)
     assert (packed.w.shape, packed.scale.shape) == fmt.packed_shapes(n, k)
     assert packed.scale.dtype == fmt.scale_dtype
-    code_at = lambda row, column: int(codes[row, column]) if row < n else fmt.zero  # noqa: E731
+    code_at = lambda row, column: int(codes[row, column]) if row < n else fmt.zero  # noqa: E731 - one line
     for t in range(packed.w.shape[0]):
         for u in range(k // TILE_COLUMNS):
             for j in range(fmt.bits):

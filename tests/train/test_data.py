@@ -14,7 +14,7 @@ KINDS = ("csv", "jsonl", "parquet", "folder", "dataset", "dataset-dict")
 
 
 def config(path: Path, **changes: object) -> Config:
-    return Config(data=str(path), **changes)  # type: ignore[arg-type]
+    return Config(data=str(path), **changes)  # type: ignore[arg-type]  # of many types
 
 
 def pairs(splits: Splits) -> set[tuple[str, str]]:
@@ -152,7 +152,7 @@ def test_a_label_unseen_in_train_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_folder_is_named(tmp_path: Path, make: object, expected: str) -> None:
-    make(tmp_path)  # type: ignore[operator]
+    make(tmp_path)  # type: ignore[operator]  # a lambda
     with pytest.raises(DataError, match=expected):
         load_splits(config(tmp_path))
 
