@@ -1,4 +1,4 @@
-"""Labelled texts: from whatever was named to three checked splits.
+"""Labelled texts: from whatever was named to three checked splits. (`chats` holds what has no labels.)
 
     source ─► tables (`read`) ─► (text, label) with every row checked ─► train / validation / test ─► label ids
 
@@ -16,9 +16,9 @@ import dataclasses
 import difflib
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from edgepeft.artifact import digests, key_of, sha256_file
 from edgepeft.console import say
@@ -34,6 +34,7 @@ SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev
 SHARE = {"validation": 0.1, "test": 0.1}
 SAVED_MARKERS = ("dataset_dict.json", "dataset_info.json")
 Row = tuple[str, str, str]  # place, text, label
+Part = TypeVar("Part")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,29 +47,50 @@ class Split:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def encode(self, tokenizer: Any, limit: int, name: str | None = None) -> list[dict[str, Any]]:
+        """Turn the texts into rows of token ids, cut at `limit`; tell how many were cut when the split has a name."""
+        encoded = tokenizer(list(self.texts), truncation=False, verbose=False)
+        cut = sum(len(ids) > limit for ids in encoded["input_ids"])
+        if cut:
+            encoded = tokenizer(list(self.texts), truncation=True, max_length=limit)
+        if name and cut:
+            say(f"  {name}: {cut} of {len(self)} texts are longer than {limit} tokens and were cut (--max-length)")
+        fields = [field for field in ("input_ids", "token_type_ids", "attention_mask") if field in encoded]
+        return [{**{f: encoded[f][i] for f in fields}, "labels": label} for i, label in enumerate(self.labels)]
+
 
 @dataclasses.dataclass(frozen=True)
-class Splits:
-    """The three splits and the label names; label id i is labels[i]."""
+class Splits(Generic[Part]):
+    """The three splits and the label names; label id i is labels[i]. Tasks without labels have none."""
 
-    train: Split
-    validation: Split
-    test: Split
+    train: Part
+    validation: Part
+    test: Part
     labels: tuple[str, ...]
 
 
-def load_splits(config: Config) -> Splits:
-    """Read, check and split the data of a configuration.
+def load_splits(config: Config) -> Splits[Any]:
+    """Read, check and split the data of a configuration in the way of its task.
 
     Raises DataError that lists all problems: where, what was expected, what was found, what to do.
     """
-    tables = _tables(config)
+    from edgepeft.train.tasks import TASKS
+
+    return TASKS[config.task].read(config)
+
+
+def labelled_splits(config: Config) -> Splits[Split]:
+    """Return the splits of a source of texts and labels.
+
+    Raises DataError that lists all problems: where, what was expected, what was found, what to do.
+    """
+    tables = read_tables(config)
     problems: list[str] = []
-    rows = {name: _checked(table, config, problems) for name, table in tables.items()}
-    _raise(problems)
+    rows = {name: _checked(name, table, config, problems) for name, table in tables.items()}
+    raise_all(problems)
     rows = _with_missing(rows, config)
     labels = _labels(rows["train"])
-    _raise(_label_problems(rows, labels, tables))
+    raise_all(_label_problems(rows, labels, tables))
     _warn(rows)
     ids = {label: i for i, label in enumerate(labels)}
     parts = {
@@ -98,8 +120,10 @@ def _source(config: Config) -> Path:
 
         return Path(home_assistant())
     source = Path(config.data).expanduser()
-    if not source.exists():
-        raise DataError(f"{source}: no such file or folder. Give a labelled file, a folder of splits or {SHIPPED!r}.")
+    if not (source.is_file() or source.is_dir()):
+        raise DataError(
+            f"{source}: no such file or folder. Give a labelled file (no pipe), a folder of splits or {SHIPPED!r}."
+        )
     return source
 
 
@@ -109,27 +133,29 @@ def _is_saved(folder: Path) -> bool:
 
 def _split_files(folder: Path) -> dict[str, Path]:
     """Return {split: file} of a folder. Raises DataError when train is missing or a split is there twice."""
-    found: dict[str, list[Path]] = {}
-    for split, stems in SPLITS.items():
-        files = [folder / f"{stem}{ending}" for stem in stems for ending in READERS]
-        found[split] = [path for path in files if path.is_file()]
-    for split, paths in found.items():
-        if len(paths) > 1:
-            raise DataError(f"{folder}: {split} is there {len(paths)} times ({_names(paths)}). Keep one.")
-    if not found["train"]:
-        kinds = ", ".join(READERS)
+    found = _by_split(folder, [path.name for path in folder.iterdir() if path.is_file()], READERS)
+    if "train" not in found:
+        kinds, there = ", ".join(READERS), ", ".join(sorted(path.name for path in folder.iterdir())[:6])
         raise DataError(
             f"{folder}: expected train, validation and test files ({kinds}) or a data set saved by save_to_disk; "
-            f"found {_names(sorted(folder.iterdir())[:6]) or 'nothing'}."
+            f"found {there or 'nothing'}."
         )
-    return {split: paths[0] for split, paths in found.items() if paths}
+    return {split: folder / name for split, name in found.items()}
 
 
-def _names(paths: Iterable[Path]) -> str:
-    return ", ".join(path.name for path in paths)
+def _by_split(source: Path, there: Collection[str], endings: Iterable[str] = ("",)) -> dict[str, str]:
+    """Return {split: its name among those that are there}. Raises DataError when a split is there twice."""
+    found = {}
+    for split, stems in SPLITS.items():
+        names = [name for stem in stems for ending in endings if (name := f"{stem}{ending}") in there]
+        if len(names) > 1:
+            raise DataError(f"{source}: {split} is there {len(names)} times ({', '.join(names)}). Keep one.")
+        if names:
+            found[split] = names[0]
+    return found
 
 
-def _tables(config: Config) -> dict[str, Table]:
+def read_tables(config: Config) -> dict[str, Table]:
     """Read every split that the source holds; a source without splits counts as train."""
     source = _source(config)
     if source.is_file():
@@ -139,36 +165,40 @@ def _tables(config: Config) -> dict[str, Table]:
     saved = saved_tables(source)
     if "" in saved:
         return {"train": saved[""]}
-    found = {split: saved[name] for split, stems in SPLITS.items() for name in stems if name in saved}
+    found = _by_split(source, saved)
     if "train" not in found:
         raise DataError(f"{source}: expected a split named train, found {', '.join(saved) or 'none'}. Rename one.")
-    return found
+    return {split: saved[name] for split, name in found.items()}
 
 
 # --- checking ----------------------------------------------------------------------------------------------------
 
 
-def _raise(problems: list[str]) -> None:
+def raise_all(problems: list[str]) -> None:
+    """Raise them as one DataError, if there are any."""
     if problems:
         raise DataError("\n".join(problems))
 
 
-def _checked(table: Table, config: Config, problems: list[str]) -> list[Row]:
+def _checked(split: str, table: Table, config: Config, problems: list[str]) -> list[Row]:
     """Return (place, text, label) of every row; add what is wrong to `problems`."""
+    or_cut = "" if split == "train" else f", or leave {split} out: it is then cut from train"
+    if not table.rows:
+        columns = f"{config.text_column!r} and {config.label_column!r}"
+        problems.append(f"{table.source}: no rows; expected examples with {columns}. Add some{or_cut}.")
+        return []
     wrong = [_column_problem(table, name) for name in (config.text_column, config.label_column)]
     if any(wrong):
         problems += [f"{table.source}: {problem}" for problem in wrong if problem]
         return []
-    if not table.rows:
-        problems.append(f"{table.source}: no rows below the columns {', '.join(table.columns)}; expected examples.")
     bad: dict[str, list[str]] = {}
     rows = []
     for place, values in table.rows:
-        text, label = values.get(config.text_column), _label(values.get(config.label_column))
-        for problem in _row_problems(text, label, config):
+        text, label = decoded(values.get(config.text_column)), decoded(values.get(config.label_column))
+        for problem in _row_problems(text, label, config, or_cut):
             bad.setdefault(problem, []).append(place)
-        rows.append((place, text if isinstance(text, str) else "", label or ""))
-    problems += [f"{table.source}: {_places(places)}: {problem}" for problem, places in bad.items()]
+        rows.append((place, text if isinstance(text, str) else "", _label(label) or ""))
+    problems += [f"{table.source}: {listed(places)}: {problem}" for problem, places in bad.items()]
     return rows
 
 
@@ -176,35 +206,55 @@ def _column_problem(table: Table, name: str) -> str | None:
     if name in table.columns:
         return None
     if not table.columns:
-        return "no columns; expected a first line that names them, such as text,label."
+        return f"no columns; expected {name!r}."
     close = difflib.get_close_matches(name, table.columns, n=1, cutoff=0.0)[0]
-    found = ", ".join(table.columns)
+    found = ", ".join(map(repr, table.columns))
     return f"no column {name!r}; found {found}. Nearest: {close!r}; name yours with --text-column and --label-column."
+
+
+def decoded(value: Any) -> Any:
+    """Return the text of a binary column; bytes that are not UTF-8 stay bytes."""
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return value
 
 
 def _label(value: Any) -> str | None:
     """Return a label as text: 3 and 3.0 are '3', a missing one is None."""
-    if value is None or value != value or isinstance(value, (list, dict)):
+    if value is None or value != value:
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip() or None
 
 
-def _row_problems(text: Any, label: str | None, config: Config) -> list[str]:
+def kind_of(value: Any) -> str:
+    """Return what a value is, for a sentence about what it should have been."""
+    return "bytes that are not UTF-8" if isinstance(value, bytes) else type(value).__name__
+
+
+def _row_problems(text: Any, label: Any, config: Config, or_cut: str) -> list[str]:
     problems = []
     if text is not None and not isinstance(text, str):
-        problems.append(f"expected text in {config.text_column!r}, found {type(text).__name__}. Quote it.")
+        problems.append(f"expected text in {config.text_column!r}, found {kind_of(text)}. Save it as text.")
     elif not (text or "").strip():
         problems.append("the text is empty. Fill in or remove these rows.")
     elif not is_unicode(text or ""):
         problems.append("the text is not valid Unicode (half of a surrogate pair). Mend or remove these rows.")
-    if label is None:
-        problems.append("the label is missing. Fill in or remove these rows.")
+    if isinstance(label, (list, dict, bytes)):
+        problems.append(
+            f"expected a name or number in {config.label_column!r}, found {kind_of(label)}. Save it as text."
+        )
+    elif _label(label) is None:
+        none = "blank, null, or -1 in a ClassLabel column"
+        problems.append(f"the label is missing ({none}). Fill in or remove these rows{or_cut}.")
+    elif not is_unicode(str(label)):
+        problems.append("the label is not valid Unicode (half of a surrogate pair). Mend or remove these rows.")
     return problems
 
 
-def _places(places: list[str], limit: int = 5) -> str:
+def listed(places: list[str], limit: int = 5) -> str:
     """Return "3 rows (line 4, line 9, line 12)"."""
     more = ", ..." if len(places) > limit else ""
     return f"{len(places)} row{'s' * (len(places) > 1)} ({', '.join(places[:limit])}{more})"
@@ -240,7 +290,7 @@ def _label_problems(rows: Mapping[str, list[Row]], labels: tuple[str, ...], tabl
                 strange.setdefault(label, []).append(place)
         where = tables[split].source if split in tables else source
         for label, places in sorted(strange.items()):
-            problems.append(f"{where}: {_places(places)}: label {label!r} of {split} never occurs in train.")
+            problems.append(f"{where}: {listed(places)}: label {label!r} of {split} never occurs in train.")
         if not rows[split]:
             problems.append(f"{where}: too few examples to cut {split} from train. Add some or give a {split} file.")
     return problems
@@ -268,7 +318,7 @@ def _with_missing(rows: Mapping[str, list[Row]], config: Config) -> dict[str, li
     missing = [name for name in SHARE if name not in rows]
     if not missing:
         return result
-    where = _assignment(rows["train"], {name: SHARE[name] for name in missing}, config.seed)
+    where = assignment(rows["train"], {name: SHARE[name] for name in missing}, config.seed)
     for name in ("train", *missing):
         result[name] = [row for row in rows["train"] if where[row[1]] == name]
     sizes = ", ".join(f"{name} {len(result[name])}" for name in ("train", *missing))
@@ -276,7 +326,7 @@ def _with_missing(rows: Mapping[str, list[Row]], config: Config) -> dict[str, li
     return result
 
 
-def _assignment(rows: list[Row], shares: Mapping[str, float], seed: int) -> dict[str, str]:
+def assignment(rows: list[Row], shares: Mapping[str, float], seed: int) -> dict[str, str]:
     """Return {text: split}: per label, distinct texts in the order of their hash; 5 of them put one in each split."""
     first: dict[str, str] = {}
     for _, text, label in rows:
