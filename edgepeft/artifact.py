@@ -135,7 +135,7 @@ def tensor_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]
             if size < 8 or length > min(size - 8, 100 << 20):
                 raise ValueError(f"the header should take {length} bytes of {size}")
             header = json.loads(stream.read(length))
-        meta = header.pop("__metadata__", {})
+        meta = dict(header.pop("__metadata__", {}))
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if 8 + length + end != size:
             raise ValueError(f"expected {8 + length + end} bytes, found {size}")
@@ -200,16 +200,49 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
 
 # --- the run folder ----------------------------------------------------------------------------------------------
 
+VERSION = 1
+RECORD = {"key": str, "files": dict, "summary": dict}
+
+
+def _records(path: Path) -> dict[str, dict[str, Any]]:
+    """Return what run.json says was done, {stage folder: record}; nothing where there is none.
+
+    Raises ArtifactError for a file that no build of this version left.
+    """
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        problem = _record_problem(value)
+    except ValueError as error:
+        problem = f"no JSON ({error})"
+    if problem:
+        raise ArtifactError(
+            f"{path}: expected edgepeft's record of a build, found {problem}. Give another --output, or remove "
+            f"{path.parent} if a build made it."
+        )
+    return value["stages"]
+
+
+def _record_problem(value: Any) -> str | None:
+    """Say what is wrong with the value of a run.json, or nothing."""
+    if not isinstance(value, dict) or not isinstance(value.get("stages"), dict):
+        return f"{type(value).__name__} without a table of stages"
+    if value.get("version") != VERSION:
+        return f"version {value.get('version')!r}, not {VERSION}"
+    for name, record in value["stages"].items():
+        if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in RECORD.items()):
+            return f"stage {name!r} without its {', '.join(RECORD)}"
+    return None
+
 
 class Run:
     """One output folder and the record of the stages that were done in it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.records: dict[str, dict[str, Any]] = {}
+        self.records = _records(folder / "run.json")
         self.key = ""
-        if (folder / "run.json").exists():
-            self.records = read_json(folder / "run.json")["stages"]
 
     def path(self, stage_folder: str) -> Path:
         """Return where a stage's folder lies once it is done."""
@@ -236,7 +269,7 @@ class Run:
             summary = write(place)
             files = digests(place)
         self.records[folder] = {"key": key, "files": files, "summary": summary}
-        write_json(self.folder / "run.json", {"version": 1, "stages": self.records})
+        write_json(self.folder / "run.json", {"version": VERSION, "stages": self.records})
         return summary
 
     @contextlib.contextmanager
@@ -258,7 +291,7 @@ class Run:
             except OSError:
                 raise ArtifactError(f"{self.folder}: another build works here. Wait for it or take --output.") from None
             if not (self.folder / "run.json").exists():
-                write_json(self.folder / "run.json", {"version": 1, "stages": {}})
+                write_json(self.folder / "run.json", {"version": VERSION, "stages": {}})
             for left in self.folder.glob(".*.tmp"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield

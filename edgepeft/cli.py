@@ -11,17 +11,20 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from edgepeft import __version__
-from edgepeft.config import Config, flag, resolve, settings
+from edgepeft.config import Config, default_text, flag, resolve, settings
 from edgepeft.console import say
-from edgepeft.errors import ConfigError, EdgePeftError
+from edgepeft.errors import ConfigError, EdgePeftError, causes
+from edgepeft.ranks import leads
 
+LATER_S = 0.05
 # What a failed write says: the system through any library, and torch.save, which hides the system's error.
 FULL_DISK = ("No space left on device", "] . unexpected pos")
 
@@ -30,13 +33,14 @@ Examples:
   edgepeft build --target rpi
   edgepeft build --target rpi --model ./my-bert --data tickets.csv --label-column topic
   edgepeft run edgepeft-out/bundle "turn the kitchen lights off"
+  edgepeft chat edgepeft-out/bundle
 """
 
 
 def _option(field: dataclasses.Field) -> Callable:
     """Make the flag of one field; its default is shown, not set, so that a file may set it."""
     kind: Any = type(field.default)
-    text = f"{field.metadata['help']}  [default: {field.default}]"
+    text = f"{field.metadata['help']}  [default: {default_text(field)}]"
     if kind is bool:
         return click.option(f"{flag(field.name)}/--no-{flag(field.name)[2:]}", field.name, default=None, help=text)
     return click.option(flag(field.name), field.name, type=kind, default=None, help=text, metavar=kind.__name__.upper())
@@ -77,7 +81,7 @@ def build(config_file: Path | None, dry_run: bool, **flags: Any) -> None:
     click.echo(folder)
 
 
-REMEMBERED = "Settings not given are those that earlier stages left in the --output folder."
+REMEMBERED = "Settings not given are those of the last stage that was done in the --output folder."
 
 
 def _stage_command(name: str, help_text: str) -> None:
@@ -92,7 +96,9 @@ def _stage_command(name: str, help_text: str) -> None:
         config, stage = Config(**{**saved, **told}), pipeline.stage_named(name)
         if not stage.applies(config):
             raise ConfigError(f"{name}: there is nothing to do with --adapter {config.adapter}. Give --adapter merged.")
-        click.echo(pipeline.build(config, [stage]))
+        folder = pipeline.build(config, [stage])
+        if leads():
+            click.echo(folder)
 
     command.__doc__ = f"{help_text}\n\n{REMEMBERED}"
     cli.command(name)(command)
@@ -106,25 +112,77 @@ _stage_command("verify", "Compare the exported files with the trained model, thr
 _stage_command("bundle", "Collect what the device needs into one folder.")
 
 
+TOP_K = "Choose among the N likeliest tokens  [default: all]."
+WRITING = (  # how a language model writes: flag, type, help
+    ("--max-new-tokens", int, "Longest answer in tokens  [default: 256]."),
+    ("--temperature", float, "0 takes the likeliest token, more leaves more to chance  [default: 0]."),
+    ("--top-p", float, "Choose among the likeliest tokens that make up this share  [default: 1]."),
+    ("--min-p", float, "Leave out tokens below this share of the likeliest one's probability  [default: 0]."),
+    ("--repetition-penalty", float, "Above 1: tokens that were there before become less likely  [default: 1]."),
+    ("--seed", int, "The same seed gives the same answer again  [default: a new one]."),
+)
+
+
+def _writing(top_k: str) -> Callable[[Callable], Callable]:
+    """Give a command the flags of WRITING, --stop, and --top-k with a help text of its own."""
+
+    def give(command: Callable) -> Callable:
+        stop = "Text that ends the answer and is cut off; may be repeated."
+        command = click.option("--stop", multiple=True, metavar="TEXT", help=stop)(command)
+        for name, kind, text in reversed((*WRITING[:2], ("--top-k", int, top_k), *WRITING[2:])):
+            command = click.option(name, type=kind, default=None, help=text)(command)
+        return command
+
+    return give
+
+
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("texts", nargs=-1)
 @click.option("--file", "file", type=click.Path(path_type=Path), help="One text per line; '-' reads standard input.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per text.")
 @click.option("--adapter", default=None, help="Adapter to use, or 'none' for the base model.")
-@click.option("--top-k", type=int, default=None, help="Labels to show per text  [default: 1; all with --json].")
 @click.option("--threads", type=int, default=0, show_default=True, help="CPU threads; 0 takes all.")
+@click.option("--prompt", default=None, help="Text to answer, which may have several lines.")
+@click.option("--system", default=None, help="What the model is told before the text.")
+@click.option("--raw", is_flag=True, default=None, help="Continue the text as it is, without the chat template.")
+@click.option("--stream/--no-stream", default=None, help="Show the answer while it is written  [default: --stream].")
+@_writing("Classification: labels to show per text  [default: 1; all with --json]. Else: " + TOP_K)
 def run(bundle: Path, texts: Sequence[str], file: Path | None, as_json: bool, **options: Any) -> None:
-    """Classify texts with a bundle.
+    """Classify texts with a bundle, or answer them, as its task is.
+
+    Everything from --prompt on is for a language model.
 
     \b
     Examples:
       edgepeft run edgepeft-out/bundle "turn the kitchen lights off"
       cat texts.txt | edgepeft run edgepeft-out/bundle --file - --json
+      edgepeft run writer/bundle --prompt "Why is the sky blue?" --temperature 0.7 --seed 1
     """
-    from edgepeft.runtime.tasks import run_cli
+    from edgepeft.runtime import commands
 
-    run_cli(bundle, list(texts), file, as_json, **options)
+    commands.run(bundle, list(texts), file, as_json, **options)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--system", default=None, help="What the model is told before the conversation.")
+@click.option("--adapter", default=None, help="Adapter to begin with, or 'none' for the base model.")
+@click.option("--threads", type=int, default=0, show_default=True, help="CPU threads; 0 takes all.")
+@_writing(TOP_K)
+def chat(bundle: Path, **options: Any) -> None:
+    """Talk with the language model of a bundle, at the terminal or line by line through a pipe.
+
+    /help lists the commands. Ctrl-C ends an answer, Ctrl-D the conversation.
+
+    \b
+    Examples:
+      edgepeft chat edgepeft-out/bundle --system "Answer in one sentence."
+      printf 'Hello!\nWho are you?\n' | edgepeft chat edgepeft-out/bundle
+    """
+    from edgepeft.runtime.conversation import chat_cli
+
+    chat_cli(bundle, **options)
 
 
 @cli.command()
@@ -154,13 +212,6 @@ def targets() -> None:
     click.echo(table([{"target": row.name, "what": row.description} for row in rows]))
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and those it came from."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _no_space(error: BaseException) -> bool:
     """Tell whether an error is a full disk, whichever library raised it."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -173,14 +224,23 @@ def _stopped() -> NoReturn:
     sys.exit(130)
 
 
-def _terminate(*_: Any) -> None:
-    """Turn SIGTERM into Ctrl-C, so that both clean up."""
+def _interrupt(_: int, frame: types.FrameType | None) -> None:
+    """Stop the command, for Ctrl-C and SIGTERM alike, so that both clean up.
+
+    Not in the middle of an import, which some native libraries answer by ending the process: then a moment later.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            signal.setitimer(signal.ITIMER_REAL, LATER_S)
+            return
+        frame = frame.f_back
     raise KeyboardInterrupt
 
 
 def main() -> None:
     """Run the command line and turn errors for the user into text and an exit status."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, _interrupt)
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:
@@ -195,9 +255,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        if any(isinstance(cause, KeyboardInterrupt) for cause in _chain(error)):
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):
             _stopped()  # it met a library that was loading, whose import failed of it
-        if not any(map(_no_space, _chain(error))):
+        if not any(map(_no_space, causes(error))):
             if isinstance(error, OSError) and error.filename is not None:
                 say(f"error: {error.filename}: {error.strerror}. Check the path and what it may hold.")
                 sys.exit(1)

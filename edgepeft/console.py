@@ -1,6 +1,7 @@
 """What a person sees on the terminal: plain lines, tables and progress bars, all on standard error.
 
-Standard output is kept for results, so that `edgepeft run --json` can be piped.
+Standard output is kept for results, so that `edgepeft run --json` can be piped. Of several processes that train
+together one speaks.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from edgepeft.ranks import leads
+
 Item = TypeVar("Item")
 
 
 def say(text: str = "") -> None:
     """Print a line for the person who waits."""
-    print(text, file=sys.stderr, flush=True)
+    if leads():
+        print(text, file=sys.stderr, flush=True)
 
 
 def _cell(value: Any) -> str:

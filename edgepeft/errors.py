@@ -5,8 +5,10 @@ Anything else that escapes is a defect of edgepeft itself and keeps its tracebac
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 
 class EdgePeftError(Exception):
@@ -48,3 +50,29 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     nearest = next((n for n in names if close and n.lower() == close[0]), None)
     hint = f" Did you mean {nearest!r}?" if nearest else ""
     return f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}."
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@contextlib.contextmanager
+def blaming(path: Path, advice: str) -> Iterator[None]:
+    """Turn what a library raises over a model's file into one ModelError that names the file.
+
+    A library has a class for each thing that can be wrong with a file, bare Exception among them. What is not the
+    file's doing goes through: our own errors, exhausted memory, and Ctrl-C, also where it met a library that was
+    loading, whose import failed of it.
+    """
+    try:
+        yield
+    except EdgePeftError:
+        raise
+    except Exception as error:
+        if any(isinstance(cause, (KeyboardInterrupt, MemoryError)) for cause in causes(error)):
+            raise
+        found = " ".join(str(error).split())[:300].rstrip(".")
+        raise ModelError(f"{path}: cannot be used: {type(error).__name__}: {found}. {advice}") from None

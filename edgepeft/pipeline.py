@@ -6,13 +6,17 @@ A stage is a function `stage(config, run, out) -> summary`: it reads the folders
 `run.path(...)` and writes below `out` alone. The stages meet only in the run folder, so each can be redone, replaced
 or resumed by itself. A stage's key is made of the settings it reads, the files it was given and the version of
 edgepeft; when key and files still agree with the record, the stage is not run again.
+
+What lies outside the run folder (OUTSIDE) stands in the key by itself, a digest each, so that a stage is refused when
+one that it goes on from read something else. Where that is gone, as on another machine, only the stages that read it
+cannot go on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +24,21 @@ from edgepeft import __version__
 from edgepeft.artifact import Run, key_of, read_json, write_json
 from edgepeft.config import Config, checked
 from edgepeft.console import say
-from edgepeft.errors import ArtifactError, unknown
+from edgepeft.errors import ArtifactError, ConfigError, EdgePeftError, unknown
+from edgepeft.ranks import leads, world
 
 
 def _model_digest(config: Config) -> str:
     from edgepeft.backbone.load import resolve_model
 
     return resolve_model(config).identity
+
+
+def _own_model(config: Config) -> bool:
+    """Tell whether the model is the user's own folder; a packaged one is pinned, a hub is asked by quantize alone."""
+    from edgepeft.backbone.load import PACKAGED
+
+    return config.model not in PACKAGED and Path(config.model).expanduser().is_dir()
 
 
 def _data_digest(config: Config) -> str:
@@ -43,6 +55,23 @@ def _target_digest(config: Config) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class Outside:
+    """Something outside the run folder: how messages call it, its digest, and when a later stage can look at it."""
+
+    words: str
+    digest: Callable[[Config], str]
+    at_hand: Callable[[Config], bool] = lambda config: True
+
+
+# By the setting that names it.
+OUTSIDE = {
+    "model": Outside("the model that was quantized", _model_digest, _own_model),
+    "data": Outside("the data trained with", _data_digest),
+    "target": Outside("the target verified for", _target_digest),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """One step: the function that does it, the folder it fills, what it reads, and when it has nothing to do."""
 
@@ -51,35 +80,43 @@ class Stage:
     function: str
     settings: tuple[str, ...]
     needs: tuple[str, ...] = ()
-    outside: Callable[[Config], str] | None = None
+    outside: tuple[str, ...] = ()
     applies: Callable[[Config], bool] = lambda config: True
 
+    def call(self, config: Config, run: Run, out: Path) -> dict[str, Any]:
+        """Do the stage, its result below `out`, and return its summary."""
+        module, name = self.function.split(":")
+        return getattr(importlib.import_module(module), name)(config, run, out)
 
-TRAINING = ("text_column", "label_column", "task", "method", "rank", "alpha", "dropout", "epochs", "batch_size")
+
+TRAINING = (
+    "text_column", "label_column", "task", "method", "rank", "alpha", "dropout", "epochs", "batch_size", "accumulation",
+    "learning_rate", "max_length", "packing", "checkpointing", "precision", "seed",
+)  # fmt: skip
 STAGES = (
     Stage(
         "quantize", "quantized", "edgepeft.quant.stage:quantize",
-        ("model", "format", "embedding_format", "double_quant", "solver"), outside=_model_digest,
+        ("model", "format", "embedding_format", "double_quant", "solver"), outside=("model",),
     ),
     Stage(
         "train", "adapter", "edgepeft.train.loop:train",
-        ("data", *TRAINING, "learning_rate", "max_length", "seed"), ("quantized",), _data_digest,
+        ("data", *TRAINING), ("quantized",), ("data",),
     ),
     Stage(
         "merge", "merged", "edgepeft.adapt.merge:merge", ("data", "min_retention", "max_metric_drop"),
-        ("quantized", "adapter"), applies=lambda config: config.adapter == "merged",
+        ("quantized", "adapter"), ("data",), applies=lambda config: config.adapter == "merged",
     ),
     Stage(
-        "export", "export", "edgepeft.export.stage:export", ("adapter", "activation", "task"),
+        "export", "export", "edgepeft.export.stage:export", ("adapter", "activation", "context", "task"),
         ("quantized", "adapter", "merged"),
     ),
     Stage(
         "verify", "verify", "edgepeft.export.verify:verify", ("data", "target", "max_metric_drop"),
-        ("quantized", "adapter", "export"), _target_digest,
+        ("quantized", "adapter", "merged", "export"), ("data", "target"),
     ),
     Stage(
         "bundle", "bundle", "edgepeft.deploy.bundle:bundle", ("target",),
-        ("export", "verify", "adapter"), _target_digest,
+        ("quantized", "adapter", "export", "verify"), ("target",),
     ),
 )  # fmt: skip
 
@@ -107,19 +144,37 @@ def _basis(stage: Stage, config: Config, run: Run) -> str:
 def stage_key(stage: Stage, config: Config, run: Run) -> str:
     """Return the key of everything a stage's result depends on, what lies outside the run folder included.
 
-    Raises ArtifactError when an earlier stage has not been done, or with other settings or from other results than
-    there are now: what it found, or checked, would not be what goes on.
+    Raises ArtifactError when an earlier stage has not been done, or with other settings or from other results or files
+    than there are now: what it found, or checked, would not be what goes on.
     """
-    for other in _needs(stage, config):
-        if other.folder not in run.records:
-            raise ArtifactError(f"{run.path(other.folder)}: missing. Run 'edgepeft {other.name}' first.")
-        if not run.records[other.folder]["key"].startswith(_basis(other, config, run)):
-            raise ArtifactError(
-                f"{run.path(other.folder)}: expected the result of the settings and files there are now, found an "
-                f"older one. Run 'edgepeft {other.name}' first."
-            )
-    outside = key_of(stage.outside(config)) if stage.outside else ""
-    return f"{_basis(stage, config, run)}-{outside}"
+    needs = _needs(stage, config)
+    now = {name: _glance(name, config) for other in needs for name in other.outside if name not in stage.outside}
+    now |= {name: OUTSIDE[name].digest(config) for name in stage.outside}
+    for other in needs:
+        _check(other, config, run, now)
+    return "-".join([_basis(stage, config, run), *(now[name] for name in stage.outside)])
+
+
+def _glance(name: str, config: Config) -> str:
+    """Return the digest of something outside that a stage does not read itself, or "" where it cannot be read."""
+    try:
+        return OUTSIDE[name].digest(config) if OUTSIDE[name].at_hand(config) else ""
+    except (EdgePeftError, OSError):
+        return ""
+
+
+def _check(stage: Stage, config: Config, run: Run, now: Mapping[str, str]) -> None:
+    """Raise ArtifactError unless a stage was done, with the settings, results and outside files there are now."""
+    folder, advice = run.path(stage.folder), f"Run 'edgepeft {stage.name}' first."
+    if stage.folder not in run.records:
+        raise ArtifactError(f"{folder}: missing. {advice}")
+    basis, *digests = run.records[stage.folder]["key"].split("-")
+    if basis != _basis(stage, config, run):
+        what = "expected the result of the settings and files there are now, found an older one"
+        raise ArtifactError(f"{folder}: {what}. {advice}")
+    for name, digest in zip(stage.outside, digests, strict=False):
+        if now[name] not in ("", digest):
+            raise ArtifactError(f"{getattr(config, name)}: expected {OUTSIDE[name].words}, found other. {advice}")
 
 
 def run_stage(stage: Stage, config: Config, run: Run) -> dict[str, Any]:
@@ -129,34 +184,41 @@ def run_stage(stage: Stage, config: Config, run: Run) -> dict[str, Any]:
         say(f"{stage.name}: up to date ({run.path(stage.folder)})")
         return run.records[stage.folder]["summary"]
     say(f"{stage.name}: ...")
-    module, name = stage.function.split(":")
-    function = getattr(importlib.import_module(module), name)
     run.key = key
-    return run.make(stage.folder, key, lambda out: function(config, run, out))
+    return run.make(stage.folder, key, lambda out: stage.call(config, run, out))
 
 
-def open_run(config: Config) -> Run:
-    """Return the run folder of a configuration and leave the configuration in it for the single-stage commands."""
+def _follow(stage: Stage, config: Config) -> Path:
+    """Do one's share of a stage that another process leads; nothing is written."""
     run = Run(Path(config.output))
-    write_json(run.folder / "config.json", dataclasses.asdict(config))
-    return run
+    run.key = stage_key(stage, config, run)
+    if not run.holds(stage.folder, run.key):
+        stage.call(config, run, run.path(stage.folder))
+    return run.path(stage.folder)
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings an earlier command left in a run folder, or nothing."""
+    """Return the settings of the last stage that was done in a run folder, or nothing."""
     path = folder / "config.json"
-    return checked(read_json(path), path) if (folder / "run.json").exists() and path.exists() else {}
+    return checked(read_json(path), path) if Run(folder).records and path.exists() else {}
 
 
 def build(config: Config, stages: Sequence[Stage] = STAGES) -> Path:
     """Run the stages in order, each that applies, and return the folder of the last one.
 
-    Stages whose result still stands are skipped. Raises EdgePeftError from the stage that cannot go on.
+    Stages whose result still stands are skipped. The settings stay in the folder for the single-stage commands once a
+    stage was done with them; those of a command that failed at once are not remembered. Raises EdgePeftError from the
+    stage that cannot go on.
     """
     folder = Path(config.output)
+    if world() > 1 and [stage.name for stage in stages] != ["train"]:
+        raise ConfigError("several processes (torchrun) can only train. Run the other stages in one: edgepeft ...")
+    if not leads():
+        return _follow(stages[0], config)
     with Run(folder).lock():
-        run = open_run(config)
+        run = Run(folder)
         for stage in stages:
             if stage.applies(config):
                 run_stage(stage, config, run)
+                write_json(folder / "config.json", dataclasses.asdict(config))
     return run.path(stages[-1].folder)

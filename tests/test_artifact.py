@@ -95,6 +95,26 @@ def test_a_stage_holds_only_while_key_and_every_byte_agree(tmp_path, change):
     assert again.holds("export", "other" if change == "key" else "key") == (change is None)
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("[]", "list without a table of stages"),
+        ("{}", "dict without a table of stages"),
+        ('{"version": 1, "stages": []}', "dict without a table of stages"),
+        ('{"version": 2, "stages": {}}', "version 2, not 1"),
+        ('{"version": 1, "stages": {"export": []}}', "stage 'export' without its key, files, summary"),
+        ('{"version": 1, "stages": {"export": {"key": 1, "files": {}, "summary": {}}}}', "stage 'export' without"),
+        ('{"version": 1', "no JSON"),
+        ("\udcff", "no JSON"),
+    ],
+)
+def test_a_record_of_another_shape_is_refused_before_anything_is_written(tmp_path, text, found):
+    (tmp_path / "run.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ArtifactError, match=rf"run\.json: expected .*, found {found}.* Give another --output, or"):
+        artifact.Run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_one_folder_takes_one_build_and_litter_of_a_killed_one_is_swept(tmp_path):
     (tmp_path / "run.json").write_text('{"version": 1, "stages": {}}')
     (tmp_path / ".quantized.1.tmp").mkdir()

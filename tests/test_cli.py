@@ -28,7 +28,7 @@ def chained(error, cause):
 @pytest.mark.parametrize("command", [None, *cli.cli.commands])
 def test_help_shows_examples_and_every_setting(command):
     text = CliRunner().invoke(cli.cli, [*([command] if command else []), "--help"], terminal_width=200).output
-    if command in (None, "build", "run", "bench"):
+    if command in (None, "build", "run", "chat", "bench"):
         assert "Example" in text
     if command in ("build", *(stage.name for stage in pipeline.STAGES)):
         assert all(flag(field.name) in text for field in dataclasses.fields(Config))
@@ -75,6 +75,9 @@ def test_every_stage_is_a_command_and_the_targets_are_listed():
         (["quantize", "--output", "/dev/null"], 1, "/dev/null"),
         (["build", "--learning-rate", "inf"], 2, "expected a finite number"),
         (["bench", "no-bundle"], 1, "no-bundle"),
+        (["chat", "no-bundle"], 1, "no-bundle"),
+        (["chat", "no-bundle", "--threads", "-1"], 2, "threads: expected 0 (all cores) to"),
+        (["run", "no-bundle", "--temperature", "hot", "text"], 2, "not a valid float"),
         (["biuld"], 2, "No such command"),
     ],
 )
@@ -83,6 +86,17 @@ def test_a_mistake_gets_one_text_and_a_status(tmp_path, arguments, status, said)
     assert done.returncode == status, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["build", "export"])
+def test_a_record_that_no_build_wrote_is_said_by_every_command(tmp_path, command):
+    for name in ("run.json", "config.json"):
+        (tmp_path / name).write_text("{}")
+    done = edgepeft(command, "--output", tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "run.json: expected edgepeft's record" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "run.json"]
 
 
 @pytest.mark.parametrize(
@@ -109,3 +123,25 @@ def test_what_leaves_main(monkeypatch, capsys, raised, status, said):
         cli.main()
     assert caught.value.code == status
     assert said in capsys.readouterr().err
+
+
+def test_ctrl_c_waits_for_an_import_to_end(tmp_path):
+    """A native library that is stopped while it loads may end the process instead of raising."""
+    (tmp_path / "loading.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nloaded = True\n")
+    (tmp_path / "program.py").write_text(
+        "import signal, time\n"
+        "from edgepeft import cli\n"
+        "for number in (signal.SIGINT, signal.SIGALRM):\n"
+        "    signal.signal(number, cli._interrupt)\n"
+        "try:\n"
+        "    import loading\n"
+        "    assert loading.loaded\n"
+        "    time.sleep(20)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('stopped after the import')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(tmp_path)])}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py")], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert done.stdout.strip() == "stopped after the import", done.stderr

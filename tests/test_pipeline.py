@@ -1,5 +1,7 @@
 """The whole road on a tiny model: what it leaves, and that no interruption changes or loses anything."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -7,11 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from builders import tiny_bert, tiny_data
 
-from edgepeft.artifact import digests
+from edgepeft import pipeline
+from edgepeft.artifact import Run, digests
+from edgepeft.config import Config
+from edgepeft.errors import ArtifactError, EdgePeftError
 from edgepeft.pipeline import STAGES
 
 SETTINGS = ["--rank", "4", "--epochs", "2", "--batch-size", "8", "--target", "host", "--adapter", "separate"]
@@ -89,6 +95,115 @@ def test_a_stage_refuses_what_an_earlier_one_did_not_see(built, tmp_path):
     assert "Run 'edgepeft verify' first" in done.stderr
     assert command("verify").returncode == 0
     assert command("bundle").returncode == 0
+
+
+READ_BY = {"model": ("quantize",), "data": ("train", "merge", "verify"), "target": ("verify", "bundle")}
+
+
+def record(config, run):
+    """Record every stage as done, with nothing in its folder."""
+    for stage in STAGES:
+        run.make(stage.folder, pipeline.stage_key(stage, config, run), lambda out: {"written to": out.name})
+
+
+@pytest.fixture
+def recorded(inputs, tmp_path):
+    """(config, run) that was recorded with copies of the inputs."""
+    model, data = shutil.copytree(inputs[1], tmp_path / "model"), shutil.copy(inputs[3], tmp_path / "data.csv")
+    config = Config(model=str(model), data=str(data), output=str(tmp_path / "out"), adapter="merged")
+    run = Run(Path(config.output))
+    record(config, run)
+    return config, run
+
+
+def look(monkeypatch, name, digest):
+    """Let something outside have another digest."""
+    monkeypatch.setitem(pipeline.OUTSIDE, name, dataclasses.replace(pipeline.OUTSIDE[name], digest=digest))
+
+
+@pytest.mark.parametrize(
+    ("what", "maker", "words"),
+    [
+        ("model", "quantize", "the model that was quantized"),
+        ("data", "train", "the data trained with"),
+        ("target", "verify", "the target verified for"),
+    ],
+)
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_a_stage_refuses_what_was_made_from_other_files(recorded, tmp_path, monkeypatch, stage, what, maker, words):
+    config, run = recorded
+    before = pipeline.stage_key(stage, config, run)
+    if what == "target":
+        look(monkeypatch, "target", lambda _: "other")
+    else:
+        with open(tmp_path / {"model": "model/config.json", "data": "data.csv"}[what], "a") as stream:
+            stream.write("\n")
+    if pipeline.stage_named(maker) in pipeline._needs(stage, config):
+        with pytest.raises(ArtifactError, match=rf"expected {words}, found other\. Run 'edgepeft {maker}' first\."):
+            pipeline.stage_key(stage, config, run)
+    else:
+        assert (pipeline.stage_key(stage, config, run) != before) == (stage.name in READ_BY[what])
+
+
+@pytest.mark.parametrize("what", ["model", "data"])
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_a_stage_does_without_files_that_it_does_not_read(recorded, tmp_path, stage, what):
+    config, run = recorded
+    before = pipeline.stage_key(stage, config, run)
+    shutil.rmtree(tmp_path / "model") if what == "model" else (tmp_path / "data.csv").unlink()
+    if stage.name in READ_BY[what]:
+        with pytest.raises(EdgePeftError, match="no such f"):
+            pipeline.stage_key(stage, config, run)
+    else:
+        assert pipeline.stage_key(stage, config, run) == before
+
+
+@pytest.mark.parametrize("model", ["minilm", "some/hub-model"])
+def test_only_quantize_looks_for_a_model_that_is_no_folder(recorded, monkeypatch, model):
+    config, run = recorded[0].replace(model=model), recorded[1]
+    look(monkeypatch, "model", lambda _: "found")
+    record(config, run)
+    look(monkeypatch, "model", lambda _: pytest.fail("looked for the model"))
+    assert all(run.holds(stage.folder, pipeline.stage_key(stage, config, run)) for stage in STAGES[1:])
+
+
+@pytest.mark.parametrize("stage", ["merge", "verify"])
+def test_other_labels_than_were_trained_with_are_said_by_the_stages_that_read_them(recorded, tmp_path, stage):
+    with open(tmp_path / "data.csv", "a") as stream:
+        stream.write("be quiet,silence\nbe very quiet,silence\n")
+    with pytest.raises(ArtifactError, match="expected the data trained with, found other"):
+        pipeline.build(recorded[0], [pipeline.stage_named(stage)])
+
+
+def test_settings_stay_once_a_stage_was_done_with_them(tmp_path, monkeypatch):
+    config, train = Config(output=str(tmp_path)), [pipeline.stage_named("train")]
+
+    def remembered(config, stages, stop):
+        """Build until a stage stops it; return what the folder remembers."""
+
+        def run_stage(stage, _, run):
+            if stage.name == stop:
+                raise KeyboardInterrupt
+            run.make(stage.folder, "key", lambda out: {"written to": out.name})
+
+        monkeypatch.setattr(pipeline, "run_stage", run_stage)
+        with pytest.raises(KeyboardInterrupt) if stop else contextlib.nullcontext():
+            pipeline.build(config, stages)
+        return pipeline.saved_settings(tmp_path).get("rank")
+
+    assert remembered(config.replace(rank=2), STAGES, stop="quantize") is None
+    assert remembered(config.replace(rank=4), STAGES, stop="train") == 4
+    assert remembered(config.replace(rank=8), train, stop="train") == 4
+    assert remembered(config.replace(rank=8), train, stop=None) == 8
+
+
+def test_a_command_that_failed_leaves_none_of_its_settings(built, tmp_path):
+    output, settings = tmp_path / "out", (built / "config.json").read_text()
+    shutil.copytree(built, output)
+    for words in (["quantize", "--model", str(tmp_path / "none")], ["bundle", "--format", "i8c"]):
+        command = [sys.executable, "-m", "edgepeft", *words, "--output", str(output)]
+        assert subprocess.run(command, capture_output=True, check=False).returncode == 1
+        assert (output / "config.json").read_text() == settings
 
 
 def test_a_folder_of_somebody_else_is_left_alone(inputs, tmp_path):

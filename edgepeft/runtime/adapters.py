@@ -8,12 +8,14 @@ An adapter's tensors are overridable inputs of the graph, so swapping is feeding
     anything else (the head)    (not fed)            (not fed)       its view; must be there
 
 The default adapter is what the initializers hold, so nothing is fed for it. What cannot be represented exactly is
-refused: an adapter of another base, a tensor the graph has no place for, a scale that was not folded into B.
+refused: an adapter of another base or weight format, a tensor the graph has no place for, a scale that was not folded
+into B.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from edgepeft.errors import ArtifactError, unknown
 DEFAULT = "default"
 BASE = "none"
 TENSORS = "adapter_model.safetensors"
+NOT_TENSORS = ("logits_to_keep",)  # overridable too, but a setting of the run
 DOWN, UP = "lora_A.weight", "lora_B.weight"
 ORT_TYPES: dict[str, np.dtype[Any]] = {"tensor(float16)": np.dtype(np.float16), "tensor(float)": np.dtype(np.float32)}
 
@@ -71,6 +74,7 @@ def slots(session: Any) -> dict[str, Slot]:
     return {
         item.name: Slot(item.name, tuple(item.shape), ORT_TYPES[item.type])
         for item in session.get_overridable_initializers()
+        if item.name not in NOT_TENSORS
     }
 
 
@@ -80,14 +84,15 @@ def adapter_folders(bundle: Path) -> dict[str, Path]:
     return {path.parent.name: path.parent for path in found}
 
 
-def check_base(path: Path, base_digest: str) -> None:
-    """Raise ArtifactError unless an adapter file names this base."""
-    base = tensor_header(path)[1].get("edgepeft.base")
-    if base != base_digest:
-        raise ArtifactError(
-            f"{path}: made for another base: it names {base or 'none'}, this bundle's is {base_digest}. "
-            "Its answers would be wrong; train it on this base, or put it into the bundle it was made for."
-        )
+def check_base(path: Path, base_digest: str, weight_format: str) -> None:
+    """Raise ArtifactError unless an adapter file names this base, packed in this format: the bits it was trained on."""
+    metadata = tensor_header(path)[1]
+    for what, key, wanted in (("base", "edgepeft.base", base_digest), ("--format", "edgepeft.format", weight_format)):
+        if (found := metadata.get(key)) != wanted:
+            raise ArtifactError(
+                f"{path}: made for another {what}: it names {found or 'none'}, this bundle's is {wanted}. Its answers "
+                f"would be wrong; train it on this {what}, or put it into the bundle it was made for."
+            )
 
 
 def _map(path: Path) -> dict[str, np.ndarray]:
@@ -105,6 +110,11 @@ def _map(path: Path) -> dict[str, np.ndarray]:
 def _check_config(folder: Path) -> None:
     """Raise ArtifactError unless the PEFT configuration means y + B·(A·x) with no factor."""
     config = read_json(folder / "adapter_config.json")
+    if not isinstance(config, dict):
+        found = type(config).__name__
+        raise ArtifactError(
+            f"{folder / 'adapter_config.json'}: expected a JSON object, found {found}. Copy the adapter again."
+        )
     same_scale = config.get("lora_alpha") == config.get("r") and config.get("alpha_pattern", {}) == config.get(
         "rank_pattern", {}
     )
@@ -147,12 +157,19 @@ def _feeds(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def read_labels(folder: Path, default: list[str]) -> tuple[str, ...]:
     """Return the labels of an adapter's own head; those of the bundle where it has none of its own."""
     path = folder / "labels.json"
-    return tuple(read_json(path) if path.exists() else default)
+    labels = read_json(path) if path.exists() else default
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ArtifactError(f"{path}: expected a list of texts, found {labels!r:.60}. Copy the adapter again.")
+    if twice := [label for label, count in Counter(labels).items() if count > 1]:
+        raise ArtifactError(f"{path}: expected every label once, found {twice[0]!r} twice. Copy the adapter again.")
+    return tuple(labels)
 
 
-def load_adapter(folder: Path, places: Mapping[str, Slot], base_digest: str, labels: list[str]) -> Adapter:
+def load_adapter(
+    folder: Path, places: Mapping[str, Slot], base_digest: str, weight_format: str, labels: list[str]
+) -> Adapter:
     """Map an adapter and make its feeds. Raises ArtifactError when it does not belong to this model."""
-    check_base(folder / TENSORS, base_digest)
+    check_base(folder / TENSORS, base_digest, weight_format)
     _check_config(folder)
     arrays = _map(folder / TENSORS)
     _check_tensors(folder, arrays, places)

@@ -7,8 +7,8 @@ that digest put to zeros. So a flipped byte anywhere, the manifest included, is 
     "full"    all     all                            the default up to FULL_CHECK_BYTES (about 0.7 ms a MB)
     "quick"   all     manifest, files of <= 1 MiB    the default above that
 
-Adapters may be dropped into `adapters/` later; they are not in the manifest, but name the digest of their base, and
-that is compared when they are used. Nothing else outside the manifest is ever opened.
+Adapters may be dropped into `adapters/` later; they are not in the manifest, but name the digest of their base and the
+format of its weights, and both are compared when they are used. Nothing else outside the manifest is ever opened.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from edgepeft.runtime.manifest import seal
 H, R = 32, 4
 LABELS = ["light_off", "light_on", "music_play"]
 BASE_DIGEST = hashlib.sha256(b"base").hexdigest()
+FORMAT = "i4b32"
 PREFIX = "base_model.model."
 MODULE = PREFIX + "bert.encoder.layer.0.attention.self.query"
 A, B, HEAD, BIAS = (
@@ -50,6 +51,7 @@ def write_adapter(
     rank: int = R,
     labels: list[str] = LABELS,
     base: str = BASE_DIGEST,
+    weights: str = FORMAT,
     **changes: Any,
 ) -> Path:
     """Write adapters/<name>; `changes` replace tensors by name, None drops one."""
@@ -57,7 +59,8 @@ def write_adapter(
     folder.mkdir(parents=True)
     tensors = {**adapter_tensors(seed, rank, len(labels)), **changes}
     kept = {n: t for n, t in tensors.items() if t is not None}
-    write_tensors(folder / "adapter_model.safetensors", kept, {"format": "pt", "edgepeft.base": base})
+    metadata = {"format": "pt", "edgepeft.base": base, "edgepeft.format": weights}
+    write_tensors(folder / "adapter_model.safetensors", kept, metadata)
     write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": rank, "lora_alpha": rank})
     write_json(folder / "labels.json", labels)
     return folder
@@ -146,7 +149,7 @@ def reseal(bundle: Path, **changes: Any) -> None:
     """Write the manifest for the files as they are now, so that a test can reach what lies behind the digests."""
     values = {
         "name": "standin", "task": "text-classification", "labels": LABELS, "max_length": 16, "target": "host",
-        "format": "i4b32", "method": "lora", "rank": R, "adapter": "separate", "activation": "int8",
+        "format": FORMAT, "method": "lora", "rank": R, "adapter": "separate", "activation": "int8",
         "base_digest": BASE_DIGEST,
         "onnxruntime": {"minimum": "1.18.0", "requirement": "onnxruntime>=1.18", "broken": []},
     }  # fmt: skip

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from edgepeft.errors import ArtifactError, ConfigError, DataError, VerifyError
-from edgepeft.runtime import load
+from edgepeft.runtime import load, session
 from edgepeft.runtime.adapters import BASE
 from tests.runtime import standin as st
 
@@ -120,6 +121,8 @@ def test_threads_with_different_adapters_do_not_disturb_each_other(bundle: Path)
     ("name", "change", "message"),
     [
         ("base", {"base": "f" * 64}, f"names {'f' * 64}, this bundle's is {st.BASE_DIGEST}"),
+        ("bits", {"weights": "nf4b64"}, "another --format: it names nf4b64, this bundle's is i4b32"),
+        ("unsaid", {"weights": ""}, "another --format: it names none, this bundle's is i4b32"),
         ("shape", {st.A: np.zeros((4, 31), np.float16)}, r"lora_A.weight is float16\[4, 31\], expected float16"),
         ("dtype", {st.B: np.zeros((st.H, 4), np.float32)}, r"is float32\[32, 4\], expected float16"),
         ("rank", {st.B: np.zeros((st.H, 5), np.float16)}, "rank 4, its B another"),
@@ -147,6 +150,38 @@ def test_adapters_whose_scale_is_not_folded_are_refused(bundle: Path, change: di
     st.write_json(folder / "adapter_config.json", config)
     with pytest.raises(ArtifactError, match="not an exported adapter"):
         load(bundle, adapter="raw")
+
+
+@pytest.mark.parametrize(
+    ("file", "value", "message"),
+    [
+        ("adapter_config.json", [], r"adapter_config\.json: expected a JSON object, found list"),
+        ("adapter_config.json", "LORA", r"adapter_config\.json: expected a JSON object, found str"),
+        ("adapter_config.json", None, r"adapter_config\.json: expected a JSON object, found NoneType"),
+        ("labels.json", {"a": 0, "b": 1, "c": 2}, r"labels\.json: expected a list of texts, found \{'a'"),
+        ("labels.json", "abc", r"labels\.json: expected a list of texts, found 'abc'"),
+        ("labels.json", ["a", "b", 3], r"labels\.json: expected a list of texts, found \['a', 'b', 3\]"),
+        ("labels.json", ["a", "b", "a"], r"labels\.json: expected every label once, found 'a' twice"),
+    ],
+)
+def test_files_of_an_adapter_with_something_else_in_them_are_refused(
+    bundle: Path, file: str, value: object, message: str
+) -> None:
+    folder = st.write_adapter(bundle, "odd", seed=2)
+    st.write_json(folder / file, value)
+    with pytest.raises(ArtifactError, match=message):
+        load(bundle, adapter="odd")
+
+
+def test_metadata_that_is_no_object_is_refused(bundle: Path) -> None:
+    path = st.write_adapter(bundle, "odd", seed=2) / "adapter_model.safetensors"
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = {**json.loads(data[8:end]), "__metadata__": 3}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+    with pytest.raises(ArtifactError, match="not a safetensors file"):
+        load(bundle, adapter="odd")
 
 
 def test_unknown_adapter_names_the_nearest(sealed: Path) -> None:
@@ -213,6 +248,19 @@ def test_another_activation_needs_the_library(sealed: Path) -> None:
     with pytest.raises(ConfigError, match="needs the op library"):
         load(sealed, library="none", activation="float")
     load(sealed, library="none", activation="int8")
+
+
+@pytest.mark.parametrize("version", ["1.20.1", "1.21.0"])
+def test_a_model_as_bytes_is_put_beside_its_weights_for_an_older_runtime(sealed: Path, version: str) -> None:
+    with session._placed(b"other model", sealed, version) as place:
+        if version != "1.20.1":
+            assert place == b"other model"
+            return
+        assert Path(place).read_bytes() == b"other model"
+        for name in ("model.onnx.data", "adapters/default/adapter_model.safetensors"):
+            assert (Path(place).parent / name).read_bytes() == (sealed / name).read_bytes()
+    assert not Path(place).parent.exists()
+    assert (sealed / "model.onnx.data").exists()
 
 
 PROBE = """
