@@ -1,4 +1,5 @@
-// Proves every row of kernels.inc that this CPU can run against the scalar row of its format, then (--time) times it.
+// Proves every row of kernels.inc that this CPU can run against the scalar row of its format, then (--time) times it;
+// and those of functions.inc, in check_functions.cc.
 //
 //   check [--row TEXT] [--time] [--break FAULT]
 //
@@ -6,39 +7,12 @@
 // bytes around y untouched, y complete. The tolerance is float32's: both sides hold the same integers and scales and
 // differ only in the order of additions. --break plants a fault in the compared output (value, zero, nan, missing,
 // outside) and must make the program fail: it proves that the comparer can see.
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
-
 #include "adapter_matmul.h"
+#include "check.h"
 
 namespace {
 
 constexpr float kTolerance = 3e-7f;  // of the sum of absolute terms; times sqrt(K/1024) beyond that
-constexpr uint32_t kGuard = 0x7fa5a5a5u;  // a NaN no kernel makes, before, after and between rows of y
-constexpr int64_t kGuardFloats = 32;
-
-uint64_t g_state = 0x9e3779b97f4a7c15ull;
-uint32_t random_bits() {
-  g_state ^= g_state << 13, g_state ^= g_state >> 7, g_state ^= g_state << 17;
-  return static_cast<uint32_t>(g_state >> 32);
-}
-float random_float() { return static_cast<float>(static_cast<int32_t>(random_bits())) * (1.0f / 2147483648.0f); }
-uint16_t half_of(float v) {  // truncating; for |v| in half's normal range, or 0
-  const uint32_t u = float_bits(v), e = u >> 23 & 255;
-  return static_cast<uint16_t>((u >> 16 & 0x8000u) | (e < 113 ? 0 : (e - 112) << 10 | (u >> 13 & 0x3ffu)));
-}
-
-template <class T>
-struct Buffer {
-  T* p;
-  explicit Buffer(int64_t n) : p(static_cast<T*>(aligned_alloc(64, (static_cast<size_t>(n) * sizeof(T) + 127) & ~size_t{63}))) {}
-  ~Buffer() { free(p); }
-  Buffer(const Buffer&) = delete;
-  T& operator[](int64_t i) { return p[i]; }
-};
 
 struct Shape {
   int64_t m, n, k, rank;
@@ -59,15 +33,7 @@ struct Case {
       : s(shape), format(f), tiles((s.n + 15) / 16), y_floats(s.m * s.n + 2 * kGuardFloats),
         w(tiles * tile_bytes(info(f), s.k)), w_scale(tiles * tile_scale_bytes(info(f), s.k)), x(s.m * s.k), bias(tiles * 16),
         s_in(s.k), s_out(s.n), gate(s.m * s.rank), y(y_floats), a(s.rank * s.k * 4), b(s.n * s.rank * 4) {
-    for (int64_t i = 0; i < tiles * tile_bytes(info(f), s.k); i++) w[i] = static_cast<uint8_t>(random_bits());
-    if (f == Format::i8c)  // codes stand for -127..127
-      for (int64_t i = 0; i < tiles * tile_bytes(info(f), s.k); i++) if (!w[i]) w[i] = 1;
-    const int64_t scales = tiles * scale_blocks(info(f), s.k) * 16;
-    for (int64_t i = 0; i < scales; i++) {
-      const float v = i % 37 == 5 ? 0.0f : 0.01f + 0.02f * fabsf(random_float());
-      if (info(f).half_scale) reinterpret_cast<uint16_t*>(w_scale.p)[i] = half_of(v);
-      else reinterpret_cast<float*>(w_scale.p)[i] = v;
-    }
+    fill_tiles(info(f), tiles, s.k, w.p, w_scale.p, 0.0f);
     for (int64_t i = 0; i < s.m * s.k; i++) x[i] = random_float();
     const int block = info(f).act_block;
     if (s.x == Shape::zero_blocks)
@@ -107,12 +73,10 @@ struct Case {
     call.group[0] = {s.n, s.rank, a.p, b.p, s.half, s.gated ? gate.p : nullptr, s.rank, 1, s.scaled ? s_out.p : nullptr, 1, y.p + kGuardFloats};
     Buffer<char> scratch(plan(call));
     place(call, scratch.p);
-    timespec start, end;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &start);
+    const double start = cpu_seconds();
     for (int64_t i = 0; i < call.prepare_tasks; i++) prepare(call, i);
     for (int64_t i = 0; i < call.tasks; i++) run(call, i);
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &end);
-    return static_cast<double>(end.tv_sec - start.tv_sec) + 1e-9 * static_cast<double>(end.tv_nsec - start.tv_nsec);
+    return cpu_seconds() - start;
   }
 };
 
@@ -244,6 +208,7 @@ int main(int argc, char** argv) {
     (prove(row, *find_row(name), fault) ? proved : failed)++;
     if (timing) report_time(row);
   }
+  check_functions(only, fault, timing, &proved, &failed);
   printf("%d rows proved, %d failed\n", proved, failed);
   return failed || !proved;
 }

@@ -4,7 +4,7 @@
 // 8*2*15*127 = 30480 in 16 bits, and one vpmaddwd per unit widens. Where a unit is a whole block, the 16-bit sums start
 // from the correction, split as they are: what they end with is at most 8*2*8*127, whatever wraps on the way. 8-bit integers (i8c, the NF4 table) would overflow
 // there: they multiply as |w| * sign(w)x, at most 2*127*127, and widen every step.
-#include "adapter_matmul.h"
+#include "functions.h"
 
 #if defined(__x86_64__)
 #if defined(EP_FREESTANDING)
@@ -27,6 +27,12 @@ struct Avx2 {
   static EP_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
   static EP_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static EP_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static EP_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static EP_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static EP_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static EP_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static EP_INLINE F round(F v) { return _mm256_cvtepi32_ps(_mm256_cvtps_epi32(v)); }
+  static EP_INLINE F power(F n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtps_epi32(add(n, set1(127.0f))), 23)); }
   static EP_INLINE float sum(F v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -150,11 +156,15 @@ struct Avx2 {
 
 #include "tile.h"
 EP_ROWS_FROM(Avx2)
+#include "functions_simd.h"
+EP_FUNCTIONS_FROM(Avx2)
 
 }  // namespace
 EP_TARGET_POP
 
 #define EP_MINE_avx2 EP_YES
 #define EP_ROW(op, format, act, tile_m, isa) EP_WHEN(EP_MINE_##isa, EP_DEFINE_ROW(op, format, act, tile_m, isa))
+#define EP_FUNCTION(function, isa) EP_WHEN(EP_MINE_##isa, EP_DEFINE_FUNCTION(function, isa))
 #include "kernels.inc"
+#include "functions.inc"
 #endif

@@ -2,7 +2,7 @@
 //
 // What is then subtracted is zero * sum(q): 8 for 4-bit codes, 128 for 8-bit ones and for the NF4 table, which is
 // stored 128 up. Tests also build this file with EP_SIMDE, which runs the same code on any CPU.
-#include "adapter_matmul.h"
+#include "functions.h"
 
 #if defined(__x86_64__)
 #if defined(EP_SIMDE)
@@ -33,6 +33,12 @@ struct Avx512 {
   static EP_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
   static EP_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static EP_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static EP_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static EP_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static EP_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static EP_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static EP_INLINE F round(F v) { return _mm512_cvtepi32_ps(_mm512_cvtps_epi32(v)); }
+  static EP_INLINE F power(F n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtps_epi32(add(n, set1(127.0f))), 23)); }
   static EP_INLINE __m256 halves(F v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
   static EP_INLINE float sum(F v) {
     const __m256 h = halves(v);
@@ -136,11 +142,15 @@ struct Avx512 {
 
 #include "tile.h"
 EP_ROWS_FROM(Avx512)
+#include "functions_simd.h"
+EP_FUNCTIONS_FROM(Avx512)
 
 }  // namespace
 EP_TARGET_POP
 
 #define EP_MINE_avx512vnni EP_YES
 #define EP_ROW(op, format, act, tile_m, isa) EP_WHEN(EP_MINE_##isa, EP_DEFINE_ROW(op, format, act, tile_m, isa))
+#define EP_FUNCTION(function, isa) EP_WHEN(EP_MINE_##isa, EP_DEFINE_FUNCTION(function, isa))
 #include "kernels.inc"
+#include "functions.inc"
 #endif

@@ -3,7 +3,7 @@
 // smull and smlal multiply 8 bytes to 16 bits. 4-bit codes: a lane sums 8 steps, at most 8*15*127, and a pair of lanes
 // at most 30480, so addp may join pairs in 16 bits before one sadalp per unit widens. 8-bit integers (i8c, the NF4
 // table): two products fit, at most 2*128*127, and are widened every second step.
-#include "adapter_matmul.h"
+#include "functions.h"
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
@@ -64,10 +64,14 @@ struct Neon : NeonBase {
 
 #include "tile.h"
 EP_ROWS_FROM(Neon)
+#include "functions_simd.h"
+EP_FUNCTIONS_FROM(Neon)
 
 }  // namespace
 
 #define EP_MINE_neon EP_YES
 #define EP_ROW(op, format, act, tile_m, isa) EP_WHEN(EP_MINE_##isa, EP_DEFINE_ROW(op, format, act, tile_m, isa))
+#define EP_FUNCTION(function, isa) EP_WHEN(EP_MINE_##isa, EP_DEFINE_FUNCTION(function, isa))
 #include "kernels.inc"
+#include "functions.inc"
 #endif

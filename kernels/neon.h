@@ -14,6 +14,12 @@ struct NeonBase {
   static EP_INLINE F add(F a, F b) { return vaddq_f32(a, b); }
   static EP_INLINE F mul(F a, F b) { return vmulq_f32(a, b); }
   static EP_INLINE F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static EP_INLINE F sub(F a, F b) { return vsubq_f32(a, b); }
+  static EP_INLINE F div(F a, F b) { return vdivq_f32(a, b); }
+  static EP_INLINE F min(F a, F b) { return vminq_f32(a, b); }
+  static EP_INLINE F max(F a, F b) { return vmaxq_f32(a, b); }
+  static EP_INLINE F round(F v) { return vrndnq_f32(v); }
+  static EP_INLINE F power(F n) { return vreinterpretq_f32_s32(vshlq_n_s32(vcvtq_s32_f32(add(n, set1(127.0f))), 23)); }
   static EP_INLINE float sum(F v) { return vaddvq_f32(v); }
   static EP_INLINE F sum_each(const F (&v)[4]) { return vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3])); }
   static EP_INLINE void transpose(F (&v)[4]) {

@@ -26,7 +26,7 @@ struct OrtApiBase {
   const char* (*GetVersionString)();
 };
 
-enum OrtElement : int { kOrtAny = 0, kOrtFloat = 1, kOrtUint8 = 2, kOrtHalf = 10 };
+enum OrtElement : int { kOrtAny = 0, kOrtFloat = 1, kOrtUint8 = 2, kOrtInt64 = 7, kOrtHalf = 10 };
 enum OrtErrorCode : int { kOrtFail = 1, kOrtInvalidArgument = 2 };
 enum OrtArity : int { kOrtRequired = 0 };
 enum OrtMemoryType : int { kOrtDefaultMemory = 0 };
@@ -85,6 +85,7 @@ static_assert(offsetof(OrtCustomOp, InferOutputShapeFn) == 19 * sizeof(void*), "
   X(62, OrtStatus*, GetDimensions, (const OrtTensorTypeAndShapeInfo*, int64_t*, size_t))                                \
   X(63, OrtStatus*, GetSymbolicDimensions, (const OrtTensorTypeAndShapeInfo*, const char**, size_t))                    \
   X(65, OrtStatus*, GetTensorTypeAndShape, (const OrtValue*, OrtTensorTypeAndShapeInfo**))                              \
+  X(85, OrtStatus*, KernelInfoGetAttribute_float, (const OrtKernelInfo*, const char*, float*))                          \
   X(86, OrtStatus*, KernelInfoGetAttribute_int64, (const OrtKernelInfo*, const char*, int64_t*))                        \
   X(87, OrtStatus*, KernelInfoGetAttribute_string, (const OrtKernelInfo*, const char*, char*, size_t*))                 \
   X(90, OrtStatus*, KernelContext_GetInput, (const OrtKernelContext*, size_t, const OrtValue**))                        \

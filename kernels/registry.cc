@@ -1,5 +1,5 @@
-// The table of rows made from kernels.inc, and the choice among them.
-#include "adapter_matmul.h"
+// The tables of rows made from kernels.inc and functions.inc, and the choice among them.
+#include "functions.h"
 
 #define EP_ROW(op, format, act, tile_m, isa) EP_WHEN(EP_HAVE_##isa, extern const RowOps EP_ROW_SYMBOL(op, format, act, isa);)
 #include "kernels.inc"
@@ -13,13 +13,60 @@ extern const Row kRows[] = {
 #undef EP_ROW
 extern const int kRowCount = sizeof(kRows) / sizeof(kRows[0]);
 
+#define EP_FUNCTION(function, isa) EP_WHEN(EP_HAVE_##isa, extern const FunctionOps EP_FUNCTION_SYMBOL(function, isa);)
+#include "functions.inc"
+#undef EP_FUNCTION
+
+#define EP_FUNCTION(function, isa) \
+  EP_WHEN(EP_HAVE_##isa, {#function "_" #isa, Isa::isa, Function::function, &EP_FUNCTION_SYMBOL(function, isa)}, )
+extern const FunctionRow kFunctionRows[] = {
+#include "functions.inc"
+};
+#undef EP_FUNCTION
+extern const int kFunctionRowCount = sizeof(kFunctionRows) / sizeof(kFunctionRows[0]);
+
 namespace {
 
-// edgepeft_force_kernel's wish, one word so that a change is seen whole: 0 automatic, 1 + isa, or -1 - row index.
+// edgepeft_force_kernel's wish, one word so that a change is seen whole: 0 automatic, 1 + isa, or -1 - row index, where
+// the rows of functions.inc go on after those of kernels.inc.
 int g_forced = 0;
 int forced() { return __atomic_load_n(&g_forced, __ATOMIC_RELAXED); }
 
 char g_names[4096];
+
+// The best row that fits and runs here, or the one that was wished for; `first` is the index of rows[0].
+template <class R, class Fits>
+const R* select(const R* rows, int count, int first, Fits fits) {
+  const int wish = forced();
+  const R* best = nullptr;
+  for (int i = 0; i < count; i++) {
+    if (!fits(rows[i]) || !cpu_runs(rows[i].isa)) continue;
+    if (wish == -1 - first - i || wish == 1 + static_cast<int>(rows[i].isa)) return &rows[i];
+    if (!best) best = &rows[i];
+  }
+  return best;
+}
+
+template <class R>
+char* list(const R* rows, int count, char* p) {
+  for (int i = 0; i < count; i++) {
+    if (!cpu_runs(rows[i].isa)) continue;
+    if (p != g_names) *p++ = ' ';
+    for (const char* c = rows[i].name; *c && p < g_names + sizeof(g_names) - 2; c++) *p++ = *c;
+  }
+  return p;
+}
+
+// What a row's name or an ISA's wishes for; 0 where no row of this CPU is called so.
+template <class R>
+int wish_of(const R* rows, int count, int first, const char* name) {
+  for (int i = 0; i < count; i++) {
+    if (!cpu_runs(rows[i].isa)) continue;
+    if (same(rows[i].name, name)) return -1 - first - i;
+    if (same(isa_name(rows[i].isa), name)) return 1 + static_cast<int>(rows[i].isa);
+  }
+  return 0;
+}
 
 }  // namespace
 
@@ -53,41 +100,29 @@ const Row* find_row(const char* name) {
 }
 
 const Row* select_row(Format f, Act act) {
-  const int wish = forced();
-  const Row* best = nullptr;
-  for (int i = 0; i < kRowCount; i++) {
-    const Row& row = kRows[i];
-    if (row.format != f || row.act != act || !cpu_runs(row.isa)) continue;
-    if (wish == -1 - i || wish == 1 + static_cast<int>(row.isa)) return &row;
-    if (!best) best = &row;
-  }
-  return best;
+  return select(kRows, kRowCount, 0, [=](const Row& row) { return row.format == f && row.act == act; });
+}
+
+const FunctionRow* select_function(Function f) {
+  return select(kFunctionRows, kFunctionRowCount, kRowCount, [=](const FunctionRow& row) { return row.function == f; });
 }
 
 #define EP_EXPORT extern "C" __attribute__((visibility("default")))
 
 EP_EXPORT const char* edgepeft_kernels() {
-  char* p = g_names;
-  for (int i = 0; i < kRowCount; i++) {
-    if (!cpu_runs(kRows[i].isa)) continue;
-    if (p != g_names) *p++ = ' ';
-    for (const char* c = kRows[i].name; *c && p < g_names + sizeof(g_names) - 2; c++) *p++ = *c;
-  }
-  *p = 0;
+  char* p = list(kRows, kRowCount, g_names);
+  *list(kFunctionRows, kFunctionRowCount, p) = 0;
   return g_names;
 }
 
-// A row's name forces that row, where its format and activation are asked for; an ISA's name all of its rows.
+// A row's name forces that row, where what it computes is asked for; an ISA's name all of its rows.
 EP_EXPORT int edgepeft_force_kernel(const char* name) {
-  int wish = name && *name ? 0x7fffffff : 0;
-  for (int i = 0; wish && i < kRowCount; i++) {
-    if (!cpu_runs(kRows[i].isa)) continue;
-    if (same(kRows[i].name, name)) wish = -1 - i;
-    else if (same(isa_name(kRows[i].isa), name)) wish = 1 + static_cast<int>(kRows[i].isa);
-    else continue;
-    break;
+  int wish = 0;
+  if (name && *name) {
+    wish = wish_of(kRows, kRowCount, 0, name);
+    if (!wish) wish = wish_of(kFunctionRows, kFunctionRowCount, kRowCount, name);
+    if (!wish) return -1;
   }
-  if (wish == 0x7fffffff) return -1;
   __atomic_store_n(&g_forced, wish, __ATOMIC_RELAXED);
   return 0;
 }

@@ -1,5 +1,5 @@
 // For tests only (EP_SIMDE): AVX-512 by the SIMDe headers, so that isa_avx512vnni.cc runs on any CPU. What follows the
-// includes are the few functions that SIMDe 0.7.4 (Debian 12) lacks.
+// includes are the few functions that SIMDe 0.7.4 (Debian 12) lacks, or does not compute to the bit.
 #pragma once
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("O1")  // minutes less of compiling
@@ -22,6 +22,14 @@ static inline Whole joined(const Half& low, const Half& high) {
   __builtin_memcpy(reinterpret_cast<char*>(&whole) + sizeof(Half), &high, sizeof(Half));
   return whole;
 }
+// Rounded once, as the instruction does: SIMDe multiplies, then adds.
+static inline __m512 fused(__m512 a, __m512 b, __m512 c) {
+  float sums[16];
+  for (int i = 0; i < 16; i++) sums[i] = __builtin_fmaf(part<float>(a, i), part<float>(b, i), part<float>(c, i));
+  return part<__m512>(sums, 0);
+}
+#undef _mm512_fmadd_ps
+#define _mm512_fmadd_ps(a, b, c) fused(a, b, c)
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtps_epi32

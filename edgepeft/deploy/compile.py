@@ -34,6 +34,7 @@ from edgepeft.artifact import cache_dir
 from edgepeft.errors import TargetError, unknown
 
 LIBRARY = "libedgepeft_ops.so"
+CHECKS = ("check.cc", "check_functions.cc")  # the check program's own sources
 PACKAGE = Path(__file__).resolve().parent.parent
 # One product and one sum stay two roundings, so that every compiler computes what the reference says.
 OPTIMISE = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fomit-frame-pointer", "-fno-math-errno", "-ffp-contract=off"]
@@ -77,8 +78,8 @@ def kernel_folder() -> Path:
 
 
 def kernel_sources() -> list[Path]:
-    """Return the C++ files of the library, sorted by name; the check program adds check.cc."""
-    return sorted(path for path in kernel_folder().glob("*.cc") if path.name != "check.cc")
+    """Return the C++ files of the library, sorted by name; the check program adds CHECKS."""
+    return sorted(path for path in kernel_folder().glob("*.cc") if path.name not in CHECKS)
 
 
 def library_key(os_arch: str) -> str:
@@ -122,15 +123,15 @@ def cross_library(os_arch: str, dest: Path) -> Path:
 
 
 def check_program(os_arch: str, dest: Path, simde: bool = False) -> Path:
-    """Build the kernel check program (kernels/check.cc), which needs the platform's libc, as the emulator holds it.
+    """Build the kernel check program (CHECKS), which needs the platform's libc, as the emulator holds it.
 
     simde=True builds rows that this machine's CPU lacks through the SIMDe headers (Debian: libsimde-dev).
     """
-    command, check = _compiler(os_arch, program=True), kernel_folder() / "check.cc"
+    command, checks = _compiler(os_arch, program=True), [kernel_folder() / name for name in CHECKS]
     if simde:
-        jobs = [_job(command, [*_flags(os_arch), "-DEP_SIMDE"], source) for source in (*kernel_sources(), check)]
+        jobs = [_job(command, [*_flags(os_arch), "-DEP_SIMDE"], source) for source in (*kernel_sources(), *checks)]
     else:
-        jobs = [*_library_jobs(os_arch), _job(command, _flags(os_arch), check)]
+        jobs = [*_library_jobs(os_arch), *(_job(command, _flags(os_arch), check) for check in checks)]
     return _link([*command, "-s"], jobs, Path(dest))
 
 

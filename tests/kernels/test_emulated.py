@@ -10,7 +10,10 @@ from edgepeft.bench import instructions
 from edgepeft.deploy import emulator
 from edgepeft.deploy.compile import check_program, cross_library
 from edgepeft.errors import TargetError
+from edgepeft.export import ops
+from edgepeft.export.functions import FUNCTIONS
 from edgepeft.quant.formats import FORMATS
+from tests.kernels import small_functions
 
 # The row that each CPU is there to prove: the best it can run.
 BEST = {"cortex-a53": "neon", "cortex-a72": "neon", "cortex-a76": "dotprod", "max": "i8mm"}
@@ -49,6 +52,8 @@ def test_the_rows_of_a_cpu_agree_with_the_scalar_ones(machine, program: Path, cp
     said = machine.run(cpu, [str(program), "--row", BEST[cpu]]).stdout
     proved = [line for line in said.splitlines() if line.startswith("ok") and line.split()[1].endswith(BEST[cpu])]
     assert len(proved) >= len(FORMATS), said
+    if BEST[cpu] == "neon":
+        assert sum("_int8_" not in line and "_float32_" not in line for line in proved) == 4, said
     assert "skip" not in said
 
 
@@ -73,8 +78,6 @@ def test_an_instruction_that_a_cpu_lacks_is_named_as_such(machine, tmp_path: Pat
 def write_case(folder: Path, tag: str, m: int, activation: str) -> tuple[str, list[np.ndarray], list[np.ndarray]]:
     """Write a node of two groups with every input in use; returns its name, expected outputs and their magnitudes."""
     from onnx import TensorProto, helper, numpy_helper
-
-    from edgepeft.export import ops
 
     rng, n = np.random.default_rng(m), sum(ROWS)
     packed = FORMATS[tag].quantize(rng.standard_normal((n, K), np.float32))
@@ -104,6 +107,16 @@ def write_case(folder: Path, tag: str, m: int, activation: str) -> tuple[str, li
     return name, ops.reference(tag, activation, ROWS, inputs), ops.magnitude(tag, ROWS, inputs)
 
 
+def write_function(folder: Path, name: str) -> dict[str, np.ndarray]:
+    """Write a node of a small function; returns its inputs."""
+    values = small_functions.inputs(name, (2, 150), K)
+    fixed = ("weight", "w", "scale")
+    fed = [key for key in values if key not in fixed]
+    (folder / f"{name}.onnx").write_bytes(small_functions.model(name, values, fed, body=True))
+    np.savez(folder / f"{name}.npz", **values)
+    return values
+
+
 @pytest.mark.parametrize(
     ("cpu", "release"),
     [
@@ -115,18 +128,20 @@ def write_case(folder: Path, tag: str, m: int, activation: str) -> tuple[str, li
     ],
 )
 def test_the_op_in_the_devices_runtime_computes_what_the_reference_says(machine, tmp_path, cpu, release) -> None:
-    from edgepeft.export import ops
-
     cross_library("linux-aarch64", tmp_path / "libedgepeft_ops.so")
     kinds = [(tag, m, kind) for tag in FORMATS for m, kind in ((1, "int8"), (7, "int8"), (7, "float"))]
     cases = [(tag, kind, *write_case(tmp_path, tag, m, kind)) for tag, m, kind in kinds]
-    (tmp_path / "cases.json").write_text(json.dumps([name for _, _, name, _, _ in cases]))
+    functions = {name: write_function(tmp_path, name) for name in FUNCTIONS}
+    (tmp_path / "cases.json").write_text(json.dumps([*(name for _, _, name, _, _ in cases), *functions]))
     machine.python(cpu, ["-c", GUEST, str(tmp_path)], onnxruntime=release)
     for tag, activation, name, expected, magnitudes in cases:
         with np.load(tmp_path / f"{name}.y.npz") as found:
             for y, want, magnitude in zip(found.values(), expected, magnitudes, strict=True):
                 assert np.isfinite(y).all()
                 assert np.all(np.abs(y - want) <= ops.tolerance(tag, activation, K) * magnitude), (name, cpu)
+    for name, inputs in functions.items():
+        with np.load(tmp_path / f"{name}.y.npz") as found:
+            small_functions.agree(name, inputs, list(found.values()))
 
 
 @pytest.mark.slow

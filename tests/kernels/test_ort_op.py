@@ -20,21 +20,6 @@ ELEMENT = {
 }
 
 
-@pytest.fixture(scope="module")
-def library() -> ctypes.CDLL:
-    lib = ctypes.CDLL(str(host_library()))
-    lib.edgepeft_kernels.restype = ctypes.c_char_p
-    return lib
-
-
-@pytest.fixture(params=["scalar", "avx2", "avx512vnni", "neon", "dotprod", "i8mm"])
-def kernel(request, library):
-    if library.edgepeft_force_kernel(request.param.encode()):
-        pytest.skip(f"this CPU does not run {request.param}")
-    yield request.param
-    library.edgepeft_force_kernel(None)
-
-
 def some(rng, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape).astype(np.float32)
 

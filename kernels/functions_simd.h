@@ -1,0 +1,149 @@
+// The functions of functions.h, once for every SIMD shape. Include it after tile.h, whose vocabulary V it takes, with
+//   sub div min max round(F): to even   F
+//   power(F n) -> 2^n for whole n in -126..127, and 0 for -127
+//
+// Both activations are v / (1 + e^t). e^t = 2^n p(r), with n = round(t / ln 2), |r| <= ln(2)/2 and p a polynomial that
+// is off by 3e-9; above t = 0 both sides of the quotient are scaled by 2^(-n/2), so nothing overflows, results underflow
+// where they must, and at n = 254 the scale is 0: finite / 1 becomes 0, and -Inf NaN. In gelu t is known to two floats,
+// since an error of t in its last place is one of |t| places of e^t. Errors: 4 units of 2^-24 of y.
+#pragma once
+
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.6931472f, kLn2Rest = -1.9046542e-09f;              // ln 2 in two floats
+constexpr float kGeluA = 1.5957692f, kGeluARest = -4.534068e-08f;           // 2 sqrt(2/pi)
+constexpr float kGeluB = 0.071354814f, kGeluBRest = 2.3988325e-09f;         // 2 sqrt(2/pi) * 0.044715
+constexpr float kGeluEnd = 13.5f;                                           // beyond it e^t is past float's range
+constexpr float kExp[] = {0.0013814467f, 0.008368781f, 0.041668393f, 0.1666652f, 0.49999994f, 1.0f, 1.0f};
+
+// v / (1 + e^(t + rest)), |rest| far below 1.
+template <class V>
+EP_INLINE typename V::F logistic(typename V::F v, typename V::F t, typename V::F rest) {
+  using F = typename V::F;
+  t = V::max(V::min(t, V::set1(176.1f)), V::set1(-87.0f));
+  const F n = V::round(V::mul(t, V::set1(kLog2E)));
+  const F r = V::add(V::fma(n, V::set1(-kLn2Rest), V::fma(n, V::set1(-kLn2), t)), rest);
+  F p = V::set1(kExp[0]);
+  for (int i = 1; i < 7; i++) p = V::fma(p, r, V::set1(kExp[i]));
+  const F half = V::round(V::mul(V::max(n, V::set1(0.0f)), V::set1(0.5f)));
+  const F scale = V::power(V::sub(V::set1(0.0f), half));
+  return V::div(V::mul(v, scale), V::fma(p, V::power(V::sub(n, half)), scale));
+}
+
+template <class V>
+struct Silu {
+  static EP_INLINE typename V::F act(typename V::F v) {
+    const typename V::F zero = V::set1(0.0f);
+    return logistic<V>(v, V::sub(zero, v), zero);
+  }
+};
+
+// t = -v (A + B v^2): each product and sum beside what its rounding lost.
+template <class V>
+struct GeluTanh {
+  static EP_INLINE typename V::F act(typename V::F v) {
+    using F = typename V::F;
+    const F zero = V::set1(0.0f), a = V::set1(kGeluA), b = V::set1(kGeluB);
+    const F x = V::max(V::min(v, V::set1(kGeluEnd)), V::set1(-kGeluEnd));
+    const F square = V::mul(x, x), square_rest = V::fma(x, x, V::sub(zero, square));
+    const F cubic = V::mul(b, square), cubic_rest = V::fma(b, square, V::sub(zero, cubic));
+    const F sum = V::add(a, cubic), added = V::sub(sum, a);
+    const F sum_rest = V::add(V::sub(a, V::sub(sum, added)), V::sub(cubic, added));
+    const F small = V::fma(b, square_rest, V::fma(V::set1(kGeluBRest), square, V::set1(kGeluARest)));
+    const F rest = V::add(V::add(sum_rest, cubic_rest), small), t = V::mul(V::sub(zero, x), sum);
+    return logistic<V>(v, t, V::sub(V::fma(V::sub(zero, x), sum, V::sub(zero, t)), V::mul(x, rest)));
+  }
+};
+
+template <class V, class Activation>
+void gated_of(const FunctionJob& job) {
+  const int64_t n = job.rows * job.columns, whole = n / V::lanes * V::lanes;
+  for (int64_t i = 0; i < whole; i += V::lanes)
+    V::store(job.y + i, V::mul(Activation::act(V::load(job.x + i)), V::load(job.other + i)));
+  float gate[V::lanes] = {}, up[V::lanes] = {};
+  for (int64_t i = whole; i < n; i++) gate[i - whole] = job.x[i], up[i - whole] = job.other[i];
+  if (whole < n) V::store(gate, V::mul(Activation::act(V::load(gate)), V::load(up)));
+  for (int64_t i = whole; i < n; i++) job.y[i] = gate[i - whole];
+}
+
+// In double, where no square of a float rounds or overflows. Compilers turn the inner loop into vectors.
+template <class V>
+EP_INLINE double sum_of_squares(const float* x, int64_t n) {
+  double sums[2 * V::lanes] = {}, sum = 0;
+  int64_t i = 0;
+  for (; i + 2 * V::lanes <= n; i += 2 * V::lanes)
+    for (int c = 0; c < 2 * V::lanes; c++) sums[c] += static_cast<double>(x[i + c]) * static_cast<double>(x[i + c]);
+  for (; i < n; i++) sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  for (const double s : sums) sum += s;
+  return sum;
+}
+
+template <class V>
+EP_INLINE void add_rows(const float* x, const float* skip, int64_t n, float* sum) {
+  int64_t i = 0;
+  for (; i + V::lanes <= n; i += V::lanes) V::store(sum + i, V::add(V::load(x + i), V::load(skip + i)));
+  for (; i < n; i++) sum[i] = x[i] + skip[i];
+}
+
+template <class V>
+void rms_norm_of(const FunctionJob& job) {
+  for (int64_t row = 0; row < job.rows; row++) {
+    const int64_t n = job.columns, at = row * n;
+    const float* x = job.x + at;
+    float* y = job.y + at;
+    if (job.other) {
+      add_rows<V>(x, job.other + at, n, job.sum + at);
+      x = job.sum + at;
+    }
+    const double mean = sum_of_squares<V>(x, n) / static_cast<double>(n);
+    const float scale = static_cast<float>(1.0 / __builtin_sqrt(mean + static_cast<double>(job.epsilon)));
+    int64_t i = 0;
+    for (; i + V::lanes <= n; i += V::lanes)
+      V::store(y + i, V::mul(V::mul(V::load(x + i), V::set1(scale)), V::load(job.weight + i)));
+    for (; i < n; i++) y[i] = x[i] * scale * job.weight[i];
+  }
+}
+
+// One row of a tile. Its lanes are 4 bytes wide and 64 apart.
+template <class V, Format F>
+void tile_row(const uint8_t* w, const void* w_scale, int n, int64_t k, float* y) {
+  constexpr FormatInfo f = info(F);
+  const typename V::F minus_zero = V::set1(static_cast<float>(-f.zero));
+  for (int64_t u = 0; u < k / kUnit; u++, w += unit_bytes(f), y += kUnit) {
+    uint8_t bytes[4 * f.bits];
+    for (int j = 0; j < f.bits; j++) __builtin_memcpy(bytes + 4 * j, w + (j * kTileRows + n) * 4, 4);
+    int32_t codes[kUnit];
+    for (int c = 0; c < 4 * f.bits; c++) {
+      codes[c] = f.bits == 8 ? bytes[c] : bytes[c] & 15;
+      if (f.bits == 4) codes[c + 16] = bytes[c] >> 4;
+    }
+    const typename V::F scale = V::set1(scale_at(f, w_scale, n, f.block ? u * kUnit / f.block : 0));
+    for (int c = 0; c < kUnit; c += V::lanes) {
+      const typename V::I code = V::load_int(codes + c);
+      V::store(y + c, V::mul(f.nf4 ? V::nf4(code) : V::add(V::to_float(code), minus_zero), scale));
+    }
+  }
+}
+
+template <class V>
+void packed_embedding_of(const FunctionJob& job) {
+  static constexpr decltype(&tile_row<V, Format::i8c>) kTileRow[] = {
+#define EP_TILE_ROW(tag, ...) tile_row<V, Format::tag>,
+      EP_FORMATS(EP_TILE_ROW)
+#undef EP_TILE_ROW
+  };
+  const FormatInfo& f = info(job.format);
+  const int64_t k = job.columns;
+  for (int64_t i = 0; i < job.rows; i++) {
+    const int64_t tile = job.ids[i] / kTileRows;
+    const void* scale = static_cast<const char*>(job.w_scale) + tile * tile_scale_bytes(f, k);
+    kTileRow[static_cast<int>(job.format)](job.w + tile * tile_bytes(f, k), scale, static_cast<int>(job.ids[i] % kTileRows),
+                                           k, job.y + i * k);
+  }
+}
+
+// What EP_DEFINE_FUNCTION names, for vocabulary V.
+#define EP_FUNCTIONS_FROM(V)                                                          \
+  void rms_norm(const FunctionJob& job) { rms_norm_of<V>(job); }                      \
+  void gated_silu(const FunctionJob& job) { gated_of<V, Silu<V>>(job); }              \
+  void gated_gelu_tanh(const FunctionJob& job) { gated_of<V, GeluTanh<V>>(job); }     \
+  void packed_embedding(const FunctionJob& job) { packed_embedding_of<V>(job); }
