@@ -27,19 +27,22 @@ HALF_BYTES, FLOAT_BYTES = 2, 4
 
 def plan_text(config: Config) -> str:
     """Return the plan of a build. Raises EdgePeftError when model, data or target cannot be used."""
-    from edgepeft.backbone.families import family_of
+    from edgepeft.backbone.check import check_model
+    from edgepeft.backbone.families import check_task
     from edgepeft.backbone.load import resolve_model
     from edgepeft.deploy.targets import load_target
     from edgepeft.train.data import load_splits
 
-    source, target, data = resolve_model(config), load_target(config.target), load_splits(config)
-    family = family_of(source.settings, str(source.path))
+    source, target = resolve_model(config), load_target(config.target)
+    family = check_model(source)
+    check_task(family, config.task, str(source.path))
+    data = load_splits(config)
     counts = ", ".join(f"{len(getattr(data, name))} {name}" for name in ("train", "validation", "test"))
     lines = [
         "settings",
         table([{"setting": name, "value": str(value)} for name, value in dataclasses.asdict(config).items()]),
         f"\nmodel   {source.path} ({family.tag}, {source.settings[family.layers_setting]} layers)",
-        f"data    {counts}; {len(data.labels)} labels",
+        f"data    {counts}" + (f"; {len(data.labels)} labels" if data.labels else ""),
         f"target  {target.name}: {target.description}",
         "\nsizes in MB (1e6 bytes)",
         table(sizes(config, source, family)),
@@ -51,18 +54,16 @@ def plan_text(config: Config) -> str:
 
 def sizes(config: Config, source: ModelSource, family: Family) -> list[dict[str, Any]]:
     """Return float and packed megabytes of each kind of tensor, of the adapter, and their sum."""
-    from edgepeft.backbone.load import tensor_shapes
+    from edgepeft.backbone.checkpoint import backbone_names, tensor_shapes
     from edgepeft.quant.stage import format_for
 
-    kinds = family.tensors(source.settings)
+    kinds, shapes, tied = family.tensors(source.settings), tensor_shapes(source), family.tied(source.settings)
     rows: dict[str, list[int]] = {}
     adapter = 0
-    for old, shape in tensor_shapes(source).items():
-        kind = kinds.get(family.rename(old) or "")
-        if kind is None:
-            continue
+    for old, name in backbone_names(source, family).items():
+        kind, shape = kinds[name], shapes[old]
         size = math.prod(shape) * FLOAT_BYTES
-        fmt, _ = format_for(config, kind, shape)
+        fmt, _ = format_for(config, kind, shape, tied)
         row = rows.setdefault({"bias": "float", "norm": "float"}.get(kind, kind), [0, 0, 0])
         row[0], row[1], row[2] = row[0] + 1, row[1] + size, row[2] + (fmt.size_bytes(*shape) if fmt else size)
         adapter += HALF_BYTES * config.rank * sum(shape) if kind == "linear" else 0

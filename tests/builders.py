@@ -1,4 +1,4 @@
-"""Small things that tests build for themselves: a seeded random BERT folder and labelled sentences.
+"""Small things that tests build for themselves: seeded random model folders, labelled sentences, conversations.
 
 Nothing is downloaded and nothing depends on the machine: equal arguments give equal bytes.
 """
@@ -73,6 +73,102 @@ def tiny_bert(
     model.save_pretrained(folder)
     write_tokenizer(folder, max_tokens)
     return folder
+
+
+CHAT_SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DECODER_SIZES: dict[str, Any] = {
+    "vocab_size": 262, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1, "pad_token_id": 0,
+    "bos_token_id": None, "eos_token_id": 2,
+}  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64, "rope_theta": 10000.0,
+}  # fmt: skip
+YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+LONG_ROPE = {
+    "rope_type": "longrope", "partial_rotary_factor": 0.5, "rope_theta": 10000.0, "short_factor": [1.0] * 8,
+    "long_factor": [1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0], "original_max_position_embeddings": 64,
+}  # fmt: skip
+TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}  # of 32 numbers, half of them rotated
+ALTERNATING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+# Every family, and every flag of the one decoder description, in a model of two layers.
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama3": ("LlamaConfig", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama-biased": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen2-yarn": ("Qwen2Config", {"rope_parameters": YARN_ROPE}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {"sliding_window": 8}),
+    "gemma2": (
+        "Gemma2Config",
+        {"head_dim": 32, "query_pre_attn_scalar": 24, "tie_word_embeddings": True, **ALTERNATING},
+    ),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 32, "query_pre_attn_scalar": 24, **ALTERNATING}),
+    "phi3": ("Phi3Config", {}),
+    "phi4": ("Phi3Config", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 64, **TWO_HEADS}),
+}
+
+
+def write_chat_tokenizer(folder: Path, template: str | None = CHAT_TEMPLATE) -> None:
+    """Write a byte-level tokenizer: three special tokens, the 256 bytes, and a merge or two of common pairs."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*CHAT_SPECIAL, *letters, "th", "the", "in"])}
+    tokenizer = Tokenizer(models.BPE(vocab, [("t", "h"), ("th", "e"), ("i", "n")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(CHAT_SPECIAL))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|pad|>", "eos_token": "<|im_end|>",
+        "clean_up_tokenization_spaces": False, "model_max_length": 256,
+    }  # fmt: skip
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+
+
+def tiny_decoder(folder: Path, kind: str = "llama", seed: int = 0, **changes: Any) -> Path:
+    """Write a complete Hugging Face folder of a random causal language model, one of DECODERS; return it.
+
+    `changes` go to its configuration. Norms and biases are random too, so that none of them can be forgotten unseen.
+    """
+    import torch
+    import transformers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    name, flags = DECODERS[kind]
+    config = getattr(transformers, name)(**{**DECODER_SIZES, **flags, **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for parameter_name, value in model.named_parameters():
+            if value.ndim == 1:
+                centre = 0.0 if parameter_name.endswith("bias") or name.startswith("Gemma") else 1.0
+                torch.nn.init.normal_(value, mean=centre, std=0.1)
+    model.save_pretrained(folder)
+    write_chat_tokenizer(folder)
+    return folder
+
+
+def conversations(count: int = 60, seed: int = 0) -> list[dict[str, Any]]:
+    """Return `count` short conversations a small model can learn: [{"messages": [{"role", "content"}, ...]}]."""
+    import random
+
+    chance = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        thing, room, verb = chance.choice(THINGS), chance.choice(ROOMS), chance.choice(("on", "off"))
+        asked, answer = f"turn {verb} the {thing} in the {room}", f"{thing}.{room} = {verb}"
+        rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]})
+    return rows
 
 
 def sentences(each: int = 30, seed: int = 0) -> list[dict[str, str]]:

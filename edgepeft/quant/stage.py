@@ -1,10 +1,13 @@
 """The stage `quantize`: a float model folder becomes packed weights, one tensor in memory at a time.
 
-    model folder ─► family's names ─► linears and embeddings packed ─► weights.safetensors, quantized.json
-                                      biases, norms, odd ones float    config.json, tokenizer files as they are
+    model folder ─► family's names ─► linears, embeddings, head packed ─► weights.safetensors, quantized.json
+                                      biases, norms, odd ones float       config.json, tokenizer files as they are
 
 A weight that cannot take the format stays in float32 with the reason written down; a model none of whose linears can is
-refused. Errors are measured on what the stored bits decode to: relative  ‖W - Ŵ‖ / ‖W‖,  largest  max |W - Ŵ|.
+refused. A head that is tied to the word embedding is stored as that alone, in tiles as a linear needs them; its entry
+in quantized.json says so (`tied_to`, 0 bytes). Errors are measured on what the stored bits decode to:
+
+    relative_error = ‖W - Ŵ‖ / ‖W‖        max_error = max |W - Ŵ|
 
 Left out: calibration data (no solver reads any yet), formats chosen per layer.
 """
@@ -20,16 +23,19 @@ from typing import Any
 import numpy as np
 
 from edgepeft.artifact import Run, write_json, write_tensors
-from edgepeft.backbone.families import Family, family_of
-from edgepeft.backbone.load import ModelSource, iter_tensors, resolve_model, tensor_shapes
+from edgepeft.backbone.check import check_model, fast_tokenizer
+from edgepeft.backbone.checkpoint import backbone_names, iter_tensors
+from edgepeft.backbone.families import Family, check_task
+from edgepeft.backbone.load import ModelSource, resolve_model
 from edgepeft.config import Config
 from edgepeft.console import progress, say, table
 from edgepeft.errors import ModelError
-from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, Packed, WeightFormat
+from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, TIED_FORMATS, TILE_ROWS, Packed, WeightFormat
 from edgepeft.quant.solvers import SOLVERS
 
 FEWEST_ROWS = 16  # below, an embedding is smaller than one packed tile and not worth an error
-PACKED_KINDS = ("linear", "embedding")
+PACKED_KINDS = ("linear", "embedding", "head")
+PIECE = 1 << 22  # how many weights are decoded at a time to measure their error
 FRESH_DEVIATION = 0.02
 WORST_SHOWN = 5
 
@@ -37,13 +43,14 @@ WORST_SHOWN = 5
 def quantize(config: Config, run: Run, out: Path) -> dict[str, Any]:
     """Write the packed backbone of the configured model below `out` and return counts, bytes and errors.
 
-    Raises ModelError for a model that is damaged, of an unknown family, or that the format fits nowhere.
+    Raises ModelError for a model that is damaged, of an unknown family, or that the format fits nowhere; ConfigError
+    for one that is not of the task.
     """
     source = resolve_model(config)
-    family = family_of(source.settings, str(source.path))
+    family = check_model(source)
+    check_task(family, config.task, str(source.path))
     kinds = family.tensors(source.settings)
-    _check_names(source, family, kinds)
-    work = _Work(config, family)
+    work = _Work(config, family, family.tied(source.settings))
     for name, array in progress(_backbone(source, family, kinds), "quantize", len(kinds)):
         work.add(name, kinds[name], array)
     _tell(config, work)
@@ -62,10 +69,11 @@ def quantize(config: Config, run: Run, out: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class _Work:
-    """What has been packed so far."""
+    """What has been packed so far. tied: whether the word embedding is the head too."""
 
     config: Config
     family: Family
+    tied: bool = False
     tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     layers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     kept: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -76,15 +84,21 @@ class _Work:
         if kind not in PACKED_KINDS:
             self.tensors[name] = array
             return
-        fmt, reason = format_for(self.config, kind, array.shape)
+        fmt, reason = format_for(self.config, kind, array.shape, self.tied)
+        head = {"name": self.family.head, "kind": "head", "tied_to": module}
         if fmt is None:
             self.tensors[name] = array
-            self.kept.append({"name": module, "kind": kind, "shape": list(array.shape), "reason": reason})
+            kept = {"name": module, "kind": kind, "shape": list(array.shape), "reason": reason}
+            self.kept += [kept, {**kept, **head, "reason": f"tied to {module}"}] if self._is_tied(kind) else [kept]
             return
-        double = self.config.double_quant and kind == "linear"
+        double = self.config.double_quant and kind != "embedding"
         packed = SOLVERS[self.config.solver](fmt, array, double)
-        self.layers.append({"name": module, "kind": kind, **describe(fmt, packed, array)})
+        layer = {"name": module, "kind": kind, **describe(fmt, packed, array)}
+        self.layers += [layer, {**layer, **head, "bytes": 0}] if self._is_tied(kind) else [layer]
         self.tensors.update(packed_tensors(module, packed))
+
+    def _is_tied(self, kind: str) -> bool:
+        return self.tied and kind == "embedding"
 
     def about(self, source: ModelSource) -> dict[str, Any]:
         """Return quantized.json."""
@@ -98,16 +112,20 @@ class _Work:
         }  # fmt: skip
 
 
-def format_for(config: Config, kind: str, shape: Sequence[int]) -> tuple[WeightFormat | None, str]:
-    """Return the format that a tensor of this kind and shape takes, or None and why it stays in float32."""
+def format_for(config: Config, kind: str, shape: Sequence[int], tied: bool = False) -> tuple[WeightFormat | None, str]:
+    """Return the format that a tensor of this kind and shape takes, or None and why it stays in float32.
+
+    tied: whether an embedding is the head too.
+    """
     if kind not in PACKED_KINDS:
         return None, "no matrix"
-    tag = config.format if kind == "linear" else config.embedding_format
+    tag = config.embedding_format if kind == "embedding" else config.format
     if tag == "float":
         return None, "--embedding-format float"
     if kind == "embedding" and shape[0] < FEWEST_ROWS:
         return None, f"{shape[0]} rows are not worth packing"
-    fmt = FORMATS[tag] if kind == "linear" else EMBEDDING_FORMATS[tag]
+    rows = kind == "embedding" and not tied
+    fmt = EMBEDDING_FORMATS[tag] if rows else FORMATS[TIED_FORMATS[tag] if kind == "embedding" else tag]
     reason = fmt.check_shape(*shape)
     return (None, reason) if reason else (fmt, "")
 
@@ -120,48 +138,44 @@ def packed_tensors(module: str, packed: Packed) -> dict[str, np.ndarray]:
 
 def describe(fmt: WeightFormat, packed: Packed, w_nk: np.ndarray) -> dict[str, Any]:
     """Return format, shape, bytes and errors of a packed weight, against the float one."""
-    difference = fmt.dequantize(packed)
-    np.subtract(w_nk, difference, out=difference)
-    norm = float(np.linalg.norm(w_nk))
+    squares, missed, largest = 0.0, 0.0, 0.0
+    for rows, piece in _pieces(fmt, packed):
+        difference = fmt.dequantize(piece)
+        np.subtract(w_nk[rows], difference, out=difference)
+        squares += float(np.linalg.norm(w_nk[rows])) ** 2
+        missed += float(np.linalg.norm(difference)) ** 2
+        largest = max(largest, float(np.abs(difference).max()))
     return {
         "format": fmt.tag,
+        "layout": fmt.layout,
         "shape": [packed.n, packed.k],
-        "relative_error": float(np.linalg.norm(difference)) / norm if norm else 0.0,
-        "max_error": float(np.abs(difference).max()),
+        "relative_error": (missed / squares) ** 0.5 if squares else 0.0,
+        "max_error": largest,
         "bytes": packed.w.nbytes + packed.scale.nbytes,
     }
+
+
+def _pieces(fmt: WeightFormat, packed: Packed) -> Iterator[tuple[slice, Packed]]:
+    """Yield (rows, their packed weight), so that a large vocabulary need not be decoded at once."""
+    step = max(PIECE // packed.k // TILE_ROWS, 1) * TILE_ROWS
+    for start in range(0, packed.n, step):
+        rows = slice(start, min(start + step, packed.n))
+        stored = rows if fmt.layout == "rows" else slice(start // TILE_ROWS, -(-rows.stop // TILE_ROWS))
+        yield rows, Packed(fmt.tag, rows.stop - start, packed.k, packed.w[stored], packed.scale[stored])
 
 
 # --- reading the checkpoint ----------------------------------------------------------------------------------------
 
 
-def _check_names(source: ModelSource, family: Family, kinds: Mapping[str, str]) -> None:
-    """Raise ModelError when the checkpoint lacks a part of the backbone or holds one the family does not know."""
-    shapes = {new: shape for old, shape in tensor_shapes(source).items() if (new := family.rename(old))}
-    fresh = tuple(f"{family.prefix}.{family.linears[role]}." for role in family.fresh)
-    missing = [name for name in kinds if name not in shapes and not name.startswith(fresh)]
-    strange = [name for name in shapes if name not in kinds]
-    flat = [n for n, shape in shapes.items() if kinds.get(n) in ("linear", "embedding") and len(shape) != 2]
-    problems = [
-        f"{what}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
-        for what, names in (("missing", missing), ("not known to the family", strange), ("not a matrix", flat))
-        if names
-    ]
-    if problems:
-        raise ModelError(
-            f"{source.path}: does not hold a {family.tag} model as its config.json describes it: {'; '.join(problems)}."
-        )
-
-
 def _backbone(source: ModelSource, family: Family, kinds: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (name in the task model, array) of the whole backbone; parts the checkpoint lacks are drawn."""
-    seen = set()
+    names = backbone_names(source, family)
     for old, array in iter_tensors(source):
-        if (name := family.rename(old)) is not None:
-            seen.add(name)
+        if (name := names.get(old)) is not None:
             yield name, array.astype(np.float32, copy=False)
-    hidden = int(source.settings["hidden_size"]) if len(seen) < len(kinds) else 0
-    for name in [name for name in kinds if name not in seen]:
+    missing = [name for name in kinds if name not in set(names.values())]
+    hidden = int(source.settings["hidden_size"]) if missing else 0
+    for name in missing:
         say(f"{name}: not in the checkpoint, drawn anew")
         shape = (hidden, hidden) if kinds[name] == "linear" else (hidden,)
         draw = np.random.default_rng(0).normal(0, FRESH_DEVIATION, shape)
@@ -172,19 +186,8 @@ def copy_model_files(folder: Path, tokenizer_files: Sequence[Path], out: Path) -
     """Copy config.json and the tokenizer; make tokenizer.json, which the device reads, where there is none."""
     for file in (folder / "config.json", *tokenizer_files):
         shutil.copyfile(file, out / file.name)
-    if (out / "tokenizer.json").exists():
-        return
-    from transformers import AutoTokenizer
-
-    try:
-        AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer.save(
-            str(out / "tokenizer.json")
-        )
-    except (AttributeError, ValueError, OSError, ImportError) as error:
-        raise ModelError(
-            f"{folder}: has no tokenizer.json and its tokenizer cannot be turned into one: {error}. Save a "
-            "fast tokenizer there."
-        ) from None
+    if not (out / "tokenizer.json").exists():
+        fast_tokenizer(folder).save(str(out / "tokenizer.json"))
 
 
 # --- telling -------------------------------------------------------------------------------------------------------
@@ -192,8 +195,10 @@ def copy_model_files(folder: Path, tokenizer_files: Sequence[Path], out: Path) -
 
 def _tell(config: Config, work: _Work) -> None:
     """Say what was packed, what was kept and why, and which layers lost most."""
-    say("quantized " + ", ".join(_counts(work, kind) for kind in ("linear", "embedding")) + _kept(work.kept))
-    worst = sorted(work.layers, key=lambda layer: -layer["relative_error"])[:WORST_SHOWN]
+    kinds = PACKED_KINDS if work.family.head else ("linear", "embedding")
+    say("quantized " + ", ".join(_counts(work, kind) for kind in kinds) + _kept(work.kept))
+    layers = [layer for layer in work.layers if "tied_to" not in layer]
+    worst = sorted(layers, key=lambda layer: -layer["relative_error"])[:WORST_SHOWN]
     columns = ("name", "format", "relative_error", "max_error")
     if worst:
         say(table([{column: layer[column] for column in columns} for layer in worst]))
@@ -202,7 +207,8 @@ def _tell(config: Config, work: _Work) -> None:
 def _counts(work: _Work, kind: str) -> str:
     done = [layer for layer in work.layers if layer["kind"] == kind]
     total = len(done) + sum(kept["kind"] == kind for kept in work.kept)
-    return f"{len(done)} of {total} {kind}s" + (f" ({done[0]['format']})" if done else "")
+    how = [layer["format"] + (f", tied to {layer['tied_to']}" if "tied_to" in layer else "") for layer in done]
+    return f"{len(done)} of {total} {kind}{'' if kind == 'head' else 's'}" + (f" ({how[0]})" if done else "")
 
 
 def _kept(kept: Sequence[Mapping[str, Any]]) -> str:
@@ -214,12 +220,11 @@ def _kept(kept: Sequence[Mapping[str, Any]]) -> str:
 
 def _summary(about: Mapping[str, Any], weights: Path) -> dict[str, Any]:
     """Return the numbers of the stage for the run's record."""
-    linears = [layer for layer in about["layers"] if layer["kind"] == "linear"]
-    errors = [layer["relative_error"] for layer in linears]
+    layers = {kind: [layer for layer in about["layers"] if layer["kind"] == kind] for kind in PACKED_KINDS}
+    errors = [layer["relative_error"] for layer in layers["linear"]]
     return {
-        "linears": len(linears), "embeddings": len(about["layers"]) - len(linears), "kept": len(about["kept"]),
-        "format": about["format"], "embedding_format": about["embedding_format"],
-        "bytes": weights.stat().st_size, "linear_bytes": sum(layer["bytes"] for layer in linears),
-        "embedding_bytes": sum(layer["bytes"] for layer in about["layers"]) - sum(layer["bytes"] for layer in linears),
+        **{f"{kind}s": len(found) for kind, found in layers.items()}, "kept": len(about["kept"]),
+        "format": about["format"], "embedding_format": about["embedding_format"], "bytes": weights.stat().st_size,
+        **{f"{kind}_bytes": sum(layer["bytes"] for layer in found) for kind, found in layers.items()},
         "mean_relative_error": float(np.mean(errors)), "max_relative_error": max(errors),
     }  # fmt: skip

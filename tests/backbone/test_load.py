@@ -13,6 +13,7 @@ from models import settings, shards, tensors
 
 from edgepeft.artifact import Run, cache_dir, read_tensors, sha256_file
 from edgepeft.backbone import load
+from edgepeft.backbone.checkpoint import iter_tensors
 from edgepeft.config import Config
 from edgepeft.errors import ArtifactError, ModelError
 from edgepeft.quant.stage import quantize
@@ -38,8 +39,12 @@ def test_a_folder_is_taken_with_the_digest_of_its_weights(model):
 
 DAMAGE = {
     "no config": (lambda m: (m / "config.json").unlink(), "no config.json"),
-    "bad config": (lambda m: (m / "config.json").write_text("{"), "not valid JSON"),
-    "config of another shape": (lambda m: (m / "config.json").write_text("[1]"), "expected a JSON object"),
+    "bad config": (lambda m: cut(m / "config.json", -9), r"config\.json: not valid JSON.*download or save the model"),
+    "deep config": (lambda m: (m / "config.json").write_text("[" * 100_000), r"config\.json: not valid JSON"),
+    "config of another shape": (
+        lambda m: (m / "config.json").write_text("[1]"),
+        r"expected a JSON object, found \[1\]",
+    ),
     "no tokenizer": (lambda m: [(m / n).unlink() for n in ("tokenizer.json", "vocab.txt")], "no tokenizer"),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "no model.safetensors"),
     "a pickle": (lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"), "a pickle can run code.*convert"),
@@ -188,7 +193,7 @@ def test_the_known_model_is_the_published_one():
 def test_shards_are_read_as_one(model, bert):
     source = resolve(shards(model))
     assert len(source.weight_files) == 3
-    found = dict(load.iter_tensors(source))
+    found = dict(iter_tensors(source))
     whole = read_tensors(bert / "model.safetensors")
     assert set(found) == set(whole)
     for name, array in whole.items():
@@ -197,21 +202,59 @@ def test_shards_are_read_as_one(model, bert):
 
 
 SHARD_DAMAGE = {
-    "missing shard": (lambda m: (m / "model-00002-of-00003.safetensors").unlink(), "misses shards: model-00002"),
-    "outside": (
-        lambda m: (m / load.INDEX).write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}})),
-        "outside the folder",
+    "missing shard": (lambda m: (m / "model-00002-of-00003.safetensors").unlink(), r"found 'model-00002\S+' \(for "),
+    "no map": (lambda m: (m / load.INDEX).write_text("{}"), "expected a weight_map"),
+    "empty map": (lambda m: (m / load.INDEX).write_text('{"weight_map": {}}'), "expected a weight_map"),
+    "a list": (lambda m: (m / load.INDEX).write_text('{"weight_map": ["a"]}'), "expected a weight_map"),
+    "truncated": (lambda m: cut(m / load.INDEX, -9), "not valid JSON.*download or save the model again"),
+    "not held": (
+        lambda m: mapped(m, "pooler.dense.bias", "model-00001-of-00003.safetensors"),
+        "expected the tensor pooler.dense.bias in model-00001-of-00003.safetensors, which does not hold it",
     ),
-    "no map": (lambda m: (m / load.INDEX).write_text("{}"), "damaged"),
-    "empty map": (lambda m: (m / load.INDEX).write_text('{"weight_map": {}}'), "misses shards"),
 }
+
+
+def mapped(folder, tensor, shard):
+    """Let the index say that a tensor is in a shard."""
+    path = folder / load.INDEX
+    index = json.loads(path.read_text())
+    index["weight_map"][tensor] = shard
+    path.write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize("damage", SHARD_DAMAGE)
 def test_damaged_shards_are_refused(model, damage):
     change, expected = SHARD_DAMAGE[damage]
     change(shards(model))
-    with pytest.raises(ModelError, match=expected):
+    with pytest.raises(ModelError, match=rf"index\.json: .*{expected}"):
+        resolve(model)
+
+
+@pytest.mark.parametrize(
+    "shard", ["../other.safetensors", "/etc/hostname", "", ".", "..", "a\0b", "x" * 5000, 5, None, ["a"], {"a": 1}]
+)
+def test_a_shard_that_is_no_file_of_the_folder_is_named_with_its_tensor(model, shard):
+    (model.parent / "other.safetensors").write_bytes(b"not ours")
+    mapped(shards(model), "pooler.dense.bias", shard)
+    with pytest.raises(
+        ModelError, match=r"index\.json: expected names of files .* \(for pooler\.dense\.bias\)"
+    ) as caught:
+        resolve(model)
+    assert repr(shard)[:60] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"shape": "ab"}, {"shape": [-64, 128]}, {"shape": None}, {"dtype": [1]}, {"data_offsets": [0, 4, 8]}]
+)
+def test_a_tensor_that_is_described_wrongly_is_named(model, wrong):
+    path, name = model / "model.safetensors", "encoder.layer.0.output.dense.weight"
+    raw = path.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:end])
+    header[name].update(wrong)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[end:])
+    with pytest.raises(ModelError, match=f"safetensors: tensor {name}: not described"):
         resolve(model)
 
 
@@ -224,7 +267,7 @@ def test_a_value_that_is_no_number_is_named_with_its_tensor(model, value):
     with pytest.raises(
         ModelError, match=r"encoder\.layer\.1\.output\.dense\.weight holds 1 NaN or infinite values of 8192"
     ):
-        list(load.iter_tensors(resolve(tensors(model, spoil))))
+        list(iter_tensors(resolve(tensors(model, spoil))))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
@@ -234,7 +277,7 @@ def test_floats_of_any_width_come_as_float32(model, dtype):
 
     whole = {n: t.to(getattr(torch, dtype)) for n, t in load_file(model / "model.safetensors").items()}
     save_file(whole, model / "model.safetensors", metadata={"format": "pt"})
-    for name, array in load.iter_tensors(resolve(model)):
+    for name, array in iter_tensors(resolve(model)):
         if whole[name].is_floating_point():
             assert array.dtype == np.float32
             np.testing.assert_array_equal(array, whole[name].float().numpy())
@@ -245,7 +288,7 @@ def test_a_type_nobody_reads_is_refused(model):
     raw = path.read_bytes().replace(b'"F32"', b'"F8!"', 1)
     path.write_bytes(raw)
     with pytest.raises(ModelError, match="F8!"):
-        list(load.iter_tensors(resolve(model)))
+        list(iter_tensors(resolve(model)))
 
 
 # --- the model to train on -----------------------------------------------------------------------------------------
@@ -338,3 +381,22 @@ def test_a_packed_folder_that_does_not_hold_together_is_refused(packed, fault, t
 def test_sizes_that_contradict_the_settings_are_refused(packed, tmp_path):
     with pytest.raises(ModelError, match=r"packed as 128 x 64, config\.json makes it 96 x 64"):
         built(settings(shutil.copytree(packed, tmp_path / "packed"), intermediate_size=96))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_dropout_prob": 7},
+        {"layer_norm_eps": "a"},
+        {"pad_token_id": 9999},
+        {"id2label": 5},
+        {"hidden_act": "foo"},
+        {"num_attention_heads": 7},
+        {"hidden_size": -64},
+    ],
+    ids=str,
+)
+def test_a_setting_that_transformers_refuses_is_told_with_its_file(packed, tmp_path, change):
+    folder = settings(shutil.copytree(packed, tmp_path / "packed"), **change)
+    with pytest.raises(ModelError, match=r"packed/config\.json: cannot be used: .+ Mend that setting"):
+        built(folder)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from edgepeft.errors import ModelError
-from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, TILE_COLUMNS, TILE_ROWS, Packed
+from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, TIED_FORMATS, TILE_COLUMNS, TILE_ROWS, Packed
 from edgepeft.quant.solvers import SOLVERS
 
 ALL = [*FORMATS.values(), *EMBEDDING_FORMATS.values()]
@@ -186,6 +186,12 @@ def test_a_shape_that_does_not_fit_is_refused_with_the_reason(fmt, n, offset):
     assert reason == (f"K={k} is no multiple of {fmt.k_multiple}" if n else f"it is empty (0 x {k})")
     with pytest.raises(ModelError, match="does not fit"):
         fmt.quantize(np.ones((n, k), np.float32))
+
+
+def test_every_embedding_format_has_one_of_its_width_for_a_tied_head():
+    assert TIED_FORMATS.keys() == EMBEDDING_FORMATS.keys()
+    for embedding, tied in TIED_FORMATS.items():
+        assert FORMATS[tied].bits == EMBEDDING_FORMATS[embedding].bits
 
 
 def test_k_of_8_bit_linears_is_a_multiple_of_their_activation_blocks():

@@ -9,8 +9,8 @@ import torch
 from edgepeft.errors import ModelError
 from edgepeft.quant import linear as layers
 from edgepeft.quant import native
-from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS
-from edgepeft.quant.linear import QuantEmbedding, QuantLinear
+from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, Packed
+from edgepeft.quant.linear import QuantEmbedding, QuantLinear, TiedLinear
 
 N, K = 40, 256
 every_format = pytest.mark.parametrize("tag", FORMATS)
@@ -163,6 +163,89 @@ def test_embedding_gives_the_dequantized_rows(tag):
     scale = layer.qscale.clone()
     assert layer.bfloat16()(ids).dtype == torch.bfloat16
     assert torch.equal(layer.qscale, scale)
+
+
+def embedding_in_tiles(tag, rows=50, scale=None):
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(rows, 2 * FORMATS[tag].k_multiple, padding_idx=0)
+    if scale is not None:
+        table.embed_scale = torch.tensor(scale)  # as Gemma's class has it
+    return QuantEmbedding.from_float(table, tag, "tiles")
+
+
+@pytest.mark.parametrize("rows", [16, 37, 50])
+@every_format
+def test_rows_out_of_tiles_are_those_of_the_decoded_weight(tag, rows):
+    layer = embedding_in_tiles(tag, rows)
+    packed = Packed(tag, rows, layer.embedding_dim, layer.qweight.numpy(), layer.qscale.numpy())
+    expected = torch.from_numpy(FORMATS[tag].dequantize(packed))
+    assert torch.equal(layer.get_weight(), expected)
+    ids = torch.tensor([[0, rows - 1, 3], [15, 15, 7]])
+    assert torch.equal(layer(ids), expected[ids])
+    assert layer(ids[:, :0]).shape == (2, 0, layer.embedding_dim)
+    with pytest.raises(IndexError):
+        layer(torch.tensor([-(-rows // 16) * 16]))
+
+
+@pytest.mark.parametrize("layout", ["rows", "tiles"])
+def test_an_embedding_that_scales_its_rows_does_so_packed(layout):
+    table = torch.nn.Embedding(50, 64)
+    plain = QuantEmbedding.from_float(table, "i4b32", layout)
+    table.embed_scale = torch.tensor(7.3)
+    layer, ids = QuantEmbedding.from_float(table, "i4b32", layout), torch.tensor([3, 49])
+    assert torch.equal(layer.get_weight(), plain.get_weight())
+    assert torch.equal(layer(ids), plain(ids) * torch.tensor(7.3))
+    half = plain(ids).bfloat16() * torch.tensor(7.3).bfloat16()  # as the class rounds it
+    assert torch.equal(layer.bfloat16()(ids), half)
+
+
+class Tied(torch.nn.Module):
+    def __init__(self, tag):
+        super().__init__()
+        self.word = embedding_in_tiles(tag, scale=2.0)
+        self.head = TiedLinear(self.word)
+
+    def forward(self, ids):
+        return self.head(self.word(ids))
+
+
+@pytest.mark.parametrize("change", ["none", "copied", "cast", "loaded", "set"])
+@every_format
+def test_a_tied_head_has_the_embedding_s_bits_and_none_of_its_own(tag, change):
+    net, ids = Tied(tag), torch.tensor([[1, 49, 2]])
+    if change == "copied":
+        net = copy.deepcopy(net)
+    elif change == "cast":
+        net = net.to(torch.bfloat16)
+    elif change == "loaded":
+        other = embedding_in_tiles(tag)
+        other.set_weight(torch.randn(50, other.embedding_dim))
+        net.load_state_dict({f"word.{name}": t for name, t in other.state_dict().items()}, assign=True)
+    elif change == "set":
+        net.head.set_weight(torch.randn(50, net.head.in_features))
+    assert set(net.state_dict()) == {"word.qweight", "word.qscale"}
+    assert net.head.qweight is net.word.qweight
+    assert torch.equal(net.head.get_weight(), net.word.get_weight())
+    rows = net.word(ids)
+    assert torch.equal(net(ids), rows @ net.word.get_weight().to(rows.dtype).T)
+    assert (net.head.in_features, net.head.out_features, net.head.bias) == (net.word.embedding_dim, 50, None)
+
+
+@pytest.mark.parametrize("size", [1, 16 * K, 17 * K, 32 * K])
+@every_format
+def test_a_large_weight_is_multiplied_in_pieces(tag, size, monkeypatch):
+    layer = packed_layer(tag, 70)
+    x, seed = torch.randn(3, 5, K, requires_grad=True), torch.randn(3, 5, 70)
+    y = layer(x)
+    y.backward(seed)
+    whole, x.grad = x.grad, None
+    monkeypatch.setattr(layers, "PIECE", size)
+    pieces = list(layer.pieces())
+    assert max(len(w_nk) for _, w_nk in pieces) == (32 if size == 32 * K else 16)
+    assert torch.equal(torch.cat([w_nk for _, w_nk in pieces]), layer.get_weight())
+    layer(x).backward(seed)
+    torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(x.grad, whole, rtol=1e-5, atol=1e-6)
 
 
 class Net(torch.nn.Module):

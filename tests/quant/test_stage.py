@@ -10,6 +10,7 @@ from models import settings, tensors
 from edgepeft.artifact import Run, digests, read_json, read_tensors, sha256_file, tensor_header
 from edgepeft.config import Config
 from edgepeft.errors import ModelError
+from edgepeft.quant import stage
 from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, Packed
 from edgepeft.quant.nf4_block import decode_absmax
 from edgepeft.quant.stage import quantize
@@ -40,6 +41,14 @@ def test_what_is_written_decodes_to_the_source_within_the_stated_error(bert, tmp
     assert len(stored) == len(source) + len(about["layers"])
     assert summary["linears"] + summary["embeddings"] + summary["kept"] == 16
     assert summary["bytes"] == (tmp_path / "out" / "weights.safetensors").stat().st_size
+
+
+def test_errors_are_the_same_measured_in_pieces(bert, tmp_path, monkeypatch):
+    whole = quantized(bert, tmp_path / "whole", embedding_format="i8b32")[1]
+    monkeypatch.setattr(stage, "PIECE", 1000)
+    pieces = quantized(bert, tmp_path / "pieces", embedding_format="i8b32")[1]
+    for one, other in zip(whole["layers"], pieces["layers"], strict=True):
+        assert one == {**other, "relative_error": pytest.approx(other["relative_error"], rel=1e-6)}
 
 
 def test_the_folder_describes_itself(bert, tmp_path):
@@ -136,7 +145,7 @@ FAULTS = {
     ),
     "no matrix": (
         lambda found: {**found, "encoder.layer.0.output.dense.weight": np.ones(64, np.float32)},
-        "not a matrix: bert.encoder.layer.0.output.dense.weight",
+        r"of another shape: bert.encoder.layer.0.output.dense.weight is \[64\], not \[64, 128\]",
     ),
     "NaN": (
         lambda found: {**found, "encoder.layer.0.output.dense.weight": np.full((64, 128), np.nan, np.float32)},
