@@ -9,42 +9,31 @@ The classifier sees the first token alone, so the last layer computes that one: 
 for a text; only k and v still see every token. The residual is a Sum, which ONNX Runtime leaves as it is: an Add would
 be fused into SkipLayerNormalization, whose CPU kernel takes three times as long as the two it replaces.
 
-Every value is named after the Hugging Face module that computes it, so that `verify` can lay graph and PyTorch side by
-side. Linears are the fused op where they are packed and MatMul + Add where they were kept in float; q, k and v fall
-apart into single nodes when they cannot share one (different formats, a row count that is no multiple of 16, an s_in of
-their own). Adapter tensors and the classifier are overridable inputs named as in the adapter's file, whose rank and
-number of labels are symbolic. 4-bit embeddings are signed INT4 (code - 8), 8-bit ones INT8 (code - 128), both one XOR
-away from the stored bytes, as the oldest supported ONNX Runtime has no unsigned zero point for them without a tensor;
-scales become float32 at load, so that a row comes out exact.
+The classifier is overridable like the adapter's tensors, and its number of labels symbolic; linears, embeddings and the
+names of values are `emitter`'s.
 
 Padding: -10000 is added to the scores of padded keys, which leaves them exactly 0 after the softmax: by ONNX Runtime's
 key_padding_mask, or as an attention bias where there are fewer queries than keys: ONNX Runtime 1.20 misreads the mask
 there, and a bias that is not spelt out for each head.
-Left out: decoders, relative positions, sequences beyond the position table (the runtime refuses those).
+Left out: relative positions, sequences beyond the position table (the runtime refuses those).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto, helper
 
-from edgepeft.adapt.methods import METHODS, PREFIX
-from edgepeft.artifact import DTYPES, read_json, read_tensors, tensor_header
+from edgepeft.adapt.methods import PREFIX
 from edgepeft.backbone.families import Family
 from edgepeft.errors import ModelError
-from edgepeft.export import ops
-from edgepeft.export.graph import FLOAT, INT32, INT64, NONE, Dims, Graph, Place, Value
-from edgepeft.quant.formats import EMBEDDING_FORMATS, TILE_ROWS
+from edgepeft.export.emitter import BATCH, MICROSOFT, SEQUENCE, AdapterFile, Emitter, Weights, parent
+from edgepeft.export.graph import FLOAT, INT32, INT64, NONE, Dims, Graph, Value
 
-BATCH, SEQUENCE, LABELS = "batch", "sequence", "labels"
-ADAPTER_FILE = "adapters/default/adapter_model.safetensors"
-MICROSOFT = "com.microsoft"
+LABELS = "labels"
 HIDDEN = -10000.0  # added to a score: as ONNX Runtime does for a mask
 ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gelu": ("Gelu", {"approximate": "none"}),
@@ -56,53 +45,6 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-class Weights:
-    """A folder of packed weights (quantized/ or merged/), mapped, and `extra` tensors; `about` is quantized.json."""
-
-    def __init__(self, folder: Path, extra: Mapping[str, np.ndarray] | None = None) -> None:
-        self.folder = folder
-        self.tensors = {**(extra or {}), **read_tensors(folder / "weights.safetensors")}
-        self.about: dict[str, Any] = read_json(folder / "quantized.json")
-        self.layers: dict[str, dict[str, Any]] = {layer["name"]: layer for layer in self.about["layers"]}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        try:
-            return self.tensors[name]
-        except KeyError:
-            raise ModelError(f"{self.folder}: no tensor {name}. The folder does not hold the model it names.") from None
-
-    def format(self, module: str) -> str | None:
-        """Return the weight format of a module, or None when it was kept in float."""
-        return self.layers[module]["format"] if module in self.layers else None
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterFile:
-    """The adapter's tensors as values and places within its file; `path` is None for no adapter at all."""
-
-    values: Mapping[str, Value]
-    places: Mapping[str, Place]
-    endings: Mapping[str, str]
-
-    @classmethod
-    def read(cls, path: Path | None, method: str = "lora", location: str = ADAPTER_FILE) -> AdapterFile:
-        """Read the header of an adapter file that will lie at `location` beside the graph."""
-        if path is None:
-            return cls({}, {}, {})
-        header, _, base = tensor_header(path)
-        values, places = {}, {}
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            dtype = helper.np_dtype_to_tensor_dtype(np.dtype(DTYPES[entry["dtype"]]))
-            values[name] = Value(name, dtype, tuple(entry["shape"]))
-            places[name] = Place(location, base + start, end - start)
-        return cls(values, places, METHODS[method].tensors)
-
-    def term(self, module: str, term: str) -> Value | None:
-        """Return the tensor that is one term of a module's adapter, or None."""
-        return self.values.get(f"{PREFIX}{module}.{self.endings[term]}") if term in self.endings else None
-
-
 def build(
     family: Family, settings: Mapping[str, Any], weights: Weights, adapter: AdapterFile, activation: str = "int8"
 ) -> Graph:
@@ -110,7 +52,7 @@ def build(
 
     Raises ModelError when the model has a part that would not come out exactly.
     """
-    _check(settings)
+    check_settings(settings, weights.folder / "config.json")
     graph = Graph("encoder")
     tokens = (BATCH, SEQUENCE)
     names = ("input_ids", "attention_mask", "token_type_ids")
@@ -125,10 +67,10 @@ def build(
     return graph
 
 
-def _check(settings: Mapping[str, Any]) -> None:
+def check_settings(settings: Mapping[str, Any], file: Path) -> None:
     """Raise ModelError that names every setting with no exact counterpart here."""
     problems = []
-    if settings.get("hidden_act", "gelu") not in ACTIVATIONS:
+    if settings.get("hidden_act", "gelu") not in tuple(ACTIVATIONS):
         problems.append(f"hidden_act {settings['hidden_act']!r} is not supported; known: {', '.join(ACTIVATIONS)}")
     if settings.get("position_embedding_type", "absolute") != "absolute":
         problems.append(f"position_embedding_type {settings['position_embedding_type']!r}: only 'absolute' will do")
@@ -136,16 +78,11 @@ def _check(settings: Mapping[str, Any]) -> None:
         if settings.get(flag):
             problems.append(f"{flag} is set: only encoders are supported")
     if problems:
-        raise ModelError("export: " + "; ".join(problems) + ".")
+        raise ModelError(f"{file}: cannot be exported: {'; '.join(problems)}.")
 
 
-def parent(module: str) -> str:
-    """Return the module that a module lies in."""
-    return module.rpartition(".")[0]
-
-
-class _Emitter:
-    """Adds modules to a graph, one method per kind."""
+class _Emitter(Emitter):
+    """Adds the modules of an encoder."""
 
     def __init__(
         self,
@@ -156,53 +93,10 @@ class _Emitter:
         adapter: AdapterFile,
         activation: str,
     ) -> None:
-        self.graph, self.settings, self.weights, self.adapter = graph, settings, weights, adapter
-        self.family, self.activation = family, activation
+        super().__init__(graph, family, weights, adapter, activation)
+        self.settings = settings
         self.hidden: int = settings["hidden_size"]
         self.tokens: Dims = (BATCH, SEQUENCE, self.hidden)
-
-    def module(self, role: str, layer: int | None = None) -> str:
-        """Return the name of the module that plays a role."""
-        family = self.family
-        return f"{family.prefix}." + {**family.linears, **family.embeddings, **family.norms}[role].format(i=layer)
-
-    # --- constants and adapter inputs ---
-
-    def weight(self, name: str, **as_what: Any) -> Value:
-        return self.graph.constant(name, self.weights[name], **as_what)
-
-    def one(self) -> Value:
-        return self.graph.constant("one", np.ones(1, np.float32))
-
-    def empty(self, *shape: int) -> Value:
-        """Return the shared half of a rank-0 adapter."""
-        return self.graph.constant("empty_" + "x".join(map(str, shape)), np.zeros(shape, np.float16))
-
-    def fed(self, value: Value, dims: Dims) -> Value:
-        """Return an adapter tensor as an overridable input."""
-        return self.graph.overridable(value, self.adapter.places[value.name], dims)
-
-    def term(self, module: str, term: str, neutral: Value, dims: Dims) -> Value:
-        """Return one term of a module's adapter; a and b keep their type, the others become float32."""
-        value = self.adapter.term(module, term)
-        if value is None:
-            return neutral
-        value = self.fed(value, dims)
-        if term in ("a_rk", "b_nr") or value.dtype == FLOAT:
-            return value
-        return self.graph.node("Cast", value, to=FLOAT, shape=value.shape, name=f"{value.name}:float32")
-
-    def terms(self, module: str, n: int, k: int) -> list[Value]:
-        """Return a, b, gate and s_out of a module, neutral where its adapter has none."""
-        rank = f"{module}.rank"
-        return [
-            self.term(module, "a_rk", self.empty(0, k), (rank, k)),
-            self.term(module, "b_nr", self.empty(n, 0), (n, rank)),
-            self.term(module, "gate", self.one(), (rank,)),
-            self.term(module, "s_out", self.one(), (n,)),
-        ]
-
-    # --- modules ---
 
     def embeddings(self, ids: Value, types: Value) -> Value:
         word = self.embedding(self.module("word"), ids)
@@ -218,113 +112,6 @@ class _Emitter:
         count = self.graph.node("Squeeze", count, dtype=INT64, shape=(), name="sequence_length")
         zero, one = (self.graph.constant(f"position_{i}", np.array(i, np.int64)) for i in (0, 1))
         return self.graph.node("Range", zero, count, one, dtype=INT64, shape=(SEQUENCE,), name="position_ids")
-
-    def embedding(self, module: str, ids: Value) -> Value:
-        """Rows of a table [V, K] by ids, exactly as dequantized."""
-        tag = self.weights.format(module)
-        if tag is None:
-            table = self.weight(f"{module}.weight")
-            return self.graph.node("Gather", table, ids, shape=(*ids.shape, *table.shape[1:]), name=module)
-        return self.packed_embedding(module, tag, ids)
-
-    def packed_embedding(self, module: str, tag: str, ids: Value) -> Value:
-        spec, (rows, k) = EMBEDDING_FORMATS[tag], self.weights.layers[module]["shape"]
-        shape, graph = (*ids.shape, k), self.graph
-        scales = self.weight(f"{module}.qscale")
-        if spec.bits == 4:
-            signed: dict[str, Any] = {"dtype": TensorProto.INT4, "transform": lambda b: b ^ 0x88}
-            codes = self.weight(f"{module}.qweight", shape=(rows, k), **signed)
-            scales = graph.node("Cast", scales, to=FLOAT, shape=scales.shape, name=f"{scales.name}:float32")
-            attrs: dict[str, Any] = {
-                "block_size": spec.block,
-                "gather_axis": 0,
-                "quantize_axis": 1,
-                "domain": MICROSOFT,
-            }
-            return graph.node("GatherBlockQuantized", codes, ids, scales, shape=shape, name=module, **attrs)
-        codes = self.weight(f"{module}.qweight", dtype=TensorProto.INT8, transform=lambda b: b ^ 0x80)
-        row = graph.node("Gather", codes, ids, dtype=TensorProto.INT8, shape=shape, name=f"{module}:codes")
-        blocks = (*ids.shape, k // spec.block)
-        scale = graph.node("Gather", scales, ids, dtype=scales.dtype, shape=blocks, name=f"{module}:scales")
-        scale = graph.node("Cast", scale, to=FLOAT, shape=blocks, name=f"{module}:scales:float32")
-        attrs = {"axis": -1, "block_size": spec.block}
-        return graph.node("DequantizeLinear", row, scale, shape=shape, name=module, **attrs)
-
-    def linears(self, modules: Sequence[str], x: Value) -> list[Value]:
-        """W x + bias + adapter of modules that share x, in as few nodes as they allow."""
-        tags = {self.weights.format(module) for module in modules}
-        rows = [self.shape_nk(module)[0] for module in modules]
-        own_s_in = any(self.adapter.term(module, "s_in") for module in modules)
-        if len(tags) == 1 and None not in tags and not own_s_in and all(n % TILE_ROWS == 0 for n in rows):
-            return self.packed_linears(modules, x)
-        return [self.linear(module, x) for module in modules]
-
-    def linear(self, module: str, x: Value) -> Value:
-        if self.weights.format(module) is None:
-            return self.float_linear(module, x)
-        return self.packed_linears([module], x)[0]
-
-    def shape_nk(self, module: str) -> tuple[int, int]:
-        if module in self.weights.layers:
-            n, k = self.weights.layers[module]["shape"]
-            return n, k
-        n, k = self.weights[f"{module}.weight"].shape
-        return n, k
-
-    def packed_linears(self, modules: Sequence[str], x: Value) -> list[Value]:
-        """One fused op over modules whose weights stack along N."""
-        graph, together = self.graph, "|".join(modules)
-        tag = self.weights.layers[modules[0]]["format"]
-        shapes = [self.shape_nk(module) for module in modules]
-        rows, k = [n for n, _ in shapes], shapes[0][1]
-        stacked = [
-            graph.constant(f"{together}.{part}", *(self.weights[f"{m}.{part}"] for m in modules))
-            for part in ("qweight", "qscale")
-        ]
-        s_in = self.term(modules[0], "s_in", self.one(), (k,))
-        inputs = [x, *stacked, self.bias(together, modules, rows), s_in]
-        for module, n in zip(modules, rows, strict=True):
-            inputs += self.terms(module, n, k)
-        outputs = [Value(m, FLOAT, (*x.shape[:-1], n)) for m, n in zip(modules, rows, strict=True)]
-        kind = ops.op_type(tag, len(modules))
-        graph.function(kind, lambda: ops.function_proto(tag, len(modules)))
-        attrs = ops.attributes(k, rows, self.activation)
-        return list(graph.nodes_outputs(kind, inputs, outputs, together, ops.DOMAIN, **attrs))
-
-    def bias(self, together: str, modules: Sequence[str], rows: Sequence[int]) -> Value:
-        """Return the biases in a row, zero where a module has none, padded to whole tiles."""
-        padded = np.zeros(-(-sum(rows) // TILE_ROWS) * TILE_ROWS, np.float32)
-        for module, n, end in zip(modules, rows, np.cumsum(rows), strict=True):
-            if f"{module}.bias" in self.weights.tensors:
-                padded[end - n : end] = self.weights[f"{module}.bias"][:n]
-        return self.graph.constant(f"{together}.bias", padded)
-
-    def float_linear(self, module: str, x: Value) -> Value:
-        """The same equation in float, for a weight that was kept."""
-        graph, (n, k) = self.graph, self.shape_nk(module)
-        out, low = (*x.shape[:-1], n), (*x.shape[:-1], f"{module}.rank")
-        scaled = self.times(x, self.term(module, "s_in", self.one(), (k,)), f"{module}:s_in")
-        y = self.matmul(scaled, self.weight(f"{module}.weight"), out, f"{module}:base")
-        a, b, gate, s_out = self.terms(module, n, k)
-        if self.adapter.term(module, "a_rk") is not None:
-            t = self.times(self.matmul(x, a, low, f"{module}:a"), gate, f"{module}:gate")
-            y = graph.node("Add", y, self.matmul(t, b, out, f"{module}:b"), shape=out, name=f"{module}:sum")
-        y = self.times(y, s_out, f"{module}:s_out")
-        if f"{module}.bias" not in self.weights.tensors:
-            return graph.node("Identity", y, shape=out, name=module)
-        return graph.node("Add", y, self.weight(f"{module}.bias"), shape=out, name=module)
-
-    def times(self, x: Value, factor: Value, name: str) -> Value:
-        """x * factor, or x where the factor is the neutral one."""
-        return x if factor == self.one() else self.graph.node("Mul", x, factor, shape=x.shape, name=name)
-
-    def matmul(self, x: Value, matrix: Value, shape: Dims, name: str) -> Value:
-        """x matrix^T in float32."""
-        if matrix.dtype != FLOAT:
-            matrix = self.graph.node("Cast", matrix, to=FLOAT, shape=matrix.shape, name=f"{matrix.name}:float32")
-        flipped = matrix.shape[::-1]
-        turned = self.graph.node("Transpose", matrix, perm=[1, 0], shape=flipped, name=f"{name}:transposed")
-        return self.graph.node("MatMul", x, turned, shape=shape, name=name)
 
     def norm(self, module: str, x: Value) -> Value:
         gamma, beta = self.weight(f"{module}.weight"), self.weight(f"{module}.bias")

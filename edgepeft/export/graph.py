@@ -132,6 +132,13 @@ class Graph:
         self.initializers.append(_inline(value, b"") if empty or place is None else _external(value, place))
         return Value(value.name, value.dtype, dims)
 
+    def optional(self, name: str, default: np.ndarray, dims: Dims) -> Value:
+        """Add an input with a small default, which lies in the graph itself."""
+        value = Value(name, helper.np_dtype_to_tensor_dtype(default.dtype), default.shape)
+        self.inputs.append(helper.make_tensor_value_info(name, value.dtype, dims))
+        self.initializers.append(_inline(value, default.tobytes()))
+        return Value(name, value.dtype, dims)
+
     def node(
         self,
         op: str,

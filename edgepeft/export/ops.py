@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from edgepeft.export.body import INT32, Body
 from edgepeft.quant.formats import FORMATS, TILE_COLUMNS, TILE_ROWS
 
 if TYPE_CHECKING:
@@ -37,14 +38,14 @@ MINIMUM_ONNXRUNTIME = "1.20.1"  # a release that is safe on a Cortex-A72; it rea
 OPSET = 21
 IR_VERSION = 10
 
+NAME = "AdapterMatMul"
 SHARED_INPUTS = ("x", "w", "w_scale", "bias", "s_in")
 GROUP_INPUTS = ("a", "b", "gate", "s_out")
-FLOAT32, INT32 = 1, 6  # onnx.TensorProto
 
 
 def op_type(format: str, groups: int) -> str:
     """Return the op's name for a weight format and a number of linears."""
-    return f"AdapterMatMul_{format}_g{groups}"
+    return f"{NAME}_{format}_g{groups}"
 
 
 def input_names(groups: int) -> list[str]:
@@ -67,73 +68,7 @@ def attributes(k: int, rows: Sequence[int], activation: str) -> dict[str, Any]:
 # --- the body ----------------------------------------------------------------------------------------------------
 
 
-class _Body:
-    """Collects the nodes of a function body; each call returns the name of the new value."""
-
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-
-    def __call__(self, op: str, *inputs: str, out: str = "", domain: str = "", refs: str = "", **attrs: Any) -> str:
-        """Add a node; `refs` names integer attributes that come from the calling node ("K N", "value_int=n0")."""
-        from onnx import AttributeProto, helper
-
-        out = out or f"v{len(self.nodes)}"
-        node = helper.make_node(op, list(inputs), [out], name=out, domain=domain, **attrs)
-        for pair in refs.split():
-            inner, _, outer = pair.partition("=")
-            node.attribute.add(name=inner, ref_attr_name=outer or inner, type=AttributeProto.INT)
-        self.nodes.append(node)
-        return out
-
-    def split(self, value: str, parts: int, axis: int) -> list[str]:
-        """Cut a value into equal parts along an axis."""
-        from onnx import helper
-
-        outs = [f"v{len(self.nodes)}_{i}" for i in range(parts)]
-        self.nodes.append(helper.make_node("Split", [value], outs, name=outs[0], axis=axis, num_outputs=parts))
-        return outs
-
-    def ints(self, *values: int) -> str:
-        return self("Constant", value_ints=list(values))
-
-    def scalar(self, value: np.ndarray) -> str:
-        from onnx import numpy_helper
-
-        return self("Constant", value=numpy_helper.from_array(value))
-
-    def byte(self, value: int) -> str:
-        import numpy as np
-
-        return self.scalar(np.array(value, np.uint8))
-
-    def masked(self, value: str, mask: int) -> str:
-        return self("BitwiseAnd", value, self.byte(mask))
-
-    def shifted(self, value: str, direction: str) -> str:
-        """Shift uint8 values by four bits; what leaves the byte is lost."""
-        return self("BitShift", value, self.byte(4), direction=direction)
-
-    def attribute(self, name: str) -> str:
-        """Return an integer attribute of the calling node as a tensor of shape [1]."""
-        return self("Reshape", self("Constant", refs=f"value_int={name}"), self.ints(1))
-
-    def rows_then(self, value: str, *shape: int) -> str:
-        """Reshape to [N, *shape]."""
-        return self("Reshape", value, self("Concat", self.attribute("N"), self.ints(*shape), axis=0))
-
-    def then_rows(self, value: str, *shape: int) -> str:
-        """Reshape to [*shape, N]."""
-        n = self.attribute("N")
-        return self("Reshape", value, self("Concat", self.ints(*shape), n, axis=0) if shape else n)
-
-    def float32(self, value: str) -> str:
-        return self("Cast", value, to=FLOAT32)
-
-    def transposed(self, value: str) -> str:
-        return self("Transpose", value, perm=[1, 0])
-
-
-def _int4_base(body: _Body, x: str, block: int) -> str:
+def _int4_base(body: Body, x: str, block: int) -> str:
     """W x by MatMulNBits: re-pair the nibbles from columns (c, c + 16) to columns (2i, 2i + 1)."""
     tiles = body("Reshape", "w", body.ints(0, 0, 4, TILE_ROWS, 2, 2))  # [T, U, j, n, i/2, i%2]
     rows = body("Transpose", tiles, perm=[0, 3, 1, 2, 4, 5])  # [T, n, U, j, i/2, i%2]
@@ -146,7 +81,7 @@ def _int4_base(body: _Body, x: str, block: int) -> str:
     return body("MatMulNBits", x, packed, scales, **nbits)
 
 
-def _int8_base(body: _Body, x: str) -> str:
+def _int8_base(body: Body, x: str) -> str:
     """W x by MatMul: x times (code - 128), then the scale of each row."""
     import numpy as np
 
@@ -156,7 +91,7 @@ def _int8_base(body: _Body, x: str) -> str:
     return body("Mul", body("MatMul", x, centred), body.then_rows("w_scale"))
 
 
-def _nf4_base(body: _Body, x: str, block: int) -> str:
+def _nf4_base(body: Body, x: str, block: int) -> str:
     """W x by MatMul: NF4[code] times the block's absmax."""
     tiles = body("Reshape", "w", body.ints(0, 0, 4, TILE_ROWS, 4))  # [T, U, j, n, i]
     columns = body("Transpose", tiles, perm=[1, 2, 4, 0, 3])  # [U, j, i, T, n]
@@ -167,7 +102,7 @@ def _nf4_base(body: _Body, x: str, block: int) -> str:
     return body("MatMul", x, body.then_rows(body("Mul", values, scales), -1))
 
 
-def _base(body: _Body, format: str, x: str) -> str:
+def _base(body: Body, format: str, x: str) -> str:
     """W x for all groups together, [..., N]."""
     spec = FORMATS[format]
     if format.startswith("nf4"):
@@ -175,7 +110,7 @@ def _base(body: _Body, format: str, x: str) -> str:
     return _int4_base(body, x, spec.block) if spec.bits == 4 else _int8_base(body, x)
 
 
-def _group(body: _Body, g: int, base: str, start: str, end: str) -> None:
+def _group(body: Body, g: int, base: str, start: str, end: str) -> None:
     """y_g from its slice of W x, its adapter, scale and bias."""
     a_kr, b_rn = (body.transposed(body.float32(f"{name}_{g}")) for name in "ab")
     gated = body("Mul", body("MatMul", "x", a_kr), f"gate_{g}")
@@ -187,7 +122,7 @@ def function_proto(format: str, groups: int) -> onnx.FunctionProto:
     """Return the body of the op: standard and com.microsoft operators of opset 21, any leading dims, any rank."""
     from onnx import helper
 
-    body = _Body()
+    body = Body()
     base = _base(body, format, body("Mul", "x", "s_in"))
     end = body.ints(0)
     for g in range(groups):

@@ -24,14 +24,20 @@ from edgepeft.adapt.methods import PREFIX
 from edgepeft.console import table
 from edgepeft.errors import VerifyError
 from edgepeft.export import ops
-from edgepeft.quant.formats import FORMATS
+from edgepeft.export.body import FLOAT32
+from edgepeft.quant.formats import FORMATS, TILE_ROWS
+from edgepeft.runtime.session import BROKEN_OPTIMIZERS
 
 if TYPE_CHECKING:
     import onnx
 
 Trace = dict[str, np.ndarray]
 Batch = Mapping[str, np.ndarray]
+Figures = dict[str, Any]
+FLOAT_ERROR = 1e-4  # some 100 units of float32 over a few dozen layers; measured: 1e-6 to 1e-5
 LOGITS = "logits"
+PAST, PRESENT, KEEP = "past_key_values.", "present.", "logits_to_keep"
+PIECE_ROWS = 4096
 NEIGHBOURS = 3
 
 
@@ -54,22 +60,53 @@ class OnnxModel:
             options.register_custom_ops_library(str(library))
         try:
             self.session = onnxruntime.InferenceSession(
-                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                proto.SerializeToString(),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=list(BROKEN_OPTIMIZERS),
             )
         except Exception as error:  # ONNX Runtime's own exceptions share no base
             raise VerifyError(f"{folder / 'model.onnx'}: {self.name} refuses it: {error}") from None
-        self.adapter_shapes = {i.name: i for i in self.session.get_overridable_initializers()}
-        self._names = [i.name for i in self.session.get_inputs()]
+        optional = {i.name: i for i in self.session.get_overridable_initializers()}
+        self.adapter_shapes = {name: item for name, item in optional.items() if name.startswith(PREFIX)}
+        inputs = self.session.get_inputs()
+        self._names = [i.name for i in inputs if not i.name.startswith(PAST)]
+        self._beginning = {
+            i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in inputs if PAST in i.name
+        }
+        self._every = {KEEP: np.zeros(1, np.int64)} if KEEP in optional else {}
+
+    def feeds(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Return what the graph takes for a batch: a decoder starts without a past, and gives every token logits."""
+        return {**self._beginning, **self._every, **{name: batch[name] for name in self._names}}
 
     def trace(self, batch: Batch, feeds: Mapping[str, np.ndarray] | None = None) -> Trace:
         """Return {layer: output}; `feeds` replace adapter tensors."""
-        arrays = {name: batch[name] for name in self._names}
-        return dict(zip(self.layers, self.session.run(self.layers, {**arrays, **(feeds or {})}), strict=True))
+        found = self.session.run(self.layers, {**self.feeds(batch), **(feeds or {})})
+        return dict(zip(self.layers, found, strict=True))
 
     def logits(self, batch: Batch, feeds: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
-        """Return logits float32 [M, labels]."""
-        arrays = {name: batch[name] for name in self._names}
-        return self.session.run([LOGITS], {**arrays, **(feeds or {})})[0]
+        """Return logits float32 [M, labels], or [M, S, vocabulary] of a decoder."""
+        return self.session.run([LOGITS], {**self.feeds(batch), **(feeds or {})})[0]
+
+    def steps(self, ids: np.ndarray, size: int) -> Iterator[np.ndarray]:
+        """Yield the logits float32 [1, size, vocabulary] of a decoder's tokens ids [1, S], `size` of them at a time.
+
+        Each run goes on from the keys and values of the one before.
+        """
+        past = self._beginning
+        names = [name.replace(PAST, PRESENT) for name in past]
+        for start in range(0, ids.shape[1], size):
+            part = {"input_ids": ids[:, start : start + size], "attention_mask": np.ones_like(ids[:, : start + size])}
+            logits, *present = self.session.run([LOGITS, *names], {**past, **self._every, **part})
+            past = dict(zip(past, present, strict=True))
+            yield logits
+
+    def past(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Return what a decoder takes as past after the tokens ids [1, S]."""
+        names = [name.replace(PAST, PRESENT) for name in self._beginning]
+        batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        return dict(zip(self._beginning, self.session.run(names, self.feeds(batch)), strict=True))
 
     def without_adapter(self) -> dict[str, np.ndarray]:
         """Return the feeds that give every adapter pair rank 0."""
@@ -89,8 +126,9 @@ def load(folder: Path, activation: str | None) -> onnx.ModelProto:
 
     proto = onnx.load(str(folder / "model.onnx"), load_external_data=False)
     for node in proto.graph.node:
-        if activation and node.domain == ops.DOMAIN:
-            next(a for a in node.attribute if a.name == "activation").s = activation.encode()
+        for attribute in node.attribute:
+            if activation and node.domain == ops.DOMAIN and attribute.name == "activation":
+                attribute.s = activation.encode()
     return proto
 
 
@@ -103,7 +141,7 @@ def _expose(proto: onnx.ModelProto) -> list[str]:
     """Make every float value an output; returns their names in the order they are computed."""
     shapes = {value.name: value for value in proto.graph.value_info}
     names = [name for node in proto.graph.node for name in node.output if name in shapes]
-    names = [name for name in names if shapes[name].type.tensor_type.elem_type == ops.FLOAT32 and ":" not in name]
+    names = [name for name in names if shapes[name].type.tensor_type.elem_type == FLOAT32 and ":" not in name]
     proto.graph.output.extend(shapes[name] for name in names)
     return [*names, LOGITS]
 
@@ -144,17 +182,13 @@ def int8_activations(model: Any) -> Iterator[None]:
     from edgepeft.quant.linear import QuantLinear
 
     def rounded(layer: QuantLinear) -> Any:
-        values_nk, scale_nb = ops.codes_and_scales(
-            layer.format, layer.qweight.numpy(), layer.qscale.numpy(), activation="int8"
-        )
-        blocks = values_nk.reshape(len(values_nk), scale_nb.shape[1], -1) * scale_nb[:, :, None]
-        weight = torch.from_numpy(blocks.reshape(values_nk.shape)[: layer.out_features].astype(np.float32))
-
         def forward(x: Any) -> Any:
             block = FORMATS[layer.format].act_block
             q, scale = ops.quantize_activations(x.numpy().reshape(-1, x.shape[-1]), block)
             near = torch.from_numpy(q * scale[:, :, None]).reshape(x.shape)
-            return torch.nn.functional.linear(near, weight, layer.bias)
+            pieces = [near @ torch.from_numpy(weight).T for weight in _rounded_weight(layer)]
+            y = torch.cat(pieces, -1)[..., : layer.out_features]
+            return y if layer.bias is None else y + layer.bias
 
         return forward
 
@@ -166,6 +200,16 @@ def int8_activations(model: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
+
+
+def _rounded_weight(layer: Any) -> Iterator[np.ndarray]:
+    """Yield a packed weight as it is multiplied with int8 activations, float32 [some, K] in order."""
+    w, scale, step = layer.qweight.numpy(), layer.qscale.numpy(), PIECE_ROWS // TILE_ROWS
+    for start in range(0, len(w), step):
+        part = slice(start, start + step)
+        values_nk, scale_nb = ops.codes_and_scales(layer.format, w[part], scale[part], activation="int8")
+        blocks = values_nk.reshape(len(values_nk), scale_nb.shape[1], -1) * scale_nb[:, :, None]
+        yield blocks.reshape(values_nk.shape).astype(np.float32)
 
 
 @contextlib.contextmanager

@@ -3,10 +3,10 @@
     model.onnx  model.onnx.data          the graph, and the frozen weights as they were trained against
     adapters/default/                    PEFT folder: A, B as float16 with the scale in B, heads as float32; labels.json
     config.json  tokenizer files         as Hugging Face has them, with this model's labels
-    export.json                          what was written, with sizes
+    export.json                          what was written, with sizes; of a decoder, what running it takes
 
 The adapter's tensors exist once: the graph's defaults are byte ranges of the adapter's own file. A merged model has no
-adapters folder and no adapter inputs; its head is a constant.
+adapters folder and no adapter inputs; its head is a constant. A decoder's context is --context, or what the model has.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from edgepeft.artifact import Run, read_json, write_json
 from edgepeft.backbone.families import FAMILIES, Family
 from edgepeft.console import say
 from edgepeft.errors import VerifyError
-from edgepeft.export.ops import DOMAIN, OPSET
+from edgepeft.export.ops import NAME, OPSET
 from edgepeft.train.tasks import TASKS
 
 if TYPE_CHECKING:
     from edgepeft.config import Config
-    from edgepeft.export.encoder import AdapterFile, Weights
+    from edgepeft.export.emitter import AdapterFile, Weights
+    from edgepeft.export.graph import Graph
 
 OWN_FILES = {"weights.safetensors", "quantized.json", "config.json", "merge.json"}
 
@@ -38,25 +39,57 @@ def export(config: Config, run: Run, out: Path) -> dict[str, Any]:
 
     Raises ModelError for a model that would not come out exactly, ArtifactError for an adapter of another base.
     """
-    from edgepeft.export import encoder
-
     training = read_json(run.path("adapter") / "training.json")
     weights = _weights(config, run)
     about = weights.about
     adapter = _adapter(config, run, out, weights, training)
     family = FAMILIES[about["family"]]
     settings = write_settings(run.path("quantized"), out, training["labels"], TASKS[config.task].auto_class, family)
-    graph = encoder.build(family, settings, weights, adapter, config.activation)
+    running = running_numbers(out, settings, config.context) if family.kind == "decoder" else {}
+    graph = _graph(family, settings, weights, adapter, config.activation, running.get("context"))
     check(graph.save(out))
-    summary = _summary(graph, out, config, about)
+    summary = {**_summary(graph, out, config, about), **running}
     write_json(out / "export.json", summary)
     _tell(summary)
     return summary
 
 
+def _graph(
+    family: Family, settings: Mapping[str, Any], weights: Weights, adapter: AdapterFile, activation: str,
+    context: int | None,
+) -> Graph:  # fmt: skip
+    from edgepeft.export import decoder, encoder
+
+    if context is None:
+        return encoder.build(family, settings, weights, adapter, activation)
+    return decoder.build(family, settings, weights, adapter, activation, context)
+
+
+def running_numbers(folder: Path, settings: Mapping[str, Any], context: int) -> dict[str, Any]:
+    """Return what a device has to know to run an exported decoder; its tokenizer lies in `folder`.
+
+    An answer ends with any token that config.json, generation_config.json or the tokenizer calls the end.
+    """
+    from edgepeft.backbone.decoder import describe, stop_tokens
+    from edgepeft.train.loop import load_tokenizer
+
+    about, tokenizer = describe(settings), load_tokenizer(folder)
+    eos = {*stop_tokens(folder), *about.eos, tokenizer.eos_token_id} - {None}
+    bos = about.bos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    numbers = {
+        "layers": about.layers, "hidden": about.hidden, "heads": about.heads, "kv_heads": about.kv_heads,
+        "head_dim": about.head_dim, "vocabulary": about.vocabulary, "bos": bos, "eos": sorted(eos),
+        "pad": tokenizer.pad_token_id, "add_bos": bos is not None and tokenizer("a")["input_ids"][:1] == [bos],
+        "windows": sorted({window for window in about.windows if window}),
+    }  # fmt: skip
+    if context > about.positions:
+        say(f"  a context of {about.positions} tokens: the model has no more for which its positions hold (--context)")
+    return {"context": min(context, about.positions), "decoder": numbers}
+
+
 def _weights(config: Config, run: Run) -> Weights:
     """Return the packed weights to export; a merged model takes its head from the adapter."""
-    from edgepeft.export.encoder import Weights
+    from edgepeft.export.emitter import Weights
 
     if config.adapter != "merged":
         return Weights(run.path("quantized"))
@@ -65,7 +98,7 @@ def _weights(config: Config, run: Run) -> Weights:
 
 def _adapter(config: Config, run: Run, out: Path, weights: Weights, training: Mapping[str, Any]) -> AdapterFile:
     """Write the adapter's device form and describe it; nothing for a merged model."""
-    from edgepeft.export.encoder import ADAPTER_FILE, AdapterFile
+    from edgepeft.export.emitter import ADAPTER_FILE, AdapterFile
 
     if config.adapter == "merged":
         return AdapterFile.read(None)
@@ -73,20 +106,19 @@ def _adapter(config: Config, run: Run, out: Path, weights: Weights, training: Ma
     about, shapes = weights.about, weight_shapes(weights.tensors, weights.about)
     expected = {"base_digest": about["base_digest"], "shapes": shapes, "heads": FAMILIES[about["family"]].heads}
     peft_files.write_device(folder, run.path("adapter"), **expected)
-    write_json(folder / "labels.json", training["labels"])
+    if training["labels"]:
+        write_json(folder / "labels.json", training["labels"])
     return AdapterFile.read(out / ADAPTER_FILE, training["config"]["method"])
 
 
 def write_settings(source: Path, out: Path, labels: list[str], auto_class: str, family: Family) -> dict[str, Any]:
-    """Write config.json with the labels, copy the tokenizer's files, and return the settings."""
+    """Write config.json with the labels, if any, copy the tokenizer's files, and return the settings."""
     settings = read_json(source / "config.json")
-    head = auto_class.removeprefix("AutoModel")
-    names = {
-        "architectures": [family.class_prefix + head],
-        "id2label": {str(i): label for i, label in enumerate(labels)},
-        "label2id": {label: i for i, label in enumerate(labels)},
-        "num_labels": len(labels),
-    }
+    names: dict[str, Any] = {"architectures": [family.class_prefix + auto_class.removeprefix("AutoModel")]}
+    if labels:
+        names["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        names["label2id"] = {label: i for i, label in enumerate(labels)}
+        names["num_labels"] = len(labels)
     write_json(out / "config.json", {**settings, **names})
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name not in OWN_FILES:
@@ -107,7 +139,7 @@ def check(path: Path) -> None:
 def _summary(graph: Any, out: Path, config: Config, about: Mapping[str, Any]) -> dict[str, Any]:
     """Return what was written."""
     sizes = {p.relative_to(out).as_posix(): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
-    fused = [node for node in graph.nodes if node.domain == DOMAIN]
+    fused = [node for node in graph.nodes if node.op_type.startswith(NAME)]
     adapter_inputs = [value.name for value in graph.inputs if value.name.startswith(PREFIX)]
     return {
         "format": about["format"],

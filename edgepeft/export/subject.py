@@ -1,4 +1,7 @@
-"""What is verified: one export, its texts, and the PyTorch model it came from, each made at its first use."""
+"""What is verified: one export, its texts, and the PyTorch model it came from, each made at its first use.
+
+`SUBJECTS` has one for each task. A language model is compared on one row at a time: it has no padding to compare.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,25 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from edgepeft.adapt.merge import merged_model
-from edgepeft.artifact import Run, read_tensors
+from edgepeft.artifact import Run, read_json, read_tensors
 from edgepeft.errors import TargetError
 from edgepeft.export import parity
-from edgepeft.export.encoder import ADAPTER_FILE
+from edgepeft.export.emitter import ADAPTER_FILE
 from edgepeft.export.parity import OnnxModel, Trace
 from edgepeft.train.tasks import TASKS
 
 if TYPE_CHECKING:
     from edgepeft.config import Config
-    from edgepeft.train.data import Split, Splits
+    from edgepeft.train.data import Splits
 
 TRACED, BATCH = 8, 32
+SAMPLE_TOKENS = 6
+JUDGED = 32
 
 
 class Skipped(Exception):  # noqa: N818 - not an error
@@ -44,7 +49,7 @@ class Subject:
     models: dict[tuple[bool, str | None, bool], OnnxModel] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def open(cls, config: Config, run: Run, out: Path) -> Subject:
+    def open(cls, config: Config, run: Run, out: Path) -> Self:
         """Load splits, tokenizer and models of a run."""
         from edgepeft.train.data import load_splits
         from edgepeft.train.loop import load_tokenizer
@@ -55,6 +60,14 @@ class Subject:
         with quiet():
             tokenizer, model = load_tokenizer(run.path("quantized")), _torch_model(config, run, splits.labels)
         return cls(config, run, out, splits, tokenizer, model, library, why)
+
+    def sample(self, count: int) -> dict[str, np.ndarray]:
+        """Return `count` inputs to compare layers on: arrays that graph and PyTorch both take."""
+        raise NotImplementedError
+
+    def device_runs(self, count: int) -> list[dict[str, np.ndarray]]:
+        """Return what to feed the graph on a device, run by run."""
+        return [self.onnx(True, "float").feeds(self.sample(count))]
 
     @property
     def folder(self) -> Path:
@@ -67,41 +80,14 @@ class Subject:
         return self.config.adapter == "merged"
 
     @property
-    def split(self) -> Split:
-        """The labelled texts to judge by: test, or validation where there is no test split."""
+    def split(self) -> Any:
+        """What to judge by: test, or validation where there is no test split."""
         return self.splits.test if len(self.splits.test) else self.splits.validation
 
     @property
     def split_name(self) -> str:
         """Which split that is."""
         return "test" if len(self.splits.test) else "validation"
-
-    @functools.cached_property
-    def examples(self) -> list[dict[str, Any]]:
-        """The split as token ids."""
-        from edgepeft.train.loop import encode, token_limit
-
-        return encode(self.tokenizer, self.split, token_limit(self.model, self.config))
-
-    def batch(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """Return padded int64 arrays [M, S] for the graph and for PyTorch."""
-        padded = TASKS[self.config.task].collate(examples, self.tokenizer.pad_token_id or 0)
-        arrays = {name: tensor.numpy() for name, tensor in padded.items() if name != "labels"}
-        return {"token_type_ids": np.zeros_like(arrays["input_ids"]), **arrays}
-
-    def sample(self, count: int) -> dict[str, np.ndarray]:
-        """Return a few examples from the shortest to the longest of the split, padded together."""
-        order = sorted(self.examples, key=lambda row: len(row["input_ids"]))
-        places = np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))
-        return self.batch([order[i] for i in places])
-
-    def predict(self, logits: Callable[[dict[str, np.ndarray]], np.ndarray], count: int | None = None) -> np.ndarray:
-        """Return the logits of the split's first `count` examples, in their order."""
-        rows = self.examples[:count]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-        parts = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
-        found = np.concatenate([logits(self.batch([rows[i] for i in part])) for part in parts])
-        return found[np.argsort(order)]
 
     def onnx(self, library: bool, activation: str | None = None, traced: bool = False) -> OnnxModel:
         """Return a session on the exported files, made once; `library` False is stock ONNX Runtime."""
@@ -138,6 +124,73 @@ class Subject:
     def tensors(self) -> dict[str, np.ndarray]:
         """The exported adapter's tensors, mapped."""
         return read_tensors(self.folder / ADAPTER_FILE)
+
+
+class Labelled(Subject):
+    """A classifier and its labelled texts."""
+
+    @functools.cached_property
+    def examples(self) -> list[dict[str, Any]]:
+        """The split as token ids."""
+        from edgepeft.train.loop import encode, token_limit
+
+        return encode(self.tokenizer, self.split, token_limit(self.model, self.config))
+
+    def batch(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """Return padded int64 arrays [M, S] for the graph and for PyTorch."""
+        padded = TASKS[self.config.task].collate(examples, self.tokenizer.pad_token_id or 0)
+        arrays = {name: tensor.numpy() for name, tensor in padded.items() if name != "labels"}
+        return {"token_type_ids": np.zeros_like(arrays["input_ids"]), **arrays}
+
+    def sample(self, count: int) -> dict[str, np.ndarray]:
+        """Return a few examples from the shortest to the longest of the split, padded together."""
+        order = sorted(self.examples, key=lambda row: len(row["input_ids"]))
+        places = np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))
+        return self.batch([order[i] for i in places])
+
+    def predict(self, logits: Callable[[dict[str, np.ndarray]], np.ndarray], count: int | None = None) -> np.ndarray:
+        """Return the logits of the split's first `count` examples, in their order."""
+        rows = self.examples[:count]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        parts = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+        found = np.concatenate([logits(self.batch([rows[i] for i in part])) for part in parts])
+        return found[np.argsort(order)]
+
+
+@dataclasses.dataclass
+class Written(Subject):
+    """A language model and the texts it learned to write. judgements: what two checks share, see `token_checks`."""
+
+    judgements: Any = None
+
+    @functools.cached_property
+    def examples(self) -> list[dict[str, Any]]:
+        """The split as token ids and targets; no more of it than is judged."""
+        from edgepeft.train.loop import encode, token_limit
+
+        limit = min(token_limit(self.model, self.config), read_json(self.folder / "export.json")["context"])
+        return encode(self.tokenizer, self.judged, limit)
+
+    @functools.cached_property
+    def judged(self) -> Any:
+        """The first `JUDGED` of the split."""
+        return dataclasses.replace(self.split, rows=self.split.rows[:JUDGED])
+
+    def sample(self, count: int) -> dict[str, np.ndarray]:
+        """Return the beginning of the longest text, `SAMPLE_TOKENS` for every one of `count`, as one row."""
+        longest = max(self.examples, key=lambda row: len(row["input_ids"]))["input_ids"]
+        ids = np.array([longest[: SAMPLE_TOKENS * count]], np.int64)
+        return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+    def device_runs(self, count: int) -> list[dict[str, np.ndarray]]:
+        """Return a run of several tokens, and one of a single token on top of them."""
+        batch, model = self.sample(count), self.onnx(True, "float")
+        ids = batch["input_ids"]
+        step = {**model.feeds({**batch, "input_ids": ids[:, -1:]}), **model.past(ids[:, :-1])}
+        return [model.feeds(batch), step]
+
+
+SUBJECTS: dict[str, type[Subject]] = {"text-classification": Labelled, "text-generation": Written}
 
 
 def _library() -> tuple[Path | None, str]:

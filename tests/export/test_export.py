@@ -12,7 +12,7 @@ from edgepeft.adapt import peft_files
 from edgepeft.artifact import digests, read_tensors
 from edgepeft.backbone.families import FAMILIES
 from edgepeft.errors import ModelError
-from edgepeft.export import encoder
+from edgepeft.export import emitter, encoder
 from edgepeft.export.parity import OnnxModel, largest_error
 from edgepeft.quant.formats import FORMATS
 from tests.export.tiny_run import export_run, make_run, random_adapter, torch_model
@@ -105,15 +105,15 @@ def test_folder_is_complete_and_the_adapter_exists_once(tiny):
     assert settings["architectures"] == ["BertForSequenceClassification"]
     assert settings["num_labels"] == len(LABELS)
     assert settings["id2label"] == {str(i): label for i, label in enumerate(LABELS)}
-    tensors = read_tensors(folder / encoder.ADAPTER_FILE)
+    tensors = read_tensors(folder / emitter.ADAPTER_FILE)
     proto = onnx.load(folder / "model.onnx", load_external_data=False)
     inputs = {i.name: i for i in proto.graph.input}
     assert set(tensors) == set(inputs) - {"input_ids", "attention_mask", "token_type_ids"}
     for tensor in proto.graph.initializer:
         if tensor.name in tensors:
             place = {e.key: e.value for e in tensor.external_data}
-            assert place["location"] == encoder.ADAPTER_FILE
-            raw = (folder / encoder.ADAPTER_FILE).read_bytes()[int(place["offset"]) :][: int(place["length"])]
+            assert place["location"] == emitter.ADAPTER_FILE
+            raw = (folder / emitter.ADAPTER_FILE).read_bytes()[int(place["offset"]) :][: int(place["length"])]
             assert raw == tensors[tensor.name].tobytes()
 
 
@@ -162,10 +162,10 @@ def test_other_activations(tmp_path, act):
 )
 def test_what_would_not_be_exact_is_refused(tiny, change, words):
     run = tiny[1]
-    weights = encoder.Weights(run.path("quantized"))
+    weights = emitter.Weights(run.path("quantized"))
     settings = {**json.loads((run.path("quantized") / "config.json").read_text()), **change}
     with pytest.raises(ModelError, match=words):
-        encoder.build(FAMILIES["bert"], settings, weights, encoder.AdapterFile.read(None))
+        encoder.build(FAMILIES["bert"], settings, weights, emitter.AdapterFile.read(None))
 
 
 def test_merged_model_has_no_adapter_and_verifies(tmp_path):

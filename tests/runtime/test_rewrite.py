@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from edgepeft.errors import ArtifactError
-from edgepeft.runtime.activation import with_activation
+from edgepeft.runtime.rewrite import with_activation, with_older_windows
 
 
 def model(domain: str):
@@ -34,3 +34,28 @@ def test_only_our_nodes_change_and_nothing_else(activation: str) -> None:
 def test_a_model_without_our_nodes_is_refused() -> None:
     with pytest.raises(ArtifactError, match="no edgepeft node"):
         with_activation(model("elsewhere").SerializeToString(), "float")
+
+
+def test_older_windows_are_one_less_and_none_stays_none() -> None:
+    import onnx
+    from onnx import helper
+
+    def attention(window: int):
+        return helper.make_node(
+            "GroupQueryAttention",
+            ["x"],
+            ["y"],
+            domain="com.microsoft",
+            num_heads=4,
+            local_window_size=window,
+            scale=0.25,
+        )
+
+    graph = helper.make_graph([attention(window) for window in (-1, 8, 4096)], "g", [], [])
+    before = helper.make_model(graph)
+    after = onnx.load_from_string(with_older_windows(before.SerializeToString()))
+    found = [a.i for node in after.graph.node for a in node.attribute if a.name == "local_window_size"]
+    assert found == [-1, 7, 4095]
+    for node, window in zip(after.graph.node, (-1, 8, 4096), strict=True):
+        next(a for a in node.attribute if a.name == "local_window_size").i = window
+    assert after == before

@@ -1,9 +1,10 @@
-"""Rewriting the `activation` attribute of our nodes in a serialized model, with no onnx package at hand.
+"""Rewriting attributes of nodes in a serialized model, with no onnx package at hand.
 
 A protobuf message is a row of fields: a varint key (number << 3 | wire type), then a varint (type 0), 8 bytes (1), a
 length and bytes (2) or 4 bytes (5). Only the messages on the way are opened, every other field is copied as it is:
 
-    ModelProto.graph = 7 ► GraphProto.node = 1 ► NodeProto.domain = 7, .attribute = 5 ► AttributeProto.name = 1, .s = 4
+    ModelProto.graph = 7 ► GraphProto.node = 1 ► NodeProto.domain = 7, .attribute = 5
+                         ► AttributeProto.name = 1, .i = 3, .s = 4
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from edgepeft.errors import ArtifactError
 
 DOMAIN = b"edgepeft"
+NEW_WINDOWS = (1, 24)  # ONNX Runtime that counts attention windows as the export does
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
@@ -65,22 +67,54 @@ def _rewrite(data: memoryview, number: int, change: Callable[[memoryview], bytes
     return b"".join(out)
 
 
+def _with_attributes(model: bytes, change: Callable[[bytes, bytes, memoryview], bytes]) -> bytes:
+    """Return the model with every attribute of its graph's nodes replaced by change(domain, name, attribute)."""
+
+    def node(data: memoryview) -> bytes:
+        domain = _text(data, 7)
+        return _rewrite(data, 5, lambda attribute: change(domain, _text(attribute, 1), attribute))
+
+    return _rewrite(memoryview(model), 7, lambda graph: _rewrite(graph, 1, node))
+
+
+def _text(data: memoryview, number: int) -> bytes:
+    """Return the first string of a message with that number, or nothing."""
+    return next((bytes(payload) for found, _, payload in _fields(data) if found == number and payload is not None), b"")
+
+
 def with_activation(model: bytes, activation: str) -> bytes:
     """Return the model with every edgepeft node's activation set. Raises ArtifactError when it has none."""
     count = 0
 
-    def attribute(data: memoryview) -> bytes:
+    def change(domain: bytes, name: bytes, attribute: memoryview) -> bytes:
         nonlocal count
-        if (1, b"activation") not in ((n, bytes(p)) for n, _, p in _fields(data) if p is not None):
-            return bytes(data)
+        if (domain, name) != (DOMAIN, b"activation"):
+            return bytes(attribute)
         count += 1
-        return _rewrite(data, 4, lambda _: activation.encode())
+        return _rewrite(attribute, 4, lambda _: activation.encode())
 
-    def node(data: memoryview) -> bytes:
-        ours = any(n == 7 and p is not None and bytes(p) == DOMAIN for n, _, p in _fields(data))
-        return _rewrite(data, 5, attribute) if ours else bytes(data)
-
-    out = _rewrite(memoryview(model), 7, lambda graph: _rewrite(graph, 1, node))
+    out = _with_attributes(model, change)
     if not count:
         raise ArtifactError("the model has no edgepeft node whose activation could be chosen.")
     return out
+
+
+def with_older_windows(model: bytes) -> bytes:
+    """Return the model with the attention windows that mean the same on ONNX Runtime before 1.24: one token less.
+
+    A window of w let a token see itself and w before it there, and since then itself and w - 1.
+    """
+
+    def change(_: bytes, name: bytes, attribute: memoryview) -> bytes:
+        return _less_one(attribute) if name == b"local_window_size" else bytes(attribute)
+
+    return _with_attributes(model, change)
+
+
+def _less_one(attribute: memoryview) -> bytes:
+    """Return an AttributeProto with its integer one less, or as it is where that is not positive."""
+    out = []
+    for number, whole, _ in _fields(attribute):
+        value = _varint(whole, 1)[0] if number == 3 else 0
+        out.append(bytes(whole[:1]) + _to_varint(value - 1) if 0 < value < 1 << 63 else bytes(whole))
+    return b"".join(out)

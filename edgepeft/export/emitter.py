@@ -1,0 +1,274 @@
+"""What graphs of any architecture are made of: packed weights, the adapter's file, and the modules that read them.
+
+    linear      y = s_out * ( W (s_in * x) + B (gate * (A x)) ) + bias       one fused op, or MatMuls for a float weight
+    embedding   rows of a table by ids, exactly as dequantized
+
+Every value is named after the Hugging Face module that computes it, so that `verify` can lay graph and PyTorch side by
+side. Linears are the fused op where they are packed and MatMul + Add where they were kept in float; linears that share
+their input share one node, and fall apart into single ones when they cannot (different formats, a row count that is no
+multiple of 16, an s_in of their own). Adapter tensors are overridable inputs named as in the adapter's file, whose rank
+is symbolic.
+
+4-bit embeddings in rows are signed INT4 (code - 8), 8-bit ones INT8 (code - 128), both one XOR away from the stored
+bytes, as the oldest supported ONNX Runtime has no unsigned zero point for them without a tensor; scales become float32
+at load, so that a row comes out exact. An embedding that is also a head lies in tiles, and both read the same constant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from edgepeft.adapt.methods import METHODS, PREFIX
+from edgepeft.artifact import DTYPES, read_json, read_tensors, tensor_header
+from edgepeft.backbone.families import Family
+from edgepeft.errors import ModelError
+from edgepeft.export import ops
+from edgepeft.export.functions import FUNCTIONS
+from edgepeft.export.graph import FLOAT, Dims, Graph, Place, Value
+from edgepeft.quant.formats import EMBEDDING_FORMATS, TILE_ROWS
+
+BATCH, SEQUENCE = "batch", "sequence"
+ADAPTER_FILE = "adapters/default/adapter_model.safetensors"
+MICROSOFT = "com.microsoft"
+
+
+class Weights:
+    """A folder of packed weights (quantized/ or merged/), mapped, and `extra` tensors; `about` is quantized.json."""
+
+    def __init__(self, folder: Path, extra: Mapping[str, np.ndarray] | None = None) -> None:
+        self.folder = folder
+        self.tensors = {**(extra or {}), **read_tensors(folder / "weights.safetensors")}
+        self.about: dict[str, Any] = read_json(folder / "quantized.json")
+        self.layers: dict[str, dict[str, Any]] = {layer["name"]: layer for layer in self.about["layers"]}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise ModelError(f"{self.folder}: no tensor {name}. The folder does not hold the model it names.") from None
+
+    def format(self, module: str) -> str | None:
+        """Return the weight format of a module, or None when it was kept in float."""
+        return self.layers[module]["format"] if module in self.layers else None
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFile:
+    """The adapter's tensors as values and places within its file; `path` is None for no adapter at all."""
+
+    values: Mapping[str, Value]
+    places: Mapping[str, Place]
+    endings: Mapping[str, str]
+
+    @classmethod
+    def read(cls, path: Path | None, method: str = "lora", location: str = ADAPTER_FILE) -> AdapterFile:
+        """Read the header of an adapter file that will lie at `location` beside the graph."""
+        if path is None:
+            return cls({}, {}, {})
+        header, _, base = tensor_header(path)
+        values, places = {}, {}
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            dtype = helper.np_dtype_to_tensor_dtype(np.dtype(DTYPES[entry["dtype"]]))
+            values[name] = Value(name, dtype, tuple(entry["shape"]))
+            places[name] = Place(location, base + start, end - start)
+        return cls(values, places, METHODS[method].tensors)
+
+    def term(self, module: str, term: str) -> Value | None:
+        """Return the tensor that is one term of a module's adapter, or None."""
+        return self.values.get(f"{PREFIX}{module}.{self.endings[term]}") if term in self.endings else None
+
+
+def parent(module: str) -> str:
+    """Return the module that a module lies in."""
+    return module.rpartition(".")[0]
+
+
+class Emitter:
+    """Adds modules to a graph, one method per kind."""
+
+    def __init__(self, graph: Graph, family: Family, weights: Weights, adapter: AdapterFile, activation: str) -> None:
+        self.graph, self.family, self.weights, self.adapter = graph, family, weights, adapter
+        self.activation = activation
+
+    def module(self, role: str, layer: int | None = None) -> str:
+        """Return the name of the module that plays a role."""
+        family = self.family
+        return f"{family.prefix}." + {**family.linears, **family.embeddings, **family.norms}[role].format(i=layer)
+
+    def stored(self, module: str) -> str:
+        """Return the module under whose name a weight is stored: itself, unless it is tied."""
+        return module
+
+    def format(self, module: str) -> str | None:
+        """Return the weight format of a module, or None when it was kept in float."""
+        return self.weights.format(self.stored(module))
+
+    # --- constants and adapter inputs ---
+
+    def weight(self, name: str, **as_what: Any) -> Value:
+        """Return a stored tensor as a constant."""
+        return self.graph.constant(name, self.weights[name], **as_what)
+
+    def one(self) -> Value:
+        """Return the neutral scale."""
+        return self.graph.constant("one", np.ones(1, np.float32))
+
+    def empty(self, *shape: int) -> Value:
+        """Return the shared half of a rank-0 adapter."""
+        return self.graph.constant("empty_" + "x".join(map(str, shape)), np.zeros(shape, np.float16))
+
+    def fed(self, value: Value, dims: Dims) -> Value:
+        """Return an adapter tensor as an overridable input."""
+        return self.graph.overridable(value, self.adapter.places[value.name], dims)
+
+    def term(self, module: str, term: str, neutral: Value, dims: Dims) -> Value:
+        """Return one term of a module's adapter; a and b keep their type, the others become float32."""
+        value = self.adapter.term(module, term)
+        if value is None:
+            return neutral
+        value = self.fed(value, dims)
+        if term in ("a_rk", "b_nr") or value.dtype == FLOAT:
+            return value
+        return self.graph.node("Cast", value, to=FLOAT, shape=value.shape, name=f"{value.name}:float32")
+
+    def terms(self, module: str, n: int, k: int) -> list[Value]:
+        """Return a, b, gate and s_out of a module, neutral where its adapter has none."""
+        rank = f"{module}.rank"
+        return [
+            self.term(module, "a_rk", self.empty(0, k), (rank, k)),
+            self.term(module, "b_nr", self.empty(n, 0), (n, rank)),
+            self.term(module, "gate", self.one(), (rank,)),
+            self.term(module, "s_out", self.one(), (n,)),
+        ]
+
+    # --- modules ---
+
+    def call(self, name: str, inputs: Sequence[Value], outputs: Sequence[Value], **attrs: Any) -> Sequence[Value]:
+        """Add a node of one of our functions, named after its first output."""
+        self.graph.function(name, FUNCTIONS[name].proto)
+        return self.graph.nodes_outputs(name, inputs, outputs, outputs[0].name, ops.DOMAIN, **attrs)
+
+    def embedding(self, module: str, ids: Value, name: str = "") -> Value:
+        """Rows of a table [V, K] by ids, exactly as dequantized."""
+        tag, name = self.format(module), name or module
+        if tag is None:
+            table = self.weight(f"{module}.weight")
+            return self.graph.node("Gather", table, ids, shape=(*ids.shape, *table.shape[1:]), name=name)
+        tiled = self.weights.layers[module].get("layout") == "tiles"
+        rows = self.tiled_embedding if tiled else self.packed_embedding
+        return rows(module, tag, ids, name)
+
+    def tiled_embedding(self, module: str, tag: str, ids: Value, name: str) -> Value:
+        """Rows of a table in tiles."""
+        w, scale = (self.weight(f"{module}.{part}") for part in ("qweight", "qscale"))
+        shape = (*ids.shape, self.shape_nk(module)[1])
+        return self.call(f"PackedEmbedding_{tag}", [ids, w, scale], [Value(name, FLOAT, shape)])[0]
+
+    def packed_embedding(self, module: str, tag: str, ids: Value, name: str) -> Value:
+        """Rows of a table in rows."""
+        spec, (rows, k) = EMBEDDING_FORMATS[tag], self.weights.layers[module]["shape"]
+        shape, graph = (*ids.shape, k), self.graph
+        scales = self.weight(f"{module}.qscale")
+        if spec.bits == 4:
+            signed: dict[str, Any] = {"dtype": TensorProto.INT4, "transform": lambda b: b ^ 0x88}
+            codes = self.weight(f"{module}.qweight", shape=(rows, k), **signed)
+            scales = graph.node("Cast", scales, to=FLOAT, shape=scales.shape, name=f"{scales.name}:float32")
+            attrs: dict[str, Any] = {
+                "block_size": spec.block,
+                "gather_axis": 0,
+                "quantize_axis": 1,
+                "domain": MICROSOFT,
+            }
+            return graph.node("GatherBlockQuantized", codes, ids, scales, shape=shape, name=name, **attrs)
+        codes = self.weight(f"{module}.qweight", dtype=TensorProto.INT8, transform=lambda b: b ^ 0x80)
+        row = graph.node("Gather", codes, ids, dtype=TensorProto.INT8, shape=shape, name=f"{module}:codes")
+        blocks = (*ids.shape, k // spec.block)
+        scale = graph.node("Gather", scales, ids, dtype=scales.dtype, shape=blocks, name=f"{module}:scales")
+        scale = graph.node("Cast", scale, to=FLOAT, shape=blocks, name=f"{module}:scales:float32")
+        attrs = {"axis": -1, "block_size": spec.block}
+        return graph.node("DequantizeLinear", row, scale, shape=shape, name=name, **attrs)
+
+    def linears(self, modules: Sequence[str], x: Value) -> list[Value]:
+        """W x + bias + adapter of modules that share x, in as few nodes as they allow."""
+        tags = {self.format(module) for module in modules}
+        rows = [self.shape_nk(module)[0] for module in modules]
+        own_s_in = any(self.adapter.term(module, "s_in") for module in modules)
+        if len(tags) == 1 and None not in tags and not own_s_in and all(n % TILE_ROWS == 0 for n in rows):
+            return self.packed_linears(modules, x)
+        return [self.linear(module, x) for module in modules]
+
+    def linear(self, module: str, x: Value) -> Value:
+        """W x + bias + adapter of one module."""
+        if self.format(module) is None:
+            return self.float_linear(module, x)
+        return self.packed_linears([module], x)[0]
+
+    def shape_nk(self, module: str) -> tuple[int, int]:
+        """Return N and K of a module's weight."""
+        stored = self.stored(module)
+        packed = self.weights.layers.get(stored)
+        n, k = packed["shape"] if packed else self.weights[f"{stored}.weight"].shape
+        return n, k
+
+    def packed_linears(self, modules: Sequence[str], x: Value) -> list[Value]:
+        """One fused op over modules whose weights stack along N."""
+        graph, together = self.graph, "|".join(modules)
+        stored = [self.stored(module) for module in modules]
+        tag = self.weights.layers[stored[0]]["format"]
+        shapes = [self.shape_nk(module) for module in modules]
+        rows, k = [n for n, _ in shapes], shapes[0][1]
+        stacked = [
+            graph.constant(f"{'|'.join(stored)}.{part}", *(self.weights[f"{m}.{part}"] for m in stored))
+            for part in ("qweight", "qscale")
+        ]
+        s_in = self.term(modules[0], "s_in", self.one(), (k,))
+        inputs = [x, *stacked, self.bias(together, modules, rows), s_in]
+        for module, n in zip(modules, rows, strict=True):
+            inputs += self.terms(module, n, k)
+        outputs = [Value(m, FLOAT, (*x.shape[:-1], n)) for m, n in zip(modules, rows, strict=True)]
+        kind = ops.op_type(tag, len(modules))
+        graph.function(kind, lambda: ops.function_proto(tag, len(modules)))
+        attrs = ops.attributes(k, rows, self.activation)
+        return list(graph.nodes_outputs(kind, inputs, outputs, together, ops.DOMAIN, **attrs))
+
+    def bias(self, together: str, modules: Sequence[str], rows: Sequence[int]) -> Value:
+        """Return the biases in a row, zero where a module has none, padded to whole tiles."""
+        padded = np.zeros(-(-sum(rows) // TILE_ROWS) * TILE_ROWS, np.float32)
+        for module, n, end in zip(modules, rows, np.cumsum(rows), strict=True):
+            if f"{module}.bias" in self.weights.tensors:
+                padded[end - n : end] = self.weights[f"{module}.bias"][:n]
+        return self.graph.constant(f"{together}.bias", padded)
+
+    def float_linear(self, module: str, x: Value) -> Value:
+        """The same equation in float, for a weight that was kept."""
+        graph, (n, k) = self.graph, self.shape_nk(module)
+        out, low = (*x.shape[:-1], n), (*x.shape[:-1], f"{module}.rank")
+        scaled = self.times(x, self.term(module, "s_in", self.one(), (k,)), f"{module}:s_in")
+        y = self.matmul(scaled, self.weight(f"{self.stored(module)}.weight"), out, f"{module}:base")
+        a, b, gate, s_out = self.terms(module, n, k)
+        if self.adapter.term(module, "a_rk") is not None:
+            t = self.times(self.matmul(x, a, low, f"{module}:a"), gate, f"{module}:gate")
+            y = graph.node("Add", y, self.matmul(t, b, out, f"{module}:b"), shape=out, name=f"{module}:sum")
+        y = self.times(y, s_out, f"{module}:s_out")
+        if f"{module}.bias" not in self.weights.tensors:
+            return graph.node("Identity", y, shape=out, name=module)
+        return graph.node("Add", y, self.weight(f"{module}.bias"), shape=out, name=module)
+
+    def times(self, x: Value, factor: Value, name: str) -> Value:
+        """x * factor, or x where the factor is the neutral one."""
+        return x if factor == self.one() else self.graph.node("Mul", x, factor, shape=x.shape, name=name)
+
+    def matmul(self, x: Value, matrix: Value, shape: Dims, name: str) -> Value:
+        """x matrix^T in float32."""
+        if matrix.dtype != FLOAT:
+            matrix = self.graph.node("Cast", matrix, to=FLOAT, shape=matrix.shape, name=f"{matrix.name}:float32")
+        flipped = matrix.shape[::-1]
+        turned = self.graph.node("Transpose", matrix, perm=[1, 0], shape=flipped, name=f"{name}:transposed")
+        return self.graph.node("MatMul", x, turned, shape=shape, name=name)

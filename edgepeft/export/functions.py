@@ -1,0 +1,172 @@
+"""The small functions of a decoder: schema, ONNX body and numpy reference of each, one row of FUNCTIONS.
+
+    RMSNorm                 y = x * rsqrt(mean(x^2) + epsilon) * weight                    over the last axis
+    SkipRMSNorm             sum = x + skip,  y = RMSNorm(sum, weight)
+    GatedActivation_<act>   y = act(gate) * up                                             act: silu, gelu_tanh
+    PackedEmbedding_<tag>   y[..., :] = value(code[ids, :]) * scale[ids, block]            of a weight in tiles
+
+Like the fused op of `ops`, a node of domain `edgepeft` is taken whole by our library where that is loaded, and inlined
+by ONNX Runtime everywhere else, which fuses the norms into its own SimplifiedLayerNormalization. A packed embedding
+gathers the tile of each id (16 rows) as it lies in the file and picks its row, so the table is neither unpacked nor
+copied, and the head it may be tied to reads the same bytes; a row is one exact product per element.
+
+Norms are computed in float32, their references in float64. Left out: norms with a bias, weights of another type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from edgepeft.export.body import INT32, INT64, Body
+from edgepeft.export.ops import DOMAIN, OPSET
+from edgepeft.quant.formats import FORMATS, TILE_COLUMNS, TILE_ROWS
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """One function. `body` adds nodes that end in the outputs' names; `reference` takes the inputs, then attributes."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    body: Callable[[Body], None]
+    reference: Callable[..., list[np.ndarray]]
+    attributes: tuple[str, ...] = ()
+
+    def proto(self) -> onnx.FunctionProto:
+        """Return the function as a model carries it: standard operators alone."""
+        from onnx import helper
+
+        body = Body()
+        self.body(body)
+        opsets = [helper.make_opsetid("", OPSET)]
+        return helper.make_function(
+            DOMAIN, self.name, list(self.inputs), list(self.outputs), body.nodes, opsets, list(self.attributes)
+        )
+
+
+# --- norms and activations ---------------------------------------------------------------------------------------
+
+
+def _norm_body(body: Body, x: str = "x") -> None:
+    import numpy as np
+
+    mean = body("ReduceMean", body("Pow", x, body.scalar(np.array(2, np.float32))), body.ints(-1), keepdims=1)
+    root = body("Sqrt", body("Add", mean, body("Constant", refs="value_float=epsilon")))
+    body("Mul", body("Div", x, root), "weight", out="y")
+
+
+def _skip_norm_body(body: Body) -> None:
+    _norm_body(body, body("Sum", "x", "skip", out="sum"))  # an Add may be fused into a slower kernel: see `encoder`
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> list[np.ndarray]:
+    """Return [x over its root mean square, times the weight] in float64."""
+    import numpy as np
+
+    x = x.astype(np.float64)
+    return [x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(epsilon)) * weight]
+
+
+def skip_rms_norm(x: np.ndarray, skip: np.ndarray, weight: np.ndarray, epsilon: float) -> list[np.ndarray]:
+    """Return [RMSNorm(x + skip), x + skip]."""
+    return [rms_norm(x + skip, weight, epsilon)[0], x + skip]
+
+
+def _silu(body: Body) -> str:
+    return body("Mul", "gate", body("Sigmoid", "gate"))
+
+
+def _gelu_tanh(body: Body) -> str:
+    return body("Gelu", "gate", approximate="tanh")
+
+
+def _gated_body(act: Callable[[Body], str], body: Body) -> None:
+    body("Mul", act(body), "up", out="y")
+
+
+def gated(activation: str, gate: np.ndarray, up: np.ndarray) -> list[np.ndarray]:
+    """Return [act(gate) * up] in float64."""
+    import numpy as np
+
+    gate = gate.astype(np.float64)
+    if activation == "silu":
+        return [gate / (1 + np.exp(-gate)) * up]
+    inner = np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)
+    return [0.5 * gate * (1 + np.tanh(inner)) * up]
+
+
+# --- packed embeddings -------------------------------------------------------------------------------------------
+
+
+def _embedding_body(format: str, body: Body) -> None:
+    import numpy as np
+
+    flat = body("Reshape", body("Cast", "ids", to=INT64), body.ints(-1))
+    tile_rows = body.scalar(np.array(TILE_ROWS, np.int64))
+    tile = body("Div", flat, tile_rows)
+    row = body("Reshape", body("Mod", flat, tile_rows), body.ints(-1, 1))
+    values = _row_values(format, body, body("Gather", "w", tile), row)
+    scales = body("Transpose", body("Gather", "scale", tile), perm=[0, 2, 1])  # [M, n, B]
+    scales = body("GatherND", scales, row, batch_dims=1)
+    blocks = body("Unsqueeze", body.float32(scales), body.ints(2))
+    k = body("Mul", body("Shape", "w", start=1, end=2), body.ints(TILE_COLUMNS))
+    block = FORMATS[format].block
+    per_block = body("Concat", body("Shape", scales), body.ints(block) if block else k, axis=0)
+    shape = body("Concat", body("Shape", "ids"), k, axis=0)
+    body("Reshape", body("Mul", body("Reshape", values, per_block), blocks), shape, out="y")
+
+
+def _row_values(format: str, body: Body, tiles: str, row: str) -> str:
+    """Return value(code) of one row of each tile, [M, U, 8, 4] float32."""
+    import numpy as np
+
+    spec = FORMATS[format]
+    units = body("Reshape", tiles, body.ints(0, 0, spec.bits, TILE_ROWS, 4))  # [M, U, j, n, i]
+    codes = body("GatherND", body("Transpose", units, perm=[0, 3, 1, 2, 4]), row, batch_dims=1)  # [M, U, j, i]
+    if spec.bits == 4:
+        codes = body("Concat", body.masked(codes, 0x0F), body.shifted(codes, "RIGHT"), axis=2)
+    if format.startswith("nf4"):
+        return body("Gather", body.scalar(spec.values()), body("Cast", codes, to=INT32))
+    return body("Sub", body.float32(codes), body.scalar(np.array(spec.zero, np.float32)))
+
+
+def embedding_rows(format: str, ids: np.ndarray, w: np.ndarray, scale: np.ndarray) -> list[np.ndarray]:
+    """Return [the rows that the ids name], float32 [..., K]."""
+    from edgepeft.quant.formats import Packed
+
+    packed = Packed(format, len(w) * TILE_ROWS, w.shape[1] * TILE_COLUMNS, w, scale)
+    return [FORMATS[format].dequantize(packed)[ids]]
+
+
+# --- the table ---------------------------------------------------------------------------------------------------
+
+
+def _table(*rows: Function) -> dict[str, Function]:
+    return {row.name: row for row in rows}
+
+
+def _gated_row(name: str, act: Callable[[Body], str]) -> Function:
+    body: Any = functools.partial(_gated_body, act)
+    return Function(f"GatedActivation_{name}", ("gate", "up"), ("y",), body, functools.partial(gated, name))
+
+
+def _embedding_row(tag: str) -> Function:
+    body, rows = functools.partial(_embedding_body, tag), functools.partial(embedding_rows, tag)
+    return Function(f"PackedEmbedding_{tag}", ("ids", "w", "scale"), ("y",), body, rows)
+
+
+FUNCTIONS = _table(
+    Function("RMSNorm", ("x", "weight"), ("y",), _norm_body, rms_norm, ("epsilon",)),
+    Function("SkipRMSNorm", ("x", "skip", "weight"), ("y", "sum"), _skip_norm_body, skip_rms_norm, ("epsilon",)),
+    _gated_row("silu", _silu),
+    _gated_row("gelu_tanh", _gelu_tanh),
+    *(_embedding_row(tag) for tag in FORMATS),
+)

@@ -1,0 +1,172 @@
+"""What a language model must still do after export: go on from what it holds, prefer the same tokens, keep its loss.
+
+| check | what runs | against | allowed |
+|---|---|---|---|
+| steps | a text in one run, in parts, token by token, float activations | each other | float32 rounding |
+| answers | the model as it will ship, targets of `JUDGED` texts | PyTorch in float | 90 % the same likeliest token |
+| metric | the same: mean loss per target | PyTorch in float | a rise of `LOSS_RISE` |
+
+`metric` also reports the perplexity, e^loss, of the base without the adapter, and of the float model the base was made
+of where there is room for it: what quantization cost, and what the adapter won. All that a text's tokens give is
+reduced to three numbers a token as it comes, since logits take 4 bytes for each word of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from edgepeft.errors import EdgePeftError, VerifyError
+from edgepeft.export import parity
+from edgepeft.export.parity import FLOAT_ERROR, Figures, OnnxModel
+from edgepeft.export.subject import TRACED, Written
+from edgepeft.train.chats import IGNORED
+
+AGREEMENT = 0.9
+LOSS_RISE = 0.02  # nats a token: 2 % of perplexity
+STEP_TOKENS = 64
+LARGEST_EXPONENT = 100.0
+PARTS = (1, 5)  # tokens a run
+FLOAT_BYTES = 4
+ROOM = 1.5  # times the float weights: what the float model needs beside the packed one
+
+
+class Judged(NamedTuple):
+    """A model's judgement of all targets: mean loss, and its likeliest tokens in order."""
+
+    loss: float
+    likeliest: np.ndarray
+
+    @property
+    def perplexity(self) -> float:
+        """e^loss."""
+        return math.exp(min(self.loss, LARGEST_EXPONENT))
+
+
+Logits = Callable[[np.ndarray], Iterator[np.ndarray]]
+
+
+def judge(rows: list[dict[str, Any]], logits: Logits) -> Judged:
+    """Return what a model makes of rows of targets; `logits` yields those of ids [1, S] in parts [1, some, V]."""
+    losses: list[np.ndarray] = []
+    likeliest: list[np.ndarray] = []
+    for row in rows:
+        target = np.array([*row["labels"][1:], IGNORED])
+        start = 0
+        for part in logits(np.array([row["input_ids"]], np.int64)):
+            here = target[start : start + part.shape[1]]
+            start += part.shape[1]
+            z_tv, goal = part[0][here != IGNORED], here[here != IGNORED]
+            top = z_tv.max(-1, keepdims=True)
+            log_sum = np.log(np.exp(z_tv - top, dtype=np.float32).sum(-1)) + top[:, 0]
+            losses.append(log_sum - z_tv[np.arange(len(goal)), goal])
+            likeliest.append(z_tv.argmax(-1))
+    return Judged(float(np.concatenate(losses).mean(dtype=np.float64)), np.concatenate(likeliest))
+
+
+def of_graph(model: OnnxModel) -> Logits:
+    """Return an exported model's logits, part by part."""
+    return lambda ids: model.steps(ids, STEP_TOKENS)
+
+
+def of_torch(model: Any) -> Logits:
+    """Return a PyTorch model's logits, part by part."""
+
+    def logits(ids: np.ndarray) -> Iterator[np.ndarray]:
+        import torch
+
+        past = None
+        with torch.inference_mode():
+            for start in range(0, ids.shape[1], STEP_TOKENS):
+                part = torch.from_numpy(ids[:, start : start + STEP_TOKENS])
+                found = model(input_ids=part, past_key_values=past, use_cache=True)
+                past = found.past_key_values
+                yield found.logits.float().numpy()
+
+    return logits
+
+
+# --- the checks --------------------------------------------------------------------------------------------------
+
+
+def check_steps(work: Written) -> Figures:
+    """Going on from keys and values gives what reading all at once does."""
+    model, batch = work.onnx(work.library is not None, "float"), work.sample(TRACED)
+    whole = model.logits(batch)
+    names = {size: f"{size} token{'s' * (size > 1)} a run" for size in PARTS}
+    errors = {
+        name: parity.largest_error(np.concatenate(list(model.steps(batch["input_ids"], size)), 1), whole)
+        for size, name in names.items()
+    }
+    rows = [parity.Difference(name, error, FLOAT_ERROR) for name, error in errors.items()]
+    worst = parity.require("a text in parts against the whole", rows, "This is a defect of edgepeft: please report it.")
+    return {"largest_error": worst, "tokens": batch["input_ids"].shape[1]}
+
+
+def _pair(work: Written) -> tuple[Judged, Judged]:
+    """Return what PyTorch and the model as it ships make of the texts."""
+    work.adapter("exported")
+    return judge(work.examples, of_torch(work.model)), judge(work.examples, of_graph(work.shipped))
+
+
+def check_answers(work: Written) -> Figures:
+    """The model as it ships prefers the tokens that PyTorch does."""
+    wanted, found = _pair(work)
+    work.judgements = (wanted, found)
+    same = float((wanted.likeliest == found.likeliest).mean())
+    if not same >= AGREEMENT:
+        raise VerifyError(
+            f"answers: {work.shipped.name} prefers PyTorch's token at {same:.2%} of {len(wanted.likeliest)} places, "
+            f"expected {AGREEMENT:.0%}. Try --activation float or a finer --format."
+        )
+    return {"agreement": same, "tokens": len(wanted.likeliest)}
+
+
+def check_metric(work: Written) -> Figures:
+    """The model as it ships keeps the loss of the trained one."""
+    wanted, found = work.judgements or _pair(work)
+    if not found.loss <= wanted.loss + LOSS_RISE:
+        raise VerifyError(
+            f"loss on the {work.split_name} split: expected at most {wanted.loss + LOSS_RISE:.4f} ({wanted.loss:.4f} "
+            f"in PyTorch and {LOSS_RISE} for rounding), found {found.loss:.4f} in the exported model. Try --activation "
+            "float or a finer --format."
+        )
+    perplexity: dict[str, Any] = {"exported": found.perplexity, "trained": wanted.perplexity}
+    if not work.merged:
+        with work.model.disable_adapter():
+            perplexity["base"] = judge(work.examples, of_torch(work.model)).perplexity
+    perplexity["float_base"] = _float_perplexity(work)
+    where = {"split": work.split_name, "examples": len(work.judged), "tokens": len(wanted.likeliest)}
+    return {"loss": found.loss, "trained_loss": wanted.loss, "perplexity": perplexity, **where}
+
+
+def _float_perplexity(work: Written) -> float | str:
+    """Return the perplexity of the float model that was quantized, or why there is none."""
+    import transformers
+
+    from edgepeft.backbone.checkpoint import tensor_shapes
+    from edgepeft.backbone.load import resolve_model
+    from edgepeft.train.watch import quiet
+
+    try:
+        source = resolve_model(work.config)
+    except EdgePeftError as error:
+        return f"not measured: {error}"
+    need = ROOM * FLOAT_BYTES * sum(math.prod(shape) for shape in tensor_shapes(source).values())
+    room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > room:
+        return f"not measured: it takes about {need / 1e9:.1f} GB, {room / 1e9:.1f} are free"
+    with quiet():
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(source.path), dtype="float32").eval()
+    return judge(work.examples, of_torch(model)).perplexity
+
+
+CHECKS: dict[str, Callable[[Written], Figures]] = {
+    "steps": check_steps,
+    "answers": check_answers,
+    "metric": check_metric,
+}

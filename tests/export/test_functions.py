@@ -1,0 +1,145 @@
+"""A decoder's small functions against their numpy references: the body on stock ONNX Runtime, the node on our own."""
+
+import functools
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import helper, numpy_helper
+
+from edgepeft.export.body import FLOAT32
+from edgepeft.export.functions import FUNCTIONS
+from edgepeft.export.ops import DOMAIN, IR_VERSION, OPSET
+from edgepeft.quant.formats import FORMATS
+
+EPSILON = 1e-6
+TIGHT = 4e-6  # of the largest value: float32 means of some hundred numbers, and ONNX Runtime's exp and tanh
+EMBEDDINGS = [name for name in FUNCTIONS if name.startswith("PackedEmbedding")]
+SHAPES = [(1, 1, 64), (2, 5, 80), (3, 2, 4, 33), (0, 64), (7, 1)]
+VOCABULARY, K = 40, 384  # rows that fill no whole tile
+
+
+@pytest.fixture(scope="session")
+def library():
+    """Our op library for this machine."""
+    from edgepeft.deploy.compile import host_library
+
+    return host_library()
+
+
+def floats(name, shape, seed=0, scale=1.0):
+    """Random inputs of a function on floats, in order."""
+    rng = np.random.default_rng(seed)
+    sizes = {"weight": shape[-1:]}
+    one = functools.partial(rng.normal, 0, scale)
+    return [one(size=sizes.get(part, shape)).astype(np.float32) for part in FUNCTIONS[name].inputs]
+
+
+def embedding(tag, ids_shape, seed=0):
+    """Random ids and a packed weight."""
+    rng = np.random.default_rng(seed)
+    packed = FORMATS[tag].quantize(rng.standard_normal((VOCABULARY, K), np.float32))
+    return [rng.integers(0, VOCABULARY, ids_shape), packed.w, packed.scale]
+
+
+def model(name, inputs):
+    """One node as a model: a packed weight is constant, all else is fed."""
+    function = FUNCTIONS[name]
+    attrs = dict.fromkeys(function.attributes, EPSILON)
+    node = helper.make_node(name, list(function.inputs), list(function.outputs), domain=DOMAIN, **attrs)
+    fixed = {"w", "scale"}
+    arrays = dict(zip(function.inputs, inputs, strict=True))
+    fed = [
+        helper.make_tensor_value_info(
+            part, helper.np_dtype_to_tensor_dtype(a.dtype), [f"{part}.{i}" for i in range(a.ndim)]
+        )
+        for part, a in arrays.items()
+        if part not in fixed
+    ]
+    outs = [helper.make_tensor_value_info(part, FLOAT32, None) for part in function.outputs]
+    stored = [numpy_helper.from_array(a, part) for part, a in arrays.items() if part in fixed]
+    graph = helper.make_graph([node], "one", fed, outs, stored)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, functions=[function.proto()], opset_imports=opsets, ir_version=IR_VERSION)
+
+
+def session(name, inputs, library=None, optimized=None):
+    """A session on one node, by its body or by our library."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if library:
+        options.register_custom_ops_library(str(library))
+    if optimized:
+        options.optimized_model_filepath = str(optimized)
+    return ort.InferenceSession(model(name, inputs).SerializeToString(), options, ["CPUExecutionProvider"])
+
+
+def run(name, inputs, library=None):
+    """The outputs of one node."""
+    made = session(name, inputs, library)
+    feeds = dict(zip(FUNCTIONS[name].inputs, inputs, strict=True))
+    return made.run(None, {item.name: feeds[item.name] for item in made.get_inputs()})
+
+
+def reference(name, inputs):
+    function = FUNCTIONS[name]
+    return function.reference(*inputs, *([EPSILON] * len(function.attributes)))
+
+
+@pytest.mark.parametrize("where", ["body", "library"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 30.0])
+@pytest.mark.parametrize("name", sorted({*FUNCTIONS} - {*EMBEDDINGS}))
+def test_floats_equal_the_reference(name, shape, scale, where, library):
+    inputs = floats(name, shape, scale=scale)
+    got, want = run(name, inputs, library if where == "library" else None), reference(name, inputs)
+    assert [y.shape for y in got] == [w.shape for w in want]
+    for y, w in zip(got, want, strict=True):
+        assert np.abs(y - w).max(initial=0) <= TIGHT * np.abs(w).max(initial=0)
+
+
+@pytest.mark.parametrize("where", ["body", "library"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 7), (3,), (0,), ()], ids=str)
+@pytest.mark.parametrize("tag", sorted(FORMATS))
+def test_an_embedding_gives_the_rows_exactly(tag, shape, where, library):
+    inputs = embedding(tag, shape)
+    inputs[0].reshape(-1)[:1] = VOCABULARY - 1
+    (got,) = run(f"PackedEmbedding_{tag}", inputs, library if where == "library" else None)
+    (want,) = reference(f"PackedEmbedding_{tag}", inputs)
+    assert got.dtype == want.dtype == np.float32
+    assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["RMSNorm", "SkipRMSNorm"])
+def test_onnxruntime_fuses_the_norms(name, tmp_path):
+    session(name, floats(name, (2, 64)), optimized=tmp_path / "model.onnx")
+    kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert kinds == {"SimplifiedLayerNormalization"} | ({"Sum"} if name == "SkipRMSNorm" else set())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", sorted({*FUNCTIONS} - {*EMBEDDINGS}))
+def test_what_is_not_finite_stays_so_in_its_row(name, value, library):
+    inputs = floats(name, (3, 64))
+    clean = run(name, inputs, library)[0]
+    inputs[0][1, 5] = value
+    for got in (run(name, inputs)[0], run(name, inputs, library)[0]):
+        assert not np.isfinite(got[1]).all()
+        assert np.allclose(got[[0, 2]], clean[[0, 2]], rtol=1e-5)
+
+
+def test_schemas():
+    """What kernels and files agree on."""
+    want = {
+        "RMSNorm": (["x", "weight"], ["y"], ["epsilon"]),
+        "SkipRMSNorm": (["x", "skip", "weight"], ["y", "sum"], ["epsilon"]),
+        "GatedActivation_silu": (["gate", "up"], ["y"], []),
+        "GatedActivation_gelu_tanh": (["gate", "up"], ["y"], []),
+        **{f"PackedEmbedding_{tag}": (["ids", "w", "scale"], ["y"], []) for tag in FORMATS},
+    }
+    protos = {name: function.proto() for name, function in FUNCTIONS.items()}
+    assert {n: (list(p.input), list(p.output), list(p.attribute)) for n, p in protos.items()} == want
+    assert {(p.domain, n == p.name, *((o.domain, o.version) for o in p.opset_import)) for n, p in protos.items()} == {
+        ("edgepeft", True, ("", 21))
+    }
