@@ -2,7 +2,8 @@
 
 Every field is a key of the file (`rank = 16`) and a flag of the command line (`--rank 16`); the help text and the set
 of allowed names live with the field, so the three cannot drift apart. Fields that name a member of a table are checked
-against that table when the record is made.
+against that table when the record is made. A setting that tasks have of their own defaults to 0, which the record
+replaces by the task's value.
 """
 
 from __future__ import annotations
@@ -56,6 +57,10 @@ def _tasks() -> Iterable[str]:
     return TASKS
 
 
+def _precisions() -> Iterable[str]:
+    return ("float32", "bfloat16")
+
+
 def _targets() -> Iterable[str]:
     from edgepeft.deploy.targets import target_names
 
@@ -97,19 +102,31 @@ class Config:
     rank: int = _field(16, "Rank R of the adapter.", low=1, high=1024, group="train")
     alpha: float = _field(32.0, "LoRA alpha; the adapter is scaled by alpha / rank.", low=1e-3, group="train")
     dropout: float = _field(0.05, "Dropout on the adapter's input.", low=0, high=0.9, group="train")
-    epochs: int = _field(8, "Passes over the training set.", low=1, group="train")
-    batch_size: int = _field(32, "Examples per training step.", low=1, group="train")
-    learning_rate: float = _field(2e-3, "Peak learning rate.", low=1e-9, group="train")
-    max_length: int = _field(64, "Longest text in tokens; longer ones are cut.", low=4, group="train")
+    epochs: int = _field(0, "Passes over the training set.", low=1, group="train")
+    batch_size: int = _field(0, "Examples, or packed rows of them, per forward pass.", low=1, group="train")
+    accumulation: int = _field(1, "Forward passes per training step, their gradients summed.", low=1, group="train")
+    learning_rate: float = _field(0.0, "Peak learning rate.", low=1e-9, group="train")
+    max_length: int = _field(0, "Longest text or packed row in tokens; longer ones are cut.", low=4, group="train")
+    packing: bool = _field(True, "text-generation: put several examples into one row.", group="train")
+    checkpointing: bool = _field(
+        False, "Compute activations twice instead of keeping them: less memory.", group="train"
+    )
+    precision: str = _field(
+        "float32", "Arithmetic of training; bfloat16 where it is native.", _precisions, group="train"
+    )
     seed: int = _field(0, "Seed of every random choice.", low=0, high=2**32 - 1, group="train")
     adapter: str = _field("separate", "Ship the adapter beside the base or merged.", _adapter_forms, group="export")
     min_retention: float = _field(0.5, "Merged: least share of the adapter to survive.", low=0, high=1, group="export")
     max_metric_drop: float = _field(0.01, "Merged: most the validation metric may fall.", low=0, group="export")
     activation: str = _field("int8", "Activations of the fused op.", _activations, group="export")
+    context: int = _field(2048, "text-generation: most tokens of prompt and answer together.", low=16, group="export")
     threads: int = _field(0, "CPU threads to train and verify; 0 takes all.", low=0, high=MOST_THREADS, group="run")
-    output: str = _field("edgepeft-out", "Folder for everything that is made.", group="run")
+    output: str = _field("edgepeft-out", "Folder for all that is made: new, empty or of an earlier build.", group="run")
 
     def __post_init__(self) -> None:
+        for name, value in _own_settings(self.task).items():
+            if not getattr(self, name):
+                object.__setattr__(self, name, value)
         problems = [p for f in dataclasses.fields(self) if (p := _problem(f, getattr(self, f.name)))]
         if self.double_quant and not self.format.startswith("nf4"):
             problems.append(f"double_quant needs format nf4b64; found {self.format!r}.")
@@ -119,6 +136,19 @@ class Config:
     def replace(self, **changes: Any) -> Config:
         """Return a copy with some fields changed, checked anew."""
         return dataclasses.replace(self, **changes)
+
+
+def _own_settings(task: str) -> Mapping[str, Any]:
+    """Return the settings that a task has of its own; 0 stands for them."""
+    from edgepeft.train.tasks import TASKS
+
+    return TASKS[task].defaults if task in TASKS else {}
+
+
+def default_text(field: dataclasses.Field) -> str:
+    """Return the default of a field in words; of one that tasks have of their own, each task's."""
+    own = {task: found[field.name] for task in _tasks() if field.name in (found := _own_settings(task))}
+    return ", ".join(f"{value} for {task}" for task, value in own.items()) or str(field.default)
 
 
 def flag(name: str) -> str:

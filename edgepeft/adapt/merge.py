@@ -137,15 +137,15 @@ def _metrics(config: Config, run: Run, out: Path) -> dict[str, Any]:
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    splits, metric = load_splits(config), TASKS[config.task].select
+    splits, task = load_splits(config), TASKS[config.task]
     with quiet():
         tokenizer = load_tokenizer(run.path("quantized"))
         apart = PeftModel.from_pretrained(
             quantized_model(run.path("quantized"), splits.labels, config), str(run.path("adapter"))
         )
         merged = merged_model(out, run.path("adapter"), splits.labels, config)
-    before, after = (evaluate(model, config, splits.validation, tokenizer)[metric] for model in (apart, merged))
-    return {"metric": metric, "separate": before, "merged": after, "drop": before - after}
+    before, after = (evaluate(model, config, splits.validation, tokenizer)[task.select] for model in (apart, merged))
+    return {"metric": task.select, "separate": before, "merged": after, "drop": task.drop(before, after)}
 
 
 def merged_model(folder: Path, adapter: Path, labels: Sequence[str], config: Config) -> Any:
@@ -174,8 +174,9 @@ def _problems(report: Mapping[str, Any]) -> list[str]:
             f"{report['min_retention']:g} is asked for (--min-retention): the grid of the weights is too coarse for it."
         )
     if not found["drop"] <= report["max_metric_drop"]:
+        moves = "raises" if found["merged"] > found["separate"] else "lowers"
         problems.append(
-            f"merging lowers validation {found['metric']} from {found['separate']:.4f} to {found['merged']:.4f}; at "
+            f"merging {moves} validation {found['metric']} from {found['separate']:.4f} to {found['merged']:.4f}; at "
             f"most {report['max_metric_drop']:g} is allowed (--max-metric-drop)."
         )
     return problems

@@ -21,10 +21,13 @@ SEAL = "complete.json"
 NAME = re.compile(r"checkpoint-(\d+)$")
 
 
-def best_step(log_history: Sequence[Mapping[str, Any]], select: str) -> int:
-    """Return the step of the evaluation with the highest `select`; ties go to the lower loss, then the earlier one."""
-    rows = [row for row in log_history if f"eval_{select}" in row]
-    best = max(rows, key=lambda row: (row[f"eval_{select}"], -row["eval_loss"], -row["step"]))
+def best_step(log_history: Sequence[Mapping[str, Any]], select: str, lower: bool = False) -> int:
+    """Return the step of the evaluation with the highest `select`, or the lowest where `lower`.
+
+    Ties go to the lower loss, then the earlier one.
+    """
+    rows, sign = [row for row in log_history if f"eval_{select}" in row], -1 if lower else 1
+    best = max(rows, key=lambda row: (sign * row[f"eval_{select}"], -row["eval_loss"], -row["step"]))
     return int(best["step"])
 
 

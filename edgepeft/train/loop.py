@@ -3,17 +3,23 @@
     quantized folder ─► model with packed linears ─► PEFT adapter + head ─► Trainer ─► best checkpoint ─► adapter folder
 
 The backbone stays in its packed bits (a digest taken before and after says so) and each linear dequantizes them as it
-needs them; only the adapter and the head have gradients, in float32. AdamW, linear decay after a warm-up, one
-evaluation and one checkpoint per epoch, the best checkpoint by the task's metric kept.
+needs them; only the adapter and, where the task has one, its head have gradients, in float32. AdamW, linear decay after
+a warm-up, one evaluation and one checkpoint per epoch, the best checkpoint by the task's metric kept. The loss of a
+step is the mean over all its labels, whatever number of forward passes and processes (`ranks`) share them.
 
 Every random choice hangs on the seed and each checkpoint holds the generators' states, so a training that was killed
 and went on ends with the same bytes as one that was not (`checkpoints`).
 
-Left out: other devices than the CPU, mixed precision, gradient accumulation.
+Memory: packed bits, 16 bytes per trained parameter (itself, gradient, AdamW), and the activations of one forward pass,
+which `--batch-size` and `--max-length` bound; with `--checkpointing` those of one layer, for a third more time. Logits
+over a vocabulary do not exist (`losses`).
+
+Left out: sharding a backbone that outgrows one machine; its bits are buffers, which FSDP leaves whole everywhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import platform
@@ -25,15 +31,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgepeft import ranks
 from edgepeft.adapt import peft_files
 from edgepeft.adapt.methods import METHODS
 from edgepeft.artifact import Run, read_json, read_tensors, write_json
-from edgepeft.backbone.families import family_of
+from edgepeft.backbone.families import Family, family_of
 from edgepeft.console import say
 from edgepeft.errors import ConfigError
 from edgepeft.train import checkpoints
-from edgepeft.train.batches import LengthBatches
-from edgepeft.train.data import Split, Splits, load_splits
+from edgepeft.train.batches import LengthBatches, pack
+from edgepeft.train.data import Splits, load_splits
 from edgepeft.train.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -44,7 +51,6 @@ if TYPE_CHECKING:
 WARMUP_SHARE = 0.06
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
-EVAL_BATCH = 64
 LOGS_PER_EPOCH = 5
 
 
@@ -57,15 +63,18 @@ def train(config: Config, run: Run, out: Path) -> dict[str, Any]:
     from edgepeft.train.watch import draw_curves, quiet, reset_peak_resident
 
     reset_peak_resident()
+    _check_precision(config)
     splits = load_splits(config)
     quantized = run.path("quantized")
     described = read_json(quantized / "quantized.json")
     with quiet():
         tokenizer = load_tokenizer(quantized)
         model = adapted(_packed_model(quantized, splits, config), config)
-        work = run.work("train", run.key)
+        work = ranks.led(lambda: run.work("train", run.key))
         result = fit(model, tokenizer, splits, config, work, run.folder / "logs")
-    settings = _settings(model, config, heads_of(model))
+    if not ranks.leads():
+        return {}
+    settings = _settings(model, config, _family(model).heads)
     tensors = read_tensors(checkpoints.place(work, result["best_step"]) / peft_files.TENSORS)
     peft_files.write(out, settings, tensors, described["base_digest"], described["format"])
     draw_curves(result["epochs"], out / "curves.png")
@@ -79,38 +88,47 @@ def fit(
 ) -> dict[str, Any]:
     """Train a PEFT model on checked splits; leave it with the best checkpoint's weights and return all figures.
 
-    work: checkpoints of this training alone, from which an interrupted one goes on.
+    work: checkpoints of this training alone, from which an interrupted one goes on.  Of several processes the leader
+    evaluates and returns the figures, the others return nothing.
     """
-    from edgepeft.train.watch import Progress, epoch_rows, peak_resident_bytes
+    from edgepeft.train.watch import Progress, epoch_rows, frugal, peak_resident_bytes
 
     if config.threads:
         _torch().set_num_threads(config.threads)
-    limit = token_limit(model, config)
-    examples = {name: encode(tokenizer, getattr(splits, name), limit, name) for name in ("train", "validation")}
+    task, limit = TASKS[config.task], token_limit(model, config)
+    examples = {name: getattr(splits, name).encode(tokenizer, limit, name) for name in ("train", "validation")}
+    tokens = sum(len(row["input_ids"]) for row in examples["train"])
+    if task.packs and config.packing:
+        examples["train"] = pack(examples["train"], limit, config.seed)
     before, began = _frozen_digest(model), time.perf_counter()
-    resumed = checkpoints.newest(work)
+    resumed = ranks.led(lambda: checkpoints.newest(work))
     _tell_start(model, splits, resumed)
-    progress = Progress(TASKS[config.task])
-    trainer = _trainer(model, tokenizer, examples, config, work, progress, logs, resumed)
-    history = _run_trainer(trainer, work, resumed)
-    best = checkpoints.best_step(history, TASKS[config.task].select)
+    progress = Progress(task)
+    with task.answering(model), frugal() if config.checkpointing else contextlib.nullcontext():
+        trainer = _trainer(model, tokenizer, examples, config, work, progress, logs, resumed)
+        history = _run_trainer(trainer, work, resumed)
+    if not ranks.leads():
+        return {}
+    best = checkpoints.best_step(history, task.select, task.lower)
     _load_adapter(model, checkpoints.place(work, best))
     if _frozen_digest(model) != before:
         raise RuntimeError("the frozen backbone changed while the adapter was trained")
     rows = epoch_rows(history)
-    figures = {name: evaluate(model, config, getattr(splits, name), tokenizer) for name in ("validation", "test")}
+    judged = [name for name in ("validation", "test") if len(getattr(splits, name))]
+    figures = {name: evaluate(model, config, getattr(splits, name), tokenizer) for name in judged}
+    steps = _steps_per_epoch(len(examples["train"]), config)
     result = {
         **figures, "best_epoch": next(round(row["epoch"]) for row in rows if row["step"] == best), "best_step": best,
         "epochs": rows, "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "peak_resident_bytes": peak_resident_bytes(), "seconds": round(time.perf_counter() - began, 2),
-        "resumed_at_step": resumed, **_speed(progress, len(splits.train), config),
+        "resumed_at_step": resumed, **_speed(progress, len(splits.train) / steps, tokens / steps),
         "examples": {name: len(getattr(splits, name)) for name in ("train", "validation", "test")},
     }  # fmt: skip
     _tell_end(result)
     return result
 
 
-def evaluate(model: Any, config: Config, split: Split, tokenizer: Any = None) -> dict[str, float]:
+def evaluate(model: Any, config: Config, split: Any, tokenizer: Any = None) -> dict[str, float]:
     """Return the task's metrics of a model on a split, and how many examples that were.
 
     model: any transformers or PEFT model of the task. The tokenizer is the source model's unless given.
@@ -119,27 +137,31 @@ def evaluate(model: Any, config: Config, split: Split, tokenizer: Any = None) ->
     return {**TASKS[config.task].metrics(predict(model, config, split, tokenizer), labels), "examples": len(split)}
 
 
-def predict(model: Any, config: Config, split: Split, tokenizer: Any = None) -> np.ndarray:
-    """Return the logits of a model for a split: float32 [M, labels], in the order of the split."""
-    torch = _torch()
+def predict(model: Any, config: Config, split: Any, tokenizer: Any = None) -> np.ndarray:
+    """Return the answers of a model to a split, in its order, as the task's metrics take them.
+
+    float32 [M, labels], the logits; of a task without labels [M, 3], figures per row that the split becomes.
+    """
+    torch, task = _torch(), TASKS[config.task]
     if tokenizer is None:
         from edgepeft.backbone.load import resolve_model
 
         tokenizer = load_tokenizer(resolve_model(config).path)
-    rows = encode(tokenizer, split, token_limit(model, config))
+    rows = split.encode(tokenizer, token_limit(model, config))
+    size = task.eval_batch or config.batch_size
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    logits: dict[int, np.ndarray] = {}
+    answers: dict[int, np.ndarray] = {}
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    with torch.inference_mode():
-        for start in range(0, len(order), EVAL_BATCH):
-            chosen = order[start : start + EVAL_BATCH]
-            batch = TASKS[config.task].collate([rows[i] for i in chosen], tokenizer.pad_token_id or 0)
+    with torch.inference_mode(), task.answering(model):
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            batch = task.collate([rows[i] for i in chosen], tokenizer.pad_token_id or 0)
             batch = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
-            logits.update(zip(chosen, model(**batch).logits.float().cpu().numpy(), strict=True))
+            answers.update(zip(chosen, model(**batch)[0].float().cpu().numpy(), strict=True))
     model.train(was_training)
-    return np.stack([logits[i] for i in range(len(rows))])
+    return np.stack([answers[i] for i in range(len(rows))])
 
 
 # --- model and data ----------------------------------------------------------------------------------------------
@@ -167,16 +189,9 @@ def token_limit(model: Any, config: Config) -> int:
     return config.max_length
 
 
-def encode(tokenizer: Any, split: Split, limit: int, name: str | None = None) -> list[dict[str, Any]]:
-    """Turn a split into rows of token ids, cut at `limit`; tell how many were cut when the split has a name."""
-    encoded = tokenizer(list(split.texts), truncation=False, verbose=False)
-    cut = sum(len(ids) > limit for ids in encoded["input_ids"])
-    if cut:
-        encoded = tokenizer(list(split.texts), truncation=True, max_length=limit)
-    if name and cut:
-        say(f"  {name}: {cut} of {len(split)} texts are longer than {limit} tokens and were cut (--max-length)")
-    fields = [field for field in ("input_ids", "token_type_ids", "attention_mask") if field in encoded]
-    return [{**{f: encoded[f][i] for f in fields}, "labels": label} for i, label in enumerate(split.labels)]
+def encode(tokenizer: Any, split: Any, limit: int) -> list[dict[str, Any]]:
+    """Return the rows of token ids that a split becomes, cut at `limit`."""
+    return split.encode(tokenizer, limit)
 
 
 def _packed_model(quantized: Path, splits: Splits, config: Config) -> Any:
@@ -191,20 +206,19 @@ def _packed_model(quantized: Path, splits: Splits, config: Config) -> Any:
     return model
 
 
-def heads_of(model: Any) -> tuple[str, ...]:
-    """Return the modules that lie outside the backbone and are trained in full."""
-    return family_of(model.config.to_dict(), "the model").heads
+def _family(model: Any) -> Family:
+    return family_of(model.config.to_dict(), "the model")
 
 
 def adapted(model: Any, config: Config) -> Any:
-    """Return the model as a PEFT model: an adapter on every linear of the backbone, the head trained in full."""
+    """Return the model as a PEFT model: an adapter on every linear of the backbone, a task's head trained in full."""
     from peft import get_peft_model
 
-    heads, kind = heads_of(model), TASKS[config.task].peft_type
+    family, kind = _family(model), TASKS[config.task].peft_type
     linears = [name for name, module in model.named_modules() if isinstance(module, _torch().nn.Linear)]
-    modules = [name for name in linears if name.split(".")[0] not in heads]
+    modules = [name for name in linears if name.startswith(f"{family.prefix}.")]
     own = {id(p) for p in model.parameters()}
-    peft = get_peft_model(model, METHODS[config.method].peft_config(config, modules, heads, kind))
+    peft = get_peft_model(model, METHODS[config.method].peft_config(config, modules, family.heads, kind))
     loose = [name for name, p in peft.named_parameters() if p.requires_grad and id(p) in own]
     if loose:
         raise RuntimeError(f"parameters of the backbone would be trained: {', '.join(loose[:4])}")
@@ -212,10 +226,11 @@ def adapted(model: Any, config: Config) -> Any:
 
 
 def _frozen_digest(model: Any) -> str:
-    """Return a digest of everything that training must not change."""
-    digest = hashlib.sha256()
+    """Return a digest of everything that training must not change; what a model works out anew is not stored in it."""
+    digest, stored = hashlib.sha256(), model.state_dict()
     frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
-    for name, tensor in sorted([*frozen, *model.named_buffers()], key=lambda item: item[0]):
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in stored]
+    for name, tensor in sorted([*frozen, *buffers], key=lambda item: item[0]):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(_torch().uint8).numpy())
     return digest.hexdigest()
@@ -237,10 +252,33 @@ def _settings(model: Any, config: Config, heads: Iterable[str]) -> dict[str, Any
     kept = {name: value for name, value in settings.items() if name in always or value != defaults.get(name)}
     base = Path(config.model)
     own = {"base_model_name_or_path": base.name if base.exists() else config.model, "inference_mode": True}
-    return {**kept, **own, "modules_to_save": sorted(heads)}
+    return {**kept, **own, "modules_to_save": sorted(heads) or None}
 
 
 # --- the Trainer -------------------------------------------------------------------------------------------------
+
+
+def native_bfloat16() -> bool:
+    """Tell whether this machine multiplies bfloat16 itself; elsewhere it is slower than float32."""
+    if _torch().cuda.is_available():
+        return bool(_torch().cuda.is_bf16_supported(including_emulation=False))
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as stream:
+        return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(stream.read().split()))
+    return False
+
+
+def _check_precision(config: Config) -> None:
+    """Raise ConfigError for a precision that this machine only imitates."""
+    if config.precision == "bfloat16" and not native_bfloat16():
+        raise ConfigError(
+            "--precision bfloat16: expected a processor or GPU that multiplies bfloat16 (AVX512-BF16, AMX, ARM's "
+            "bf16), found none: it would take about three times as long as float32. Take --precision float32."
+        )
+
+
+def _steps_per_epoch(rows: int, config: Config) -> int:
+    passes = -(-rows // (config.batch_size * ranks.world()))
+    return -(-passes // config.accumulation)
 
 
 def _arguments(config: Config, work: Path, steps_per_epoch: int) -> Any:
@@ -249,11 +287,15 @@ def _arguments(config: Config, work: Path, steps_per_epoch: int) -> Any:
     steps = steps_per_epoch * config.epochs
     return TrainingArguments(
         output_dir=str(work), num_train_epochs=config.epochs, per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=EVAL_BATCH, learning_rate=config.learning_rate, lr_scheduler_type="linear",
+        per_device_eval_batch_size=TASKS[config.task].eval_batch or config.batch_size,
+        gradient_accumulation_steps=config.accumulation, gradient_checkpointing=config.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        learning_rate=config.learning_rate, lr_scheduler_type="linear",
         warmup_steps=min(max(1, int(WARMUP_SHARE * steps)), steps - 1), weight_decay=WEIGHT_DECAY,
         max_grad_norm=CLIP_NORM, optim="adamw_torch", seed=config.seed, data_seed=config.seed,
         use_cpu=not _torch().cuda.is_available(),
-        bf16=False, fp16=False, eval_strategy="epoch", save_strategy="epoch", logging_strategy="steps",
+        bf16=config.precision == "bfloat16", fp16=False, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
+        eval_strategy="epoch", save_strategy="epoch", logging_strategy="steps",
         logging_steps=max(1, steps_per_epoch // LOGS_PER_EPOCH), logging_nan_inf_filter=False, report_to=[],
         disable_tqdm=True, remove_unused_columns=False, label_names=["labels"], dataloader_pin_memory=False,
     )  # fmt: skip
@@ -273,23 +315,23 @@ def _trainer(
         def get_train_dataloader(self) -> torch.utils.data.DataLoader:
             batches = LengthBatches(
                 [len(row["input_ids"]) for row in examples["train"]], config.batch_size, config.seed,
-                lambda: round(self.state.epoch or 0),
+                lambda: round(self.state.epoch or 0), (ranks.rank(), ranks.world()),
             )  # fmt: skip
             loader = _torch().utils.data.DataLoader
             return loader(examples["train"], batch_sampler=batches, collate_fn=self.data_collator)
 
     task = TASKS[config.task]
-    if logs is not None and resumed is None:
+    if logs is not None and resumed is None and ranks.leads():
         shutil.rmtree(logs, ignore_errors=True)
     trainer = BatchedTrainer(
         model=model,
-        args=_arguments(config, work, -(-len(examples["train"]) // config.batch_size)),
+        args=_arguments(config, work, _steps_per_epoch(len(examples["train"]), config)),
         train_dataset=examples["train"],
         eval_dataset=sorted(examples["validation"], key=lambda row: len(row["input_ids"])),
         data_collator=lambda rows: task.collate(rows, tokenizer.pad_token_id or 0),
         compute_loss_func=GuardedLoss(task, config, lambda: trainer.state.global_step),
         compute_metrics=lambda found: task.metrics(np.asarray(found.predictions), np.asarray(found.label_ids)),
-        callbacks=[progress, Sealer(work, task), *(tensorboard(logs) if logs else [])],
+        callbacks=[Sealer(work, task), *([progress, *(tensorboard(logs) if logs else [])] if ranks.leads() else [])],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -312,9 +354,11 @@ def _run_trainer(trainer: Any, work: Path, resumed: int | None) -> list[dict[str
 
 
 def _tell_start(model: Any, splits: Splits, resumed: int | None) -> None:
-    counts = ", ".join(f"{name} {len(getattr(splits, name))}" for name in ("train", "validation", "test"))
+    sizes = {name: len(getattr(splits, name)) for name in ("train", "validation", "test")}
+    counts = ", ".join(f"{name} {size}" for name, size in sizes.items() if size)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"  {counts} examples of {len(splits.labels)} labels; training {trained:,} parameters, the backbone is frozen")
+    kinds = f" of {len(splits.labels)} labels" if splits.labels else ""
+    say(f"  {counts} examples{kinds}; training {trained:,} parameters, the backbone is frozen")
     if resumed:
         say(f"  going on from the checkpoint of step {resumed}")
 
@@ -322,21 +366,25 @@ def _tell_start(model: Any, splits: Splits, resumed: int | None) -> None:
 def _tell_end(result: Mapping[str, Any]) -> None:
     from edgepeft.train.watch import figures_text
 
-    test = {name: value for name, value in result["test"].items() if name != "examples"}
-    say(f"  best epoch {result['best_epoch']}: test {figures_text(test)}")
+    split = "test" if "test" in result else "validation"
+    figures = {name: value for name, value in result[split].items() if name != "examples"}
+    say(f"  best epoch {result['best_epoch']}: {split} {figures_text(figures)}")
     memory = result["peak_resident_bytes"] / 2**20
     speed = result["samples_per_second"]
     say(f"  {result['seconds']:.0f} s, peak memory {memory:.0f} MiB" + (f", {speed:.0f} samples/s" if speed else ""))
 
 
-def _speed(progress: Any, examples: int, config: Config) -> dict[str, float | None]:
-    """Return the speed of the training steps this process did; evaluation and checkpoints do not count."""
+def _speed(progress: Any, examples: float, tokens: float) -> dict[str, float | None]:
+    """Return the speed of the training steps this process did, of so many examples and tokens each in the mean.
+
+    Evaluation and checkpoints do not count.
+    """
     if not progress.steps:
-        return {"samples_per_second": None, "step_ms": None, "step_cpu_ms": None}
+        return dict.fromkeys(("samples_per_second", "tokens_per_second", "step_ms", "step_cpu_ms"))
     wall, cpu = progress.step_seconds / progress.steps, progress.step_cpu_seconds / progress.steps
-    mean_batch = examples / -(-examples // config.batch_size)
     return {
-        "samples_per_second": round(mean_batch / wall, 2),
+        "samples_per_second": round(examples / wall, 2),
+        "tokens_per_second": round(tokens / wall, 1),
         "step_ms": round(wall * 1e3, 3),
         "step_cpu_ms": round(cpu * 1e3, 3),
     }

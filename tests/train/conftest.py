@@ -1,11 +1,11 @@
-"""A tiny quantized BERT and its data, made once."""
+"""A tiny quantized BERT and a tiny quantized decoder with their data, made once."""
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from builders import tiny_bert, tiny_data
+from builders import conversations, tiny_bert, tiny_data, tiny_decoder, write_rows
 
 from edgepeft.artifact import Run
 from edgepeft.config import Config
@@ -45,6 +45,47 @@ def new_run(tmp_path: Path, quantized: Callable[..., Path]) -> Callable[..., Run
 
     def make(tag: str = "i4b32", name: str = "run") -> Run:
         shutil.copytree(quantized(tag), tmp_path / name / "quantized")
+        run = Run(tmp_path / name)
+        run.key = "a key"
+        return run
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def chat_config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A configuration that trains a tiny decoder on short conversations in seconds."""
+    place = tmp_path_factory.mktemp("chats")
+    model, data = tiny_decoder(place / "model"), write_rows(place / "chats.jsonl", conversations(200))
+    return Config(
+        model=str(model), data=str(data), task="text-generation", epochs=10, batch_size=4, rank=16, dropout=0.0,
+        learning_rate=1e-2, max_length=160, threads=1,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def brief_config(chat_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The same for what needs no more than a few steps."""
+    data = write_rows(tmp_path_factory.mktemp("brief") / "chats.jsonl", conversations(60))
+    return chat_config.replace(data=str(data), epochs=1, batch_size=2)
+
+
+@pytest.fixture(scope="session")
+def quantized_decoder(chat_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quantized folder of that decoder."""
+    from edgepeft.quant.stage import quantize
+
+    run = Run(tmp_path_factory.mktemp("decoder"))
+    run.make("quantized", "k", lambda out: quantize(chat_config, run, out))
+    return run.path("quantized")
+
+
+@pytest.fixture
+def new_chat_run(tmp_path: Path, quantized_decoder: Path) -> Callable[..., Run]:
+    """Return a function that gives a fresh run folder in which `quantize` of the decoder is done."""
+
+    def make(name: str = "run") -> Run:
+        shutil.copytree(quantized_decoder, tmp_path / name / "quantized")
         run = Run(tmp_path / name)
         run.key = "a key"
         return run
