@@ -15,6 +15,7 @@ import onnxruntime as ort
 from tokenizers import Tokenizer
 
 HERE = Path(__file__).parent
+BROKEN_OPTIMIZER = "FuseFp16InitializerToFp32NodeTransformer"  # ends the process in ONNX Runtime 1.23 to 1.29
 
 
 def main(text: str) -> None:
@@ -29,7 +30,9 @@ def main(text: str) -> None:
     library = HERE / "lib" / f"{sys.platform}-{platform.machine()}" / "libedgepeft_ops.so"
     if library.exists():  # without it the same file runs on stock ONNX Runtime, slower
         options.register_custom_ops_library(str(library))
-    session = ort.InferenceSession(str(HERE / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        str(HERE / "model.onnx"), options, providers=["CPUExecutionProvider"], disabled_optimizers=[BROKEN_OPTIMIZER]
+    )
 
     started = time.perf_counter()
     encoding = tokenizer.encode(text)

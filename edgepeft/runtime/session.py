@@ -1,21 +1,26 @@
-"""A loaded bundle: one ONNX Runtime session, and per thread and adapter one binding of the adapter's tensors.
+"""A loaded bundle: one ONNX Runtime session and its adapters; and the `Model` that classifies with them.
 
     text ── tokens ──► ids, mask, types int64 [batch, sequence] ──┐
                                                                   ├──► session ──► logits float32 [batch, labels]
     adapter ── mapped file ──► OrtValues, bound once ─────────────┘
 
 A call binds only the ids anew, so neither the number of adapters nor that of their tensors is paid per call. Bindings
-are kept per thread, so one Model serves many threads, each call with the adapter it names.
+are kept per thread and adapter, so one Model serves many threads, each call with the adapter it names. What a bundle
+for another task becomes when it is loaded stands in TASKS.
 
-Left out: batches whose rows use different adapters, and devices other than the CPU.
+Left out: batches to classify whose rows use different adapters, and devices other than the CPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import importlib
 import platform
+import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -30,7 +35,14 @@ from edgepeft.runtime.manifest import Manifest, check_bundle
 from edgepeft.runtime.tasks import Prediction, predictions
 from edgepeft.runtime.tokens import Tokens, check_texts
 
+WEIGHTS_ELSEWHERE = (1, 21)  # ONNX Runtime that can be told where the weights of a model given as bytes are
 QUIET = 3  # ONNX Runtime's severity "error": it warns once for every overridable initializer
+# Widens float16 initializers that no kernel takes; it ends the process over a function's body in 1.23 to 1.29.
+BROKEN_OPTIMIZERS = ("FuseFp16InitializerToFp32NodeTransformer",)
+TASKS = {  # what a bundle becomes: the class of its task and where it is
+    "text-classification": ("edgepeft.runtime.session", "Model"),
+    "text-generation": ("edgepeft.runtime.generate", "Generator"),
+}
 _said: set[str] = set()
 
 
@@ -65,17 +77,43 @@ def _library(manifest: Manifest, choice: str | Path) -> lib.Library | None:
     return None
 
 
-def _model_source(manifest: Manifest, options: Any, activation: str | None, library: lib.Library | None) -> Any:
-    """Return the model's path, or its bytes where an activation other than the exported one is asked for."""
-    path = manifest.folder / "model.onnx"
-    if activation is None or activation == manifest["activation"]:
-        return str(path)
-    if library is None:
-        raise ConfigError(f"activation={activation!r}: stock ONNX Runtime has its own rule; it needs the op library.")
-    from edgepeft.runtime.activation import with_activation
+def _model_source(
+    manifest: Manifest, options: Any, activation: str | None, library: lib.Library | None, version: str
+) -> Any:
+    """Return the model's path, or its bytes where it has to be another one: see `edgepeft.runtime.rewrite`.
 
+    That is where an activation is asked for that was not exported, and for attention windows on an older ONNX Runtime.
+    """
+    from edgepeft.runtime import rewrite
+
+    path, changes = manifest.folder / "model.onnx", []
+    if activation is not None and activation != manifest["activation"]:
+        if library is None:
+            why = "stock ONNX Runtime has its own rule; it needs the op library."
+            raise ConfigError(f"activation={activation!r}: {why}")
+        changes.append(lambda model: rewrite.with_activation(model, activation))
+    windows = manifest.values.get("decoder", {}).get("windows")
+    if windows and lib.version_tuple(version) < rewrite.NEW_WINDOWS:
+        changes.append(rewrite.with_older_windows)
+    if not changes:
+        return str(path)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(manifest.folder))
-    return with_activation(path.read_bytes(), activation)
+    return functools.reduce(lambda model, change: change(model), changes, path.read_bytes())
+
+
+@contextlib.contextmanager
+def _placed(source: str | bytes, folder: Path, version: str) -> Iterator[str | bytes]:
+    """Yield a model's bytes as a file among links to the bundle's own, for an ONNX Runtime that looks only there."""
+    if isinstance(source, str) or lib.version_tuple(version) >= WEIGHTS_ELSEWHERE:
+        yield source
+        return
+    with tempfile.TemporaryDirectory(prefix="edgepeft-") as place:
+        for path in folder.resolve().iterdir():
+            if path.name != "model.onnx":
+                (Path(place) / path.name).symlink_to(path)
+        model = Path(place) / "model.onnx"
+        model.write_bytes(source)
+        yield str(model)  # weights are mapped when the session is made, so all of this may go then
 
 
 def open_session(manifest: Manifest, threads: int, library: lib.Library | None, activation: str | None = None) -> Any:
@@ -85,31 +123,30 @@ def open_session(manifest: Manifest, threads: int, library: lib.Library | None, 
     options.log_severity_level = QUIET
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    source = _model_source(manifest, options, activation, library)
+    source = _model_source(manifest, options, activation, library, onnxruntime.__version__)
     try:
         if library is not None:
             options.register_custom_ops_library(str(library.path))
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        with _placed(source, manifest.folder, onnxruntime.__version__) as model:
+            return onnxruntime.InferenceSession(
+                model, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(BROKEN_OPTIMIZERS)
+            )
     except Exception as error:  # ORT's own exceptions share no base
         what = f"ONNX Runtime {onnxruntime.__version__} refuses the model: {error}"
         raise ArtifactError(f"{manifest.folder}: {what}") from None
 
 
-class Model:
-    """A bundle ready to answer. Made by `load`; safe to call from several threads."""
+class Bundle:
+    """A loaded bundle, whatever its task: its files, its session and its adapters."""
 
     def __init__(self, manifest: Manifest, session: Any, library: lib.Library | None, threads: int) -> None:
         self.manifest = manifest
         self.session = session
         self.library = library
         self.threads = threads
-        self.tokens = Tokens(manifest.folder / "tokenizer.json", int(manifest["max_length"]))
         self._slots = ad.slots(session)
         self._folders = ad.adapter_folders(manifest.folder) if self._slots else {}
-        self._inputs = [item.name for item in session.get_inputs()]
-        self._output = session.get_outputs()[0].name
         self._loaded: dict[str, ad.Adapter] = {}
-        self._local = threading.local()
         self._active = self._get(ad.DEFAULT)
 
     def __repr__(self) -> str:
@@ -126,19 +163,16 @@ class Model:
         """Return the name of the adapter in use, or "base"."""
         return self._active.name
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Return the labels of the adapter in use, in the order of the logits."""
-        return self._active.labels
-
-    def _get(self, name: str) -> ad.Adapter:
-        """Return an adapter, made ready at its first use."""
+    def _get(self, name: str | None) -> ad.Adapter:
+        """Return an adapter, made ready at its first use; the one in use for None."""
+        if name is None:
+            return self._active
         if name not in self._loaded:
             self._loaded[name] = self._make(name)
         return self._loaded[name]
 
     def _make(self, name: str) -> ad.Adapter:
-        labels = list(self.manifest["labels"])
+        labels = list(self.manifest.values.get("labels", ()))
         if not self._slots and name == ad.DEFAULT:
             return ad.Adapter(name, tuple(labels), 0, {})
         if not self._slots:
@@ -149,7 +183,8 @@ class Model:
             self._folders = ad.adapter_folders(self.manifest.folder)
         if name not in self._folders:
             raise ArtifactError(f"{self.manifest.folder}: " + unknown("adapter", name, [*self._folders, ad.BASE]))
-        return ad.load_adapter(self._folders[name], self._slots, self.manifest["base_digest"], labels)
+        base = self.manifest["base_digest"], self.manifest["format"]
+        return ad.load_adapter(self._folders[name], self._slots, *base, labels)
 
     def use(self, name: str) -> None:
         """Take another adapter for the calls that name none. The first use maps its file; later ones cost nothing."""
@@ -163,19 +198,44 @@ class Model:
         """Turn the adapter off: rank 0 everywhere, under the default adapter's head."""
         self.use(ad.BASE)
 
+    def _bind(self, adapter: ad.Adapter) -> Any:
+        """Return a new binding of an adapter's tensors."""
+        binding = self.session.io_binding()
+        feeds = {} if adapter.name == ad.DEFAULT else adapter.feeds  # the default's are the graph's own values
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)
+        return binding
+
+    def verify(self) -> None:
+        """Hash every file of the bundle again. Raises ArtifactError, naming each that changed."""
+        check_bundle(self.manifest.folder, "full")
+
+
+class Model(Bundle):
+    """A bundle ready to classify. Made by `load`; safe to call from several threads."""
+
+    def __init__(self, manifest: Manifest, session: Any, library: lib.Library | None, threads: int) -> None:
+        super().__init__(manifest, session, library, threads)
+        self.tokens = Tokens(manifest.folder / "tokenizer.json", int(manifest["max_length"]))
+        self._inputs = [item.name for item in session.get_inputs()]
+        self._output = session.get_outputs()[0].name
+        self._local = threading.local()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Return the labels of the adapter in use, in the order of the logits."""
+        return self._active.labels
+
     def _binding(self, adapter: ad.Adapter) -> Any:
         """Return this thread's binding of an adapter's tensors."""
         kept = self._local.__dict__.setdefault("bindings", {})
         if adapter.name not in kept:
-            kept[adapter.name] = binding = self.session.io_binding()
-            feeds = {} if adapter.name == ad.DEFAULT else adapter.feeds  # the default's are the graph's own values
-            for name, value in feeds.items():
-                binding.bind_ortvalue_input(name, value)
+            kept[adapter.name] = self._bind(adapter)
         return kept[adapter.name]
 
     def run(self, arrays: dict[str, np.ndarray], adapter: str | None = None) -> np.ndarray:
         """Return logits float32 [batch, labels] for ready input arrays, int64 [batch, sequence]."""
-        binding = self._binding(self._active if adapter is None else self._get(adapter))
+        binding = self._binding(self._get(adapter))
         for name in self._inputs:
             binding.bind_cpu_input(name, arrays[name])
         binding.bind_output(self._output)  # anew each time: a kept one would be written into, whatever its shape
@@ -184,7 +244,7 @@ class Model:
 
     def logits(self, texts: Sequence[str], adapter: str | None = None, batch_size: int = 32) -> np.ndarray:
         """Return logits float32 [len(texts), labels]; texts of like length share a batch."""
-        chosen = self._active if adapter is None else self._get(adapter)
+        chosen = self._get(adapter)
         out = np.full((len(texts), len(chosen.labels)), np.nan, np.float32)
         for places, arrays in self.tokens.batches(texts, batch_size):
             found = self.run(arrays, chosen.name)
@@ -212,13 +272,23 @@ class Model:
         Raises DataError for an empty text and VerifyError for logits that are not finite.
         """
         texts = check_texts(text)
-        chosen = self._active if adapter is None else self._get(adapter)
+        chosen = self._get(adapter)
         found = predictions(self.logits(texts, chosen.name), chosen.labels, top_k) if texts else []
         return found[0] if isinstance(text, str) else found
 
-    def verify(self) -> None:
-        """Hash every file of the bundle again. Raises ArtifactError, naming each that changed."""
-        check_bundle(self.manifest.folder, "full")
+
+def task_class(manifest: Manifest) -> type[Bundle]:
+    """Return the class of a bundle's task. Raises ArtifactError for a task that this edgepeft does not know."""
+    if manifest["task"] not in TASKS:
+        raise ArtifactError(f"{manifest.folder}: {unknown('task', manifest['task'], TASKS)} Take a newer edgepeft.")
+    module, name = TASKS[manifest["task"]]
+    return getattr(importlib.import_module(module), name)
+
+
+def check_threads(threads: int) -> None:
+    """Raise ConfigError for more threads than this machine can use."""
+    if not 0 <= threads <= MOST_THREADS:
+        raise ConfigError(f"threads: expected 0 (all cores) to {MOST_THREADS} on this machine, found {threads}.")
 
 
 def load(
@@ -228,17 +298,19 @@ def load(
     library: str | Path = "auto",
     activation: str | None = None,
     check: str = "auto",
-) -> Model:
-    """Load a bundle. threads 0 takes all cores; library is "auto", "none" or a path; activation None is as exported.
+) -> Any:
+    """Load a bundle and return what its task says: a `Model` that classifies or a `Generator` that writes (TASKS).
+
+    threads 0 takes all cores; library is "auto", "none" or a path; activation None is as exported.
 
     Raises ArtifactError for a folder that is no bundle or was changed, TargetError for a library or an ONNX Runtime
     that cannot work here, ConfigError for more threads than this machine can use. `check` is "auto", "full" or "quick":
     see edgepeft.runtime.manifest.
     """
-    if not 0 <= threads <= MOST_THREADS:
-        raise ConfigError(f"threads: expected 0 (all cores) to {MOST_THREADS} on this machine, found {threads}.")
+    check_threads(threads)
     manifest = check_bundle(bundle, check)
+    kind = task_class(manifest)
     found = _library(manifest, library)
-    model = Model(manifest, open_session(manifest, threads, found, activation), found, threads)
+    model = kind(manifest, open_session(manifest, threads, found, activation), found, threads)
     model.use(adapter)
     return model

@@ -85,7 +85,7 @@ def _chunks(items: Iterable[str], size: int) -> Iterator[list[str]]:
         yield chunk
 
 
-def _inputs(texts: Sequence[str], file: Path | str | None) -> Iterator[list[str]]:
+def inputs(texts: Sequence[str], file: Path | str | None) -> Iterator[list[str]]:
     """Yield the texts in chunks: arguments at once, a file by CHUNK lines, standard input ("-") line by line."""
     if texts and (file is not None or (len(texts) > 1 and "-" in texts)):
         raise DataError("texts come from one place: give them as arguments, or --file FILE, or -.")
@@ -135,7 +135,7 @@ def run_cli(
         model.use(adapter)
     keep = top_k if top_k is not None or as_json else 1
     count = 0
-    for chunk in _inputs(texts, file):
+    for chunk in inputs(texts, file):
         for text, answer in zip(chunk, model.classify(chunk, top_k=keep), strict=True):
             _print(text, answer, as_json)
             count += 1

@@ -41,9 +41,9 @@ def check_texts(texts: Any) -> list[str]:
 
 
 class Tokens:
-    """A tokenizer and the longest sequence it may give."""
+    """A tokenizer and the longest sequence it may give; None cuts nothing."""
 
-    def __init__(self, path: Path, max_length: int) -> None:
+    def __init__(self, path: Path, max_length: int | None) -> None:
         from tokenizers import Tokenizer
 
         try:
@@ -55,11 +55,22 @@ class Tokens:
         self.max_length = max_length
         self.vocabulary = int(self._tokenizer.get_vocab_size())
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(max_length)
+        if max_length is None:
+            self._tokenizer.no_truncation()
+        else:
+            self._tokenizer.enable_truncation(max_length)
 
     def encode(self, texts: Sequence[str]) -> list[Any]:
         """Return one `tokenizers.Encoding` per text."""
         return [self._tokenizer.encode(text) for text in texts]
+
+    def ids(self, text: str) -> list[int]:
+        """Return the tokens of a text alone: those it spells, special ones among them, and none put around it."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens, special ones left out; bytes that are no whole character become U+FFFD."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def arrays(self, encodings: Sequence[Any]) -> dict[str, np.ndarray]:
         """Return NAMES as int64 [len(encodings), longest]."""

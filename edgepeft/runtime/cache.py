@@ -1,0 +1,124 @@
+"""Keys and values of the tokens a model has seen, so that each is computed once.
+
+    per layer   key, value   float32 [rows, kv_heads, capacity, head_dim]     numpy, mapped into the session as it is
+
+The same memory is bound to the graph's past and present, so a run writes its new columns in place and copies nothing.
+Rows of a buffer are contiguous: a row alone, or the first few together, are views that bind without a copy too. Only
+columns of `tokens` are ever read; going back is forgetting the last of them. Capacity grows in steps, as attention's
+own scratch memory grows with it.
+
+What a cache holds is true for one adapter alone, since keys and values went through it. Idle caches wait in a Pool. A
+prompt of the same adapter that begins as one of them does goes on in it, or, where that would throw away more than half
+of it, in a new one that the beginning is copied to: so conversations that share no more than how they open do not take
+each other's memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from edgepeft.runtime.adapters import Adapter
+
+STEP = 256  # columns
+
+
+def shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the length of the longest common beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+class Cache:
+    """Keys and values of `rows` sequences under one adapter; tokens[row] is what they are of.
+
+    shape: (layers, kv_heads, head_dim); context: the most columns there can be.
+    """
+
+    def __init__(self, adapter: Adapter, rows: int, shape: tuple[int, int, int], context: int) -> None:
+        layers, self._heads, self._width = shape
+        self.adapter = adapter
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.context = context
+        self.bindings: dict[tuple[int, int], Any] = {}
+        self._buffers = [np.zeros((rows, self._heads, 0, self._width), np.float32) for _ in range(2 * layers)]
+
+    @property
+    def capacity(self) -> int:
+        """Return for how many columns there is memory."""
+        return self._buffers[0].shape[2]
+
+    def reserve(self, length: int) -> None:
+        """Make memory for `length` columns and some more. Bindings made before are void."""
+        if length <= self.capacity:
+            return
+        columns = min(self.context, max(-(-length // STEP) * STEP, 2 * self.capacity))
+        self.bindings.clear()
+        used = max(map(len, self.tokens))
+        for place, old in enumerate(self._buffers):
+            self._buffers[place] = new = np.zeros((len(self.tokens), self._heads, columns, self._width), np.float32)
+            new[:, :, :used] = old[:, :, :used]
+
+    def views(self, first: int, count: int) -> list[np.ndarray]:
+        """Return the memory of some rows: key and value of the first layer, of the second, and so on."""
+        return [buffer[first : first + count] for buffer in self._buffers]
+
+    def forget(self, row: int, length: int) -> None:
+        """Keep the first `length` tokens of a row."""
+        del self.tokens[row][length:]
+
+    def copy(self, row: int, source: Cache, source_row: int, length: int) -> None:
+        """Take over the first `length` tokens of a row, of this cache or another of the same adapter."""
+        self.reserve(length)
+        for mine, other in zip(self._buffers, source._buffers, strict=True):
+            mine[row, :, :length] = other[source_row, :, :length]
+        self.tokens[row] = source.tokens[source_row][:length]
+
+    def clear(self) -> None:
+        """Forget everything, as after a run that failed."""
+        for tokens in self.tokens:
+            tokens.clear()
+
+
+class Pool:
+    """Idle caches of single sequences, the last used first; at most `keep`, then the oldest goes. For all threads."""
+
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+        self._idle: list[Cache] = []
+        self._lock = threading.Lock()
+
+    def _best(self, adapter: Adapter, ids: Sequence[int]) -> tuple[Cache | None, int]:
+        """Return this adapter's cache that shares the longest beginning with `ids`, and how long that is."""
+        own = [(shared(cache.tokens[0], ids), cache) for cache in self._idle if cache.adapter is adapter]
+        length, best = max(own, key=lambda pair: pair[0], default=(0, None))
+        return (best, length) if length else (None, 0)
+
+    def take(self, adapter: Adapter, ids: Sequence[int]) -> Cache | None:
+        """Hand out a cache that begins as `ids` do and holds nothing else, unless more than half of it would go."""
+        with self._lock:
+            best, length = self._best(adapter, ids)
+            if best is None or 2 * length < len(best.tokens[0]):
+                return None
+            self._idle.remove(best)
+            best.forget(0, length)
+            return best
+
+    def fill(self, cache: Cache, row: int, ids: Sequence[int]) -> None:
+        """Copy the longest beginning of `ids` that is known, here or in an earlier row, to a row of a new cache."""
+        with self._lock:
+            best, length = self._best(cache.adapter, ids)
+            rows = [(length, best, 0)] if best is not None else []
+            rows += [(shared(cache.tokens[place], ids), cache, place) for place in range(row)]
+            length, source, place = max(rows, key=lambda found: found[0], default=(0, cache, row))
+            if length:
+                cache.copy(row, source, place, length)
+
+    def give(self, cache: Cache) -> None:
+        """Take back a cache, if there is anything in it."""
+        if len(cache.tokens) == 1 and cache.tokens[0]:
+            with self._lock:
+                self._idle = [cache, *self._idle][: self.keep]

@@ -1,0 +1,319 @@
+"""A loaded language model that writes: prompts in, answers out, token by token.
+
+    prompt ─ template, tokens ─► ids ─ chunks ─► session ─► logits of the last ─ sample ─► token ─┐
+                                                    ▲  │ keys, values: the same memory            │
+                                                    └──┴──────────── one token a step ◄───────────┘
+
+Prompts are read row by row, `chunk` tokens at a time, so that memory does not grow with the prompt; what is known of a
+prompt's beginning (see edgepeft.runtime.cache) is not read again. Rows of one adapter then write together, one run a
+step for all; rows of different adapters do not share a run, the adapters of a batch come one after the other. A row is
+what it would be alone, up to the rounding of sums that a kernel takes in another order for more rows.
+
+Prompt and answer share the context. A longer prompt is an error, and an answer that fills it ends with "length".
+
+One object serves many threads: a cache belongs to one answer at a time, and a pool of them is locked only to take one
+and give it back. A call that fails, is cancelled or is interrupted leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator as Pieces
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from edgepeft.errors import ConfigError, DataError
+from edgepeft.runtime import library as lib
+from edgepeft.runtime.adapters import Adapter
+from edgepeft.runtime.answer import Answer, Clock, Row, Stream
+from edgepeft.runtime.cache import Cache, Pool
+from edgepeft.runtime.chat import ChatTemplate
+from edgepeft.runtime.manifest import Manifest
+from edgepeft.runtime.sampling import Sampler, Sampling
+from edgepeft.runtime.session import Bundle
+from edgepeft.runtime.stream import Decoding, Stops
+from edgepeft.runtime.tokens import Tokens, is_unicode
+
+MAX_NEW_TOKENS = 256
+CHUNK = 256
+IDLE_CACHES = 2
+Messages = Sequence[Mapping[str, Any]]
+Prompt = str | Messages
+
+
+def _is_batch(prompt: Any) -> bool:
+    """Tell a list of prompts from one prompt, which is a string or messages."""
+    if isinstance(prompt, str):
+        return False
+    if not isinstance(prompt, (list, tuple)):
+        raise DataError(f"prompt: expected a string, messages, or a list of these, found {type(prompt).__name__}.")
+    return not (prompt and isinstance(prompt[0], Mapping))
+
+
+def _per_row(name: str, value: Any, count: int) -> list[Any]:
+    """Return one value for every row: a list as it is, anything else for all."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    if len(values) != count:
+        raise ConfigError(f"{name}: expected one, or one for each of {count} prompts, found {len(values)}.")
+    return values
+
+
+def _stop_strings(stop: str | Sequence[str]) -> list[str]:
+    strings = [stop] if isinstance(stop, str) else list(stop)
+    if not all(isinstance(string, str) and string for string in strings):
+        raise ConfigError(f"stop: expected strings that are not empty, found {stop!r:.60}.")
+    return strings
+
+
+class Generator(Bundle):
+    """A bundle ready to write. Made by `load`; safe to call from several threads.
+
+    chunk: tokens of a prompt that one run reads.  pool.keep: caches of ended answers that stay in memory, for prompts
+    that go on from them; one takes 8 * layers * kv_heads * head_dim bytes a token.
+    """
+
+    def __init__(self, manifest: Manifest, session: Any, library: lib.Library | None, threads: int) -> None:
+        super().__init__(manifest, session, library, threads)
+        about = manifest["decoder"]
+        self.context = int(manifest["context"])
+        self.vocabulary = int(about["vocabulary"])
+        self.chunk = CHUNK
+        self.pool = Pool(IDLE_CACHES)
+        self.tokens = Tokens(manifest.folder / "tokenizer.json", None)
+        self.template = ChatTemplate(manifest.folder)
+        self._shape = (int(about["layers"]), int(about["kv_heads"]), int(about["head_dim"]))
+        self._eos = tuple(about["eos"])
+        self._bos = about["bos"] if about.get("add_bos") else None
+
+    # --- what a caller sees ---
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int | Sequence[int | None] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
+        stream: bool = False,
+        cancel: threading.Event | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Return an `Answer` for a prompt, a list of them for a list of prompts, or a `Stream` of its text's pieces.
+
+        A prompt is a string, which is continued, or messages, which the chat template makes a prompt of. Temperature 0
+        is greedy. `seed` and `adapter` may be lists, one for each prompt; adapter None is the one in use. `cancel` ends
+        all answers when it is set. `template_options` go to the chat template.
+
+        Raises DataError for a prompt that is none or is longer than the context, ConfigError for settings that cannot
+        be, VerifyError for logits that are not finite.
+        """
+        batch = _is_batch(prompt)
+        if batch and stream:
+            raise ConfigError("stream: one answer at a time; give one prompt, or stream=False.")
+        prompts: list[Any] = list(prompt) if batch else [prompt]
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        strings, adapters = _stop_strings(stop), _per_row("adapter", adapter, len(prompts))
+        seeds = _per_row("seed", seed, len(prompts))
+        chosen = [self._get(name) for name in adapters]
+        rows = [
+            self._row(one, max_new_tokens, sampling, number, strings, template_options)
+            for one, number in zip(prompts, seeds, strict=True)
+        ]
+        if stream:
+            return Stream(rows[0], self._write(rows, chosen[0], cancel))
+        self._write_all(rows, chosen, cancel)
+        answers = [row.answer() for row in rows]
+        return answers if batch else answers[0]
+
+    def chat(self, messages: str | Messages, **options: Any) -> Any:
+        """Return the answer to messages, or to one of the user: `generate` with its options."""
+        asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return self.generate(list(asked), **options)
+
+    def encode(self, prompt: Prompt, template_options: Mapping[str, Any] | None = None) -> list[int]:
+        """Return the tokens of a prompt. A string begins with the model's own first token if it has one.
+
+        Raises DataError for a prompt without tokens, or with more than the context holds.
+        """
+        if isinstance(prompt, str):
+            if not is_unicode(prompt):
+                raise DataError(f"prompt: not valid Unicode (half of a surrogate pair): {prompt!r:.60}.")
+            ids = self.tokens.ids(prompt)
+            ids = [self._bos, *ids] if self._bos is not None and ids[:1] != [self._bos] else ids
+        else:
+            ids = self.tokens.ids(self.template.render(prompt, template_options))
+        if not ids:
+            raise DataError("prompt: empty, and this model has no token to begin with. Give it a text.")
+        if len(ids) > self.context:
+            raise DataError(f"prompt: {len(ids)} tokens, this model's context has {self.context}. Shorten it.")
+        return ids
+
+    def logits(self, tokens: Sequence[int], adapter: str | None = None, keep: int | None = None) -> np.ndarray:
+        """Return logits float32 [len(tokens), vocabulary] of a token list, or of its last `keep`.
+
+        Row i is what the model expects after token i. For more than fits into memory, see `logits_by_chunk`.
+        """
+        first = 0 if keep is None else max(0, len(tokens) - keep)
+        out = np.empty((len(tokens) - first, self.vocabulary), np.float32)
+        for start, part in self.logits_by_chunk(tokens, adapter, first):
+            out[start - first : start - first + len(part)] = part
+        return out
+
+    def logits_by_chunk(
+        self, tokens: Sequence[int], adapter: str | None = None, first: int = 0
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (place, logits float32 [some, vocabulary]) of the tokens from `first` on, in order."""
+        ids = np.array(tokens, np.int64).reshape(1, -1)
+        if ids.size and (ids.min() < 0 or ids.max() >= self.vocabulary):
+            raise DataError(f"tokens: expected ids from 0 to {self.vocabulary - 1}, found {ids.min()} to {ids.max()}.")
+        if ids.size > self.context:
+            raise DataError(f"tokens: {ids.size}, this model's context has {self.context}.")
+        cache = self._cache(self._get(adapter), 1)
+        for start in range(0, ids.size, self.chunk):
+            part = ids[:, start : start + self.chunk]
+            wanted = start + part.shape[1] - max(first, start)
+            found = self._run(cache, 0, part, max(wanted, 1))[0]
+            if wanted > 0:
+                yield max(first, start), found
+
+    # --- how it is done ---
+
+    def _row(
+        self,
+        prompt: Prompt,
+        asked: int,
+        sampling: Sampling,
+        seed: int | None,
+        stop: list[str],
+        template_options: Mapping[str, Any] | None,
+    ) -> Row:
+        """Return the row that will be a prompt's answer."""
+        if not isinstance(asked, int) or asked < 1:
+            raise ConfigError(f"max_new_tokens: expected a whole number of at least 1, found {asked!r}.")
+        ids = self.encode(prompt, template_options)
+        left = self.context - len(ids)
+        before = ids if isinstance(prompt, str) else ()  # an answer to messages begins a text of its own
+        decoding = Decoding(self.tokens.text, before)
+        row = Row(ids, min(asked, left), self._eos, Sampler(sampling, ids, seed), decoding, Stops(stop))
+        if asked > left:
+            row.note = f"the prompt has {len(ids)} of the context's {self.context} tokens, so {left} are left to answer"
+        return row
+
+    def _write_all(self, rows: list[Row], adapters: list[Adapter], cancel: threading.Event | None) -> None:
+        """Write the answers of a batch: the rows of one adapter together, the adapters one after the other."""
+        for adapter in {id(adapter): adapter for adapter in adapters}.values():
+            own = [row for row, its in zip(rows, adapters, strict=True) if its is adapter and not row.finish]
+            for _ in self._write(own, adapter, cancel):
+                pass
+
+    def _write(
+        self, rows: list[Row], adapter: Adapter, cancel: threading.Event | None
+    ) -> Pieces[tuple[Row, str], None, None]:
+        """Write rows of one adapter and yield each piece of their texts, in the order they come."""
+        active = [row for row in rows if not row.finish]
+        known = self.pool.take(adapter, rows[0].prompt) if len(rows) == 1 else None
+        cache = known or self._cache(adapter, len(active))
+        stopped = (cancel or threading.Event()).is_set
+        try:
+            for place, row in enumerate(active):
+                yield row, self._prefill(cache, place, row, stopped)
+            while self._close_ranks(cache, active):
+                if stopped():
+                    yield from [(row, row.cancel()) for row in active]
+                else:
+                    yield from self._step(cache, active)
+        except GeneratorExit:
+            raise
+        except BaseException:  # what the cache holds may be half of something, or wrong
+            cache.clear()
+            raise
+        finally:
+            self.pool.give(cache)
+
+    def _prefill(self, cache: Cache, place: int, row: Row, stopped: Any) -> str:
+        """Read a row's prompt and return the text of its first token."""
+        if not cache.tokens[place]:
+            self.pool.fill(cache, place, row.prompt)
+        cache.forget(place, len(row.prompt) - 1)  # the last one is run again for its logits
+        row.reused = len(cache.tokens[place])
+        with Clock([row], "prefill_s"):
+            for start in range(row.reused, len(row.prompt), self.chunk):
+                if stopped():
+                    return row.cancel()
+                logits = self._run(cache, place, np.array([row.prompt[start : start + self.chunk]], np.int64))
+            return row.take(logits[0, -1])
+
+    @staticmethod
+    def _close_ranks(cache: Cache, active: list[Row]) -> bool:
+        """Drop rows that have ended, moving the last into each gap, and tell whether any is left."""
+        for place in reversed(range(len(active))):
+            if active[place].finish:
+                last = len(active) - 1
+                if place != last:
+                    cache.copy(place, cache, last, len(cache.tokens[last]))
+                    active[place] = active[last]
+                active.pop()
+        return bool(active)
+
+    def _step(self, cache: Cache, active: list[Row]) -> list[tuple[Row, str]]:
+        """Write one token in each row and return their texts."""
+        with Clock(active, "decode_s"):
+            ids = np.array([row.tokens[-1:] for row in active], np.int64)
+            logits = self._run(cache, 0, ids)
+            return [(row, row.take(found)) for row, found in zip(active, logits[:, -1], strict=True)]
+
+    def _cache(self, adapter: Adapter, rows: int) -> Cache:
+        return Cache(adapter, rows, self._shape, self.context)
+
+    def _run(self, cache: Cache, first: int, ids: np.ndarray, keep: int = 1) -> np.ndarray:
+        """Run new tokens [rows, sequence] of the cache's rows from `first` on; return logits [rows, keep, vocabulary].
+
+        More than one token at a time is for one row alone: attention takes no more in one run.
+        """
+        rows, new = ids.shape
+        lengths = np.array([[len(cache.tokens[first + row]) + new] for row in range(rows)])
+        total = int(lengths.max())
+        cache.reserve(total)
+        if (first, rows) not in cache.bindings:
+            cache.bindings[first, rows] = self._bind_cache(cache, first, rows)
+        mask = (np.arange(total) < lengths).astype(np.int64)
+        kept = np.array([keep], np.int64)
+        binding = cache.bindings[first, rows]
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("attention_mask", mask)
+        self._bind_memory(binding.bind_ortvalue_input, "logits_to_keep", kept)  # bind_cpu_input knows no overridable
+        binding.bind_output("logits")  # into memory of its own: the graph may declare it for one token alone
+        self.session.run_with_iobinding(binding)
+        for row in range(rows):
+            cache.tokens[first + row] += ids[row].tolist()
+        return binding.get_outputs()[-1].numpy()
+
+    def _bind_cache(self, cache: Cache, first: int, rows: int) -> Any:
+        """Return a binding of an adapter and of some rows' keys and values, which go in and come out in one place.
+
+        `logits` are bound after them, so they are the last output.
+        """
+        binding = self._bind(cache.adapter)
+        for place, view in enumerate(cache.views(first, rows)):
+            name = f"{place // 2}.{'key' if place % 2 == 0 else 'value'}"
+            self._bind_memory(binding.bind_ortvalue_input, f"past_key_values.{name}", view)
+            self._bind_memory(binding.bind_ortvalue_output, f"present.{name}", view)
+        return binding
+
+    @staticmethod
+    def _bind_memory(bind: Any, name: str, array: np.ndarray) -> None:
+        """Bind an array as it lies in memory; whoever binds it keeps it alive."""
+        from onnxruntime import OrtValue
+
+        bind(name, OrtValue.ortvalue_from_numpy(array))
+
+
+__all__ = ["Answer", "Generator", "Stream"]
