@@ -1,8 +1,9 @@
 """What a bundle costs on this machine: latency, the adapter's share of it, swapping, loading, memory; beside a peer.
 
-    latency   p50 and p95 per threads x batch x length, for: the base (rank 0), the default adapter as the graph holds
-              it, an adapter that is fed (as every other one is; it alternates with the rest, so each of its runs
-              includes a swap), and with --baseline the float32 peer
+    latency   of a classifier: p50 and p95 per threads x batch x length, for: the base (rank 0), the default adapter as
+              the graph holds it, an adapter that is fed (as every other one is; it alternates with the rest, so each of
+              its runs includes a swap), and with --baseline the float32 peer
+    speed     of a language model: tokens a second, see `generation`
     swap      `use` of another adapter, microseconds; and its first use, which maps the file
     memory    fresh processes, peak and anonymous bytes above a bare ONNX Runtime process
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import platform
 import tempfile
@@ -26,13 +28,14 @@ import numpy as np
 
 from edgepeft import __version__
 from edgepeft.artifact import write_json
-from edgepeft.bench import memory
+from edgepeft.bench import generation, memory
 from edgepeft.bench.timing import disturbed, interleave
 from edgepeft.errors import ConfigError
 from edgepeft.runtime import Model, load
 from edgepeft.runtime.adapters import BASE, DEFAULT
 from edgepeft.runtime.library import installed_onnxruntime, platform_tag
 from edgepeft.runtime.manifest import check_bundle
+from edgepeft.runtime.session import Bundle
 
 LENGTHS = (8, 32, 128)
 BATCHES = (1, 8)
@@ -96,7 +99,7 @@ def latency(model: Model, peer: Any, threads: int, batch: int, length: int, budg
     return {**row, "timings": {name: dataclasses.asdict(timing) for name, timing in timings.items()}}
 
 
-def swap(model: Model) -> dict[str, float]:
+def swap(model: Bundle) -> dict[str, float]:
     """Return microseconds of a swap: median, largest; and of the first use of an adapter."""
     if not model.adapters:
         return {}
@@ -146,14 +149,16 @@ def bench(
 
     with tempfile.TemporaryDirectory() as scratch:
         peers = export_peer(bundle, Path(scratch)) if baseline else {}
-        result: dict[str, Any] = {"machine": machine(), "latency": [], "swap": {}}
+        result: dict[str, Any] = {"machine": machine(), "latency": [], "speed": [], "swap": {}}
         result["processes"] = processes(bundle, threads[0], peers)
         for count in threads:
             model = load(bundle, threads=count)
-            peer = load_peer(bundle, peers["float32"], count) if peers else None
-            for batch in batches:
-                for length in lengths:
+            if isinstance(model, Model):
+                peer = load_peer(bundle, peers["float32"], count) if peers else None
+                for batch, length in itertools.product(batches, lengths):
                     result["latency"].append(latency(model, peer, count, batch, length, budget_s))
+            else:
+                result["speed"].append(generation.speeds(model, count, budget_s))
             result["swap"] = swap(model)
     result["bundle"] = {key: model.manifest.values.get(key) for key in ("name", "format", "rank", "base_digest")}
     result["bundle"]["sizes_bytes"] = model.manifest.values.get("sizes_bytes", {})
@@ -167,7 +172,8 @@ def bench_cli(
     """Measure a bundle, print the tables to standard output and write the figures to json_file; return them."""
     from edgepeft.bench.report import report_text
 
-    check_bundle(Path(bundle))
+    if check_bundle(Path(bundle))["task"] != "text-classification" and baseline:
+        raise ConfigError("--baseline: there is a float32 peer for classifiers alone. Leave it out.")
     if json_file is not None and not Path(json_file).absolute().parent.is_dir():
         raise ConfigError(f"{json_file}: there is no folder to write it to.")
     result = bench(Path(bundle), list(threads) or [1], baseline)

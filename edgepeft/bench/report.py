@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from edgepeft.bench.generation import speeds_text
 from edgepeft.console import table
 
 MB = 1e6
@@ -55,10 +56,9 @@ def _ratio(rows: list[Mapping[str, Any]]) -> str:
 
 def _notes(result: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a reader must know before believing the tables."""
-    busy = [row for row in result["latency"] if row["disturbed"]]
+    busy = [row for row in (*result["latency"], *result["speed"]) if row["disturbed"]]
     if busy:
-        most = max(row["timings"]["default"]["others_cpus"] for row in busy)
-        yield f"* {len(busy)} rows were measured while others kept up to {most} cores busy: upper bounds, not figures."
+        yield f"* {len(busy)} rows were measured while others kept cores busy: bounds, not figures."
     if result["library"] is None:
         yield "no op library: these are stock ONNX Runtime's figures."
 
@@ -78,7 +78,7 @@ def report_text(result: Mapping[str, Any]) -> str:
         f"{host['cpu']}, {host['cores']} cores, load {host['load_average']}; onnxruntime {host['onnxruntime']}, "
         f"numpy {host['numpy']}, Python {host['python']}",
         "",
-        _latency(result["latency"]),
+        _latency(result["latency"]) if result["latency"] else speeds_text(result["speed"]),
         "",
         _processes(result["processes"]),
         "",

@@ -4,7 +4,7 @@
     adapters/<name>/                    a PEFT folder and labels.json, the labels of its head
     tokenizer.json …  config.json       as in training
     lib/<os>-<arch>/                    the op library of the target, and of the machine that built the bundle
-    requirements.txt  sample.py  README.md
+    requirements.txt  sample.py  README.md        genai_config.json, of a language model
     manifest.json                       what it is, what was measured, and size and SHA-256 of every file
 
 Everything is copied, nothing is decided here: formats, labels and figures come from the stages before. The folder is
@@ -14,16 +14,19 @@ the device has to do it too. Left out: signatures; a digest tells damage from wh
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepeft import OP_ABI, __version__
-from edgepeft.artifact import Run, digests, read_json, sha256_file, write_bytes
+from edgepeft import OP_ABI, __version__, runtime
+from edgepeft.artifact import Run, digests, read_json, sha256_file, write_bytes, write_json
 from edgepeft.console import say, table
 from edgepeft.errors import ArtifactError
+from edgepeft.export import genai
 from edgepeft.export.ops import DOMAIN, MINIMUM_ONNXRUNTIME
+from edgepeft.runtime.library import FILE_NAME
 from edgepeft.runtime.manifest import NAME, check_bundle, seal
 
 if TYPE_CHECKING:
@@ -32,16 +35,17 @@ if TYPE_CHECKING:
 
 __all__ = ["bundle", "check_bundle"]
 
+JINJA = "jinja2>=3.1.6"
 REQUIRED = ("model.onnx", "config.json", "tokenizer.json")
 PARTS = {
     "weights": ("model.onnx",),
     "adapters": ("adapters/",),
-    "tokenizer": ("tokenizer", "vocab", "special_tokens_map"),
+    "tokenizer": ("tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "spiece", "chat_template"),
     "libraries": ("lib/",),
     "documents": ("",),
 }
 
-README = """# {name}: {labels} labels for {target}
+README = """# {name}: {what} for {target}
 
 A {task} model: frozen weights in {format}, adapter {adapter}. Made by edgepeft {version}; `manifest.json` holds what
 was measured and the digest of every file.
@@ -53,22 +57,61 @@ was measured and the digest of every file.
     cd {folder}
     python3 -m venv venv
     venv/bin/pip install -r requirements.txt
-    venv/bin/python sample.py "turn the kitchen lights off"
+    venv/bin/python sample.py "{example}"
 
 `requirements.txt` pins {requirement}. {why}
 
 `sample.py` needs nothing else and is short enough to copy from. To check every digest first, to swap adapters and to
 measure, install edgepeft beside it (`pip install --no-deps edgepeft`):
 
-    from edgepeft.runtime import load
-    model = load(".")
-    print(model.classify("turn the kitchen lights off"))
+{use}
 
 ## More adapters
 
-An adapter trained on the same base goes into `adapters/NAME/` (the folder `export/adapters/default` of its build, with
-its `labels.json`) and is taken by `model.use("NAME")` with no reload. One of another base is refused.
+An adapter trained on the same base in the same format goes into `adapters/NAME/` (the folder `export/adapters/default`
+of its build, whole) and is taken by {take} with no reload. Any other one is refused.
 """
+
+CLASSIFY = """    from edgepeft.runtime import load
+    model = load(".")
+    print(model.classify("turn the kitchen lights off"))"""
+
+GENERATE = """    edgepeft chat .
+    edgepeft run . --prompt "Hello" --stream
+
+    from edgepeft.runtime import load
+    model = load(".")
+    print(model.chat("Hello", max_new_tokens=64).text)
+    for piece in model.generate("Once upon a time", stream=True):
+        print(piece, end="", flush=True)
+
+The folder is one for ONNX Runtime GenAI 0.18 too (`genai_config.json`), for its C, C++, C#, Java and Python APIs, where
+an ONNX Runtime of its release runs. It names the op library of {target}; for another processor, overlay
+`model.decoder.session_options.custom_ops_library`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """How a task's bundle is used: what its README says, the sample that lies in it, and a call that must work."""
+
+    what: str
+    example: str
+    text: str
+    take: str
+    sample: str
+    trial: Callable[[Any], Any]
+
+
+USES = {
+    "text-classification": Use(
+        "{labels} labels", "turn the kitchen lights off", CLASSIFY, '`model.use("NAME")`', "sample.py",
+        lambda model: model.classify("turn the kitchen lights off"),
+    ),
+    "text-generation": Use(
+        "answers of up to {context} tokens", "The kitchen is", GENERATE, '`adapter="NAME"` in each call',
+        "sample_generate.py", lambda model: model.generate("The kitchen is", max_new_tokens=4),
+    ),
+}  # fmt: skip
 
 
 def bundle(config: Config, run: Run, out: Path) -> dict[str, Any]:
@@ -86,8 +129,8 @@ def bundle(config: Config, run: Run, out: Path) -> dict[str, Any]:
     _write_documents(values, target, out)
     sizes = part_sizes(out)
     write_bytes(out / NAME, seal({**values, "files": file_entries(out), "sizes_bytes": sizes}))
-    _try(out)
-    say(f"requirements.txt: {', '.join(target.requirements)}\n  {why(target)}")
+    _try(out, values["task"])
+    say(f"requirements.txt: {', '.join(requirements(values, target))}\n  {why(target)}")
     say(table([{"part": part, "bytes": size, "MB": round(size / 1e6, 2)} for part, size in sizes.items()]))
     return {"sizes_bytes": sizes, "libraries": libraries(target), "target": target.name}
 
@@ -122,16 +165,14 @@ def _write_libraries(target: Target, out: Path) -> None:
 def _describe(config: Config, run: Run, target: Target, training: Mapping[str, Any]) -> dict[str, Any]:
     """Return the manifest's values, less what depends on the files in the bundle."""
     quantized = read_json(run.path("quantized") / "quantized.json")
-    exported, model = (read_json(run.path("export") / name) for name in ("export.json", "config.json"))
+    exported = read_json(run.path("export") / "export.json")
     trained = training["config"]
-    places = model.get("max_position_embeddings") or trained["max_length"]
     return {
         "edgepeft": __version__,
         "name": f"{Path(config.model).name}-{trained['task']}-{quantized['format']}",
         "model": config.model,
         "task": trained["task"],
-        "labels": training["labels"],
-        "max_length": min(trained["max_length"], places),
+        **_limits(run, exported, training),
         "target": target.name,
         "format": quantized["format"],
         "embedding_format": quantized["embedding_format"],
@@ -153,6 +194,16 @@ def _describe(config: Config, run: Run, target: Target, training: Mapping[str, A
     }
 
 
+def _limits(run: Run, exported: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what goes into a model and comes out of it: its longest text and its labels, or how a decoder is run."""
+    if "decoder" in exported:
+        context = exported["context"]
+        return {"context": context, "max_length": context, "decoder": exported["decoder"]}
+    longest = training["config"]["max_length"]
+    places = read_json(run.path("export") / "config.json").get("max_position_embeddings") or longest
+    return {"max_length": min(longest, places), "labels": training["labels"]}
+
+
 def why(target: Target) -> str:
     """Return the sentence that explains the pinned ONNX Runtime."""
     broken = " and ".join(target.onnxruntime_broken)
@@ -163,16 +214,26 @@ def why(target: Target) -> str:
 
 
 def _write_documents(values: Mapping[str, Any], target: Target, out: Path) -> None:
-    """Write requirements.txt, README.md and sample.py."""
-    from edgepeft.runtime import sample
-
-    (out / "requirements.txt").write_text("\n".join(target.requirements) + "\n")
-    shutil.copy(sample.__file__, out / "sample.py")
+    """Write requirements.txt, README.md and sample.py; for a decoder also genai_config.json."""
+    use = USES[values["task"]]
+    (out / "requirements.txt").write_text("\n".join(requirements(values, target)) + "\n")
+    shutil.copy(Path(runtime.__file__).with_name(use.sample), out / "sample.py")
     words = {
-        **values, "labels": len(values["labels"]), "folder": "bundle", "host": target.ssh or "DEVICE",
-        "version": __version__, "requirement": target.requirements[0], "why": why(target),
+        **values, "labels": len(values.get("labels", ())), "folder": "bundle", "host": target.ssh or "DEVICE",
+        "version": __version__, "requirement": target.requirements[0], "why": why(target), "example": use.example,
+        "take": use.take,
     }  # fmt: skip
+    words |= {"what": use.what.format_map(words), "use": use.text.format_map(words)}
     (out / "README.md").write_text(README.format_map(words))
+    if "decoder" in values:
+        kind = read_json(out / "config.json")["model_type"]
+        library = f"lib/{target.os_arch}/{FILE_NAME}"
+        write_json(out / genai.NAME, genai.genai_config(kind, values["context"], values["decoder"], library))
+
+
+def requirements(values: Mapping[str, Any], target: Target) -> list[str]:
+    """Return the lines of a bundle's requirements.txt; chat templates are written in Jinja."""
+    return [*target.requirements, *([JINJA] if values["task"] == "text-generation" else [])]
 
 
 def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
@@ -194,8 +255,6 @@ def _files(folder: Path) -> Iterable[Path]:
     return (path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
 
 
-def _try(out: Path) -> None:
-    """Load the bundle as a device would and classify something, so that none leaves that cannot."""
-    from edgepeft.runtime import load
-
-    load(out, threads=1, check="full").classify("turn the kitchen lights off")
+def _try(out: Path, task: str) -> None:
+    """Load the bundle as a device would and use it, so that none leaves that cannot be."""
+    USES[task].trial(runtime.load(out, threads=1, check="full"))

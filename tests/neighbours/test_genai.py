@@ -1,0 +1,75 @@
+"""ONNX Runtime GenAI hosts a bundle: the same tokens as our runtime, also with another adapter swapped in."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from edgepeft.artifact import read_json, write_json
+from edgepeft.deploy.bundle import bundle as collect
+from edgepeft.export.genai import write_onnx_adapter
+from edgepeft.runtime import load
+from tests.export.test_token_checks import make_run
+from tests.export.tiny_decoder import random_adapter
+
+og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai has no wheel for this machine")
+TOKENS = 24
+
+
+@pytest.fixture(scope="module", params=["llama3", "gemma3"])
+def bundle(request, tmp_path_factory):
+    """A sealed bundle of a tiny decoder with a second adapter beside the default one."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config, run = make_run(folder, request.param)
+    training = run.path("adapter") / "training.json"
+    write_json(training, {**read_json(training), "config": {"method": "lora", "task": config.task, "rank": 4}})
+    run.path("verify").mkdir()
+    write_json(run.path("verify") / "report.json", {"checks": {}})
+    run.make("bundle", "", lambda out: collect(config, run, out))
+    other = random_adapter(run.path("quantized"), folder / "other", rank=7, seed=5)
+    shutil.copytree(other, run.path("bundle") / "adapters" / "other")
+    return run.path("bundle")
+
+
+def genai_tokens(folder, ids, adapter=None):
+    """Return the tokens GenAI writes greedily after ids."""
+    model = og.Model(str(folder))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(ids) + TOKENS, min_length=len(ids) + TOKENS, do_sample=False)
+    generator = og.Generator(model, parameters)
+    if adapter:
+        adapters = og.Adapters(model)
+        adapters.load(str(adapter), "other")
+        generator.set_active_adapter(adapters, "other")
+    generator.append_tokens(np.array([ids], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return list(generator.get_sequence(0))[len(ids) :]
+
+
+def own_tokens(folder, ids, adapter):
+    """Return the likeliest tokens after ids by our runtime, whether they end the text or not."""
+    model = load(folder, threads=1)
+    ids = list(ids)
+    for _ in range(TOKENS):
+        logits = model.logits(ids, adapter, keep=1)[-1]
+        logits[list(model.manifest["decoder"]["eos"])] = -np.inf  # min_length keeps GenAI from ending
+        ids.append(int(logits.argmax()))
+    return ids[-TOKENS:]
+
+
+def test_it_writes_what_our_runtime_does_with_either_adapter(bundle, tmp_path):
+    ids = load(bundle).encode([{"role": "user", "content": "turn on the lamp in the attic"}])
+    write_onnx_adapter(bundle / "adapters" / "other", tmp_path / "other.onnx_adapter")
+    default, other = own_tokens(bundle, ids, "default"), own_tokens(bundle, ids, "other")
+    assert genai_tokens(bundle, ids) == default
+    assert genai_tokens(bundle, ids, tmp_path / "other.onnx_adapter") == other
+    assert default != other
+
+
+def test_its_chat_template_is_ours(bundle):
+    messages = [{"role": "user", "content": "turn on the lamp"}]
+    tokenizer = og.Tokenizer(og.Model(str(bundle)))
+    text = tokenizer.apply_chat_template(messages=json.dumps(messages), add_generation_prompt=True)
+    assert tokenizer.encode(text).tolist() == load(bundle).encode(messages)
