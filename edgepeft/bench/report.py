@@ -63,10 +63,15 @@ def _notes(result: Mapping[str, Any]) -> Iterator[str]:
         yield "no op library: these are stock ONNX Runtime's figures."
 
 
+def _instruction_sets(library: Mapping[str, Any]) -> str:
+    """Return what a library's kernels are written for, best first: a row's name ends with it."""
+    return ", ".join(dict.fromkeys(name.rpartition("_")[2] for name in library["kernels"]))
+
+
 def report_text(result: Mapping[str, Any]) -> str:
     """Return the report of a bench as Markdown."""
     host, library = result["machine"], result["library"]
-    kernels = f"{library['build']}, kernels: {' '.join(library['kernels'])}" if library else "stock ONNX Runtime"
+    kernels = f"{library['build']}, kernels: {_instruction_sets(library)}" if library else "stock ONNX Runtime"
     swap = result["swap"]
     swapping = (
         "adapter swap: {swap_us:.1f} us (worst {worst_us:.0f}), first use {first_use_us:.0f} us".format(**swap)

@@ -27,6 +27,7 @@ from edgepeft.backbone.families import FAMILIES
 from edgepeft.bench.generation import DECODE, PROMPT
 from edgepeft.config import Config
 from edgepeft.console import progress, say, table
+from edgepeft.errors import unknown
 
 CONTEXT, RANK = 2048, 16
 WEIGHT, ADAPTER = 0.02, 0.02  # standard deviations
@@ -208,14 +209,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     from edgepeft.bench.report import report_text
 
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("shapes", nargs="*", default=list(SHAPES), choices=[*SHAPES, []], metavar="SHAPE")
+    parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(SHAPES)}  [default: all]")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--format", default="i4b32")
     parser.add_argument("--activation", default="int8")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each figure of a row")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(argv)
-    for shape in asked.shapes:
+    if strange := [shape for shape in asked.shapes if shape not in SHAPES]:
+        parser.error(unknown("shape", strange[0], SHAPES))
+    for shape in asked.shapes or SHAPES:
         say(f"{shape} (as process {os.getpid()})")
         result = measure(shape, asked.threads, asked.format, asked.activation, asked.seconds)
         print(f"## {shape}\n\n{report_text(result)}\n\n{limits_text(result)}\n")
