@@ -188,7 +188,7 @@ def frugal() -> Iterator[None]:
     """Give freed tensors back to the system at once, where the C library is glibc.
 
     It keeps what is below a threshold that grows to 32 MiB, and the next tensors do not fit the gaps: a step of a
-    24-layer model held 3 GB that way. Asking the system each time takes about a sixth more processor time.
+    24-layer model held 3 GB that way. Asking the system each time takes a tenth to a third more processor time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
     mallopt(MMAP_THRESHOLD, LEAST_RETURNED_BYTES)

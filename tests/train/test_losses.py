@@ -12,7 +12,7 @@ import torch
 from builders import DECODERS, tiny_decoder
 
 from edgepeft.quant.linear import QuantLinear
-from edgepeft.train import losses
+from edgepeft.train import losses, watch
 from edgepeft.train.batches import pack
 from edgepeft.train.chats import IGNORED
 from edgepeft.train.tasks import TASKS, pad_tokens
@@ -140,3 +140,14 @@ def test_the_task_says_what_is_worse() -> None:
     generation, classification = TASKS["text-generation"], TASKS["text-classification"]
     assert (generation.drop(1.0, 1.5), classification.drop(0.9, 0.8)) == (0.5, pytest.approx(0.1))
     assert dataclasses.replace(generation, lower=False).drop(1.0, 1.5) == -0.5
+
+
+def test_freed_tensors_go_back_to_the_system() -> None:
+    """Every second one, so that no other free memory lies beside it."""
+    with watch.frugal():
+        blocks = [torch.ones(5 << 20, dtype=torch.uint8) for _ in range(24)]
+        watch.reset_peak_resident()
+        full = watch.peak_resident_bytes()
+        del blocks[::2]
+        watch.reset_peak_resident()
+        assert watch.peak_resident_bytes() < full - (50 << 20)
