@@ -11,8 +11,8 @@ Every random choice hangs on the seed and each checkpoint holds the generators' 
 and went on ends with the same bytes as one that was not (`checkpoints`).
 
 Memory: packed bits, 16 bytes per trained parameter (itself, gradient, AdamW), and the activations of one forward pass,
-which `--batch-size` and `--max-length` bound; with `--checkpointing` those of one layer, for a third more time. Logits
-over a vocabulary do not exist (`losses`).
+which `--batch-size` and `--max-length` bound; with `--checkpointing` those of one layer, for half as much time again.
+Logits over a vocabulary do not exist (`losses`).
 
 Left out: sharding a backbone that outgrows one machine; its bits are buffers, which FSDP leaves whole everywhere.
 """
