@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 HERE = Path(__file__).parent
 BROKEN_OPTIMIZER = "FuseFp16InitializerToFp32NodeTransformer"  # ends the process in ONNX Runtime 1.23 to 1.29
 MAX_NEW_TOKENS = 64
+NEW_WINDOWS = (1, 24)
 
 
 def open_session() -> ort.InferenceSession:
@@ -50,6 +51,8 @@ def main(text: str) -> None:
     """Print a text's continuation and how fast it came."""
     manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
     about, context = manifest["decoder"], manifest["context"]
+    if about.get("windows") and tuple(map(int, ort.__version__.split(".")[:2])) < NEW_WINDOWS:
+        sys.exit(f"onnxruntime {ort.__version__} counts this model's attention windows otherwise: use edgepeft.runtime")
     tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
     session = open_session()
     ids = tokenizer.encode(text, add_special_tokens=False).ids

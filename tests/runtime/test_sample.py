@@ -36,3 +36,13 @@ def test_the_sample_that_writes_agrees_with_the_runtime(writer_bundle: Path, tmp
     expected = load(writer_bundle).generate("the lights", max_new_tokens=sample_generate.MAX_NEW_TOKENS)
     assert done.stdout == expected.text + "\n"
     assert f"{len(expected.tokens)} tokens, " in done.stderr
+
+
+def test_the_sample_leaves_windows_to_the_runtime_where_onnxruntime_counts_otherwise(writer_bundle: Path) -> None:
+    text = Path(sample_generate.__file__).read_text()
+    (writer_bundle / "sample.py").write_text(text.replace("NEW_WINDOWS = (1, 24)", "NEW_WINDOWS = (99, 0)"))
+    writer.reseal(writer_bundle, decoder={"windows": [8]})
+    command = [sys.executable, "-I", str(writer_bundle / "sample.py"), "the", "lights"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "use edgepeft.runtime" in done.stderr
