@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -48,6 +49,17 @@ def sha256_file(path: Path) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file that may be asked for again: it is read anew only when size or time changed."""
+    stat = path.stat()
+    return _digest_once(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_once(path: str, size_bytes: int, mtime_ns: int) -> str:
+    return sha256_file(Path(path))
 
 
 def key_of(value: Any) -> str:

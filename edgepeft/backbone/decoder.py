@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepeft.errors import ModelError
+from edgepeft.errors import ModelError, blaming
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,10 +70,8 @@ def full_config(settings: Mapping[str, Any]) -> Any:
     """Return the transformers configuration of a config.json, defaults filled in. Raises ModelError."""
     import transformers
 
-    try:
+    with blaming(Path("config.json"), "Copy the model again."):
         return transformers.AutoConfig.for_model(**settings)
-    except Exception as error:  # a configuration checks itself in many ways, with an exception for each
-        raise ModelError(f"config.json: {type(error).__name__}: {error}. Copy the model again.") from None
 
 
 def describe(settings: Mapping[str, Any]) -> Decoder:

@@ -13,7 +13,6 @@ of a decoder is part of the backbone; one that is tied to the word embedding rea
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import json
 import re
@@ -25,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepeft.artifact import cache_dir, key_of, read_json, sha256_file, staging, tensor_header
+from edgepeft.artifact import cache_dir, file_digest, key_of, read_json, sha256_file, staging, tensor_header
 from edgepeft.backbone.checkpoint import AGAIN, header
 from edgepeft.console import say
 from edgepeft.errors import ArtifactError, ModelError, blaming
@@ -174,13 +173,8 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _digest(files: Sequence[Path]) -> str:
-    each = [_file_digest(str(file), stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
+    each = [file_digest(file) for file in files]
     return each[0] if len(each) == 1 else key_of(each)
-
-
-@functools.lru_cache(maxsize=64)
-def _file_digest(path: str, size_bytes: int, mtime_ns: int) -> str:
-    return sha256_file(Path(path))
 
 
 def _packaged(model: Packaged) -> ModelSource:

@@ -71,6 +71,7 @@ def running_numbers(folder: Path, settings: Mapping[str, Any], context: int) -> 
     An answer ends with any token that config.json, generation_config.json or the tokenizer calls the end.
     """
     from edgepeft.backbone.decoder import describe, stop_tokens
+    from edgepeft.train.chats import beginning
     from edgepeft.train.loop import load_tokenizer
 
     about, tokenizer = describe(settings), load_tokenizer(folder)
@@ -79,7 +80,7 @@ def running_numbers(folder: Path, settings: Mapping[str, Any], context: int) -> 
     numbers = {
         "layers": about.layers, "hidden": about.hidden, "heads": about.heads, "kv_heads": about.kv_heads,
         "head_dim": about.head_dim, "vocabulary": about.vocabulary, "bos": bos, "eos": sorted(eos),
-        "pad": tokenizer.pad_token_id, "add_bos": bos is not None and tokenizer("a")["input_ids"][:1] == [bos],
+        "pad": tokenizer.pad_token_id, "add_bos": bool(beginning(tokenizer)),
         "windows": sorted({window for window in about.windows if window}),
     }  # fmt: skip
     if context > about.positions:

@@ -132,9 +132,9 @@ class Labelled(Subject):
     @functools.cached_property
     def examples(self) -> list[dict[str, Any]]:
         """The split as token ids."""
-        from edgepeft.train.loop import encode, token_limit
+        from edgepeft.train.loop import token_limit
 
-        return encode(self.tokenizer, self.split, token_limit(self.model, self.config))
+        return self.split.encode(self.tokenizer, token_limit(self.model, self.config))
 
     def batch(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """Return padded int64 arrays [M, S] for the graph and for PyTorch."""
@@ -166,10 +166,10 @@ class Written(Subject):
     @functools.cached_property
     def examples(self) -> list[dict[str, Any]]:
         """The split as token ids and targets; no more of it than is judged."""
-        from edgepeft.train.loop import encode, token_limit
+        from edgepeft.train.loop import token_limit
 
         limit = min(token_limit(self.model, self.config), read_json(self.folder / "export.json")["context"])
-        return encode(self.tokenizer, self.judged, limit)
+        return self.judged.encode(self.tokenizer, limit)
 
     @functools.cached_property
     def judged(self) -> Any:

@@ -156,6 +156,8 @@ def check_effect(work: Subject) -> Figures:
             f"effect: turning the adapter off changes the logits by {effect:.3g}, int8 noise alone by {own_noise:.3g}: "
             "the device could not tell the tuned model from the base. Train longer, or take --activation float."
         )
+    batch = work.sample(DEVICE_TRACED)  # a run for each tensor: a few tokens tell as much
+    full = model.logits(batch)
     zeros = {name: np.zeros_like(tensor) for name, tensor in work.tensors.items()}
     idle = [name for name, zero in zeros.items() if np.array_equal(model.logits(batch, {name: zero}), full)]
     if idle:

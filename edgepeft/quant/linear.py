@@ -278,12 +278,12 @@ class TiedLinear(QuantLinear):
         self.register_buffer("bias", None)
 
     @property
-    def qweight(self) -> torch.Tensor:  # type: ignore[override]
+    def qweight(self) -> torch.Tensor:  # type: ignore[override]  # a buffer there
         """The embedding's codes."""
         return self._embedding[0].qweight
 
     @property
-    def qscale(self) -> torch.Tensor:  # type: ignore[override]
+    def qscale(self) -> torch.Tensor:  # type: ignore[override]  # a buffer there
         """The embedding's scales."""
         return self._embedding[0].qscale
 

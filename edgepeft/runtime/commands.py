@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepeft.console import say
-from edgepeft.errors import ArtifactError, ConfigError, DataError, unknown
+from edgepeft.errors import ConfigError, DataError
 from edgepeft.runtime.manifest import NAME, unseal
-from edgepeft.runtime.session import TASKS, check_threads, load
+from edgepeft.runtime.session import check_threads, known_task, load
 from edgepeft.runtime.tasks import inputs, run_cli
 
 if TYPE_CHECKING:
@@ -36,10 +36,7 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 def task_of(bundle: Path | str) -> str:
     """Return the task of a bundle, by its manifest alone."""
-    task = unseal(Path(bundle) / NAME)["task"]
-    if task not in OPTIONS:
-        raise ArtifactError(f"{bundle}: {unknown('task', task, TASKS)} Take a newer edgepeft.")
-    return task
+    return known_task(bundle, unseal(Path(bundle) / NAME)["task"])
 
 
 def check_options(bundle: Path | str, task: str, options: Sequence[str]) -> None:

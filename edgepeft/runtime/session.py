@@ -277,11 +277,16 @@ class Model(Bundle):
         return found[0] if isinstance(text, str) else found
 
 
+def known_task(bundle: Path | str, task: str) -> str:
+    """Return a bundle's task. Raises ArtifactError for one that this edgepeft does not know."""
+    if task not in TASKS:
+        raise ArtifactError(f"{bundle}: {unknown('task', task, TASKS)} Take a newer edgepeft.")
+    return task
+
+
 def task_class(manifest: Manifest) -> type[Bundle]:
-    """Return the class of a bundle's task. Raises ArtifactError for a task that this edgepeft does not know."""
-    if manifest["task"] not in TASKS:
-        raise ArtifactError(f"{manifest.folder}: {unknown('task', manifest['task'], TASKS)} Take a newer edgepeft.")
-    module, name = TASKS[manifest["task"]]
+    """Return the class of a bundle's task."""
+    module, name = TASKS[known_task(manifest.folder, manifest["task"])]
     return getattr(importlib.import_module(module), name)
 
 

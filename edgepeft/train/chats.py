@@ -268,19 +268,19 @@ def _turn(turn: dict[str, Any]) -> dict[str, Any]:
 
 def _of_text(tokenizer: Any, content: Sequence[str], limit: int) -> list[Tokens]:
     """Return the rows of a text: it goes on in the next where one is full."""
-    ids = [*_start(tokenizer), *_ids(tokenizer, content), *_end(tokenizer)]
+    ids = [*beginning(tokenizer), *_ids(tokenizer, content), *_end(tokenizer)]
     return [(part, [True] * len(part)) for i in range(0, len(ids), limit) if (part := ids[i : i + limit])]
 
 
 def _of_prompt(tokenizer: Any, content: Sequence[str], limit: int) -> list[Tokens]:
     """Return a prompt and its completion as one row."""
     ids, places = _parts(tokenizer, content)
-    start, end = _start(tokenizer), _end(tokenizer)
+    start, end = beginning(tokenizer), _end(tokenizer)
     asked = len(start) + places[0]
     return [([*start, *ids, *end], [False] * asked + [True] * (len(ids) - places[0] + len(end)))]
 
 
-def _start(tokenizer: Any) -> list[int]:
+def beginning(tokenizer: Any) -> list[int]:
     """Return what the tokenizer puts before a text."""
     return [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
 

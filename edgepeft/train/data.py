@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from edgepeft.artifact import digests, key_of, sha256_file
+from edgepeft.artifact import digests, file_digest, key_of
 from edgepeft.console import say
 from edgepeft.errors import DataError
 from edgepeft.runtime.tokens import is_unicode
@@ -104,10 +104,10 @@ def data_digest(config: Config) -> str:
     """Return a digest of the bytes that `load_splits` reads. Raises DataError when they are missing."""
     source = _source(config)
     if source.is_file():
-        return sha256_file(source)
+        return file_digest(source)
     if _is_saved(source):
         return key_of({name: value for name, value in digests(source).items() if "cache-" not in name})
-    return key_of({name: sha256_file(path) for name, path in _split_files(source).items()})
+    return key_of({name: file_digest(path) for name, path in _split_files(source).items()})
 
 
 # --- finding -----------------------------------------------------------------------------------------------------

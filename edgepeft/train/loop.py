@@ -37,7 +37,7 @@ from edgepeft.adapt.methods import METHODS
 from edgepeft.artifact import Run, read_json, read_tensors, write_json
 from edgepeft.backbone.families import Family, family_of
 from edgepeft.console import say
-from edgepeft.errors import ConfigError
+from edgepeft.errors import ConfigError, blaming
 from edgepeft.train import checkpoints
 from edgepeft.train.batches import LengthBatches, pack
 from edgepeft.train.data import Splits, load_splits
@@ -177,7 +177,8 @@ def load_tokenizer(folder: Path) -> Any:
     """Return the Hugging Face tokenizer of a folder."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    with blaming(folder / "tokenizer_config.json", "Copy the tokenizer again and run 'edgepeft quantize'."):
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
 def token_limit(model: Any, config: Config) -> int:
@@ -187,11 +188,6 @@ def token_limit(model: Any, config: Config) -> int:
         found = config.max_length
         raise ConfigError(f"--max-length: expected at most {positions}, the model's positions; found {found}.")
     return config.max_length
-
-
-def encode(tokenizer: Any, split: Any, limit: int) -> list[dict[str, Any]]:
-    """Return the rows of token ids that a split becomes, cut at `limit`."""
-    return split.encode(tokenizer, limit)
 
 
 def _packed_model(quantized: Path, splits: Splits, config: Config) -> Any:

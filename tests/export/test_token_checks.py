@@ -15,7 +15,7 @@ from edgepeft.export import genai, parity, token_checks
 from edgepeft.export import verify as stage
 from edgepeft.export.emitter import ADAPTER_FILE
 from edgepeft.export.stage import export
-from tests.export.test_verify import Here, adapter_of, copy, damage, edit_graph, emulated, run_stage  # noqa: F401
+from tests.export.test_verify import Here, adapter_of, copy, damage, edit_graph, emulated, run_stage  # noqa: F401 - fixtures among them
 from tests.export.tiny_decoder import random_adapter
 
 LAYER = "model.layers"
@@ -135,7 +135,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_planted_fault_is_named(copy, fault):  # noqa: F811
+def test_planted_fault_is_named(copy, fault):  # noqa: F811 - the fixture
     config, run = copy
     fault(run)
     with pytest.raises(VerifyError, match=FAULTS[fault]):
@@ -167,7 +167,7 @@ def test_judging_is_cross_entropy():
 
 
 @pytest.mark.parametrize(("spoil", "words"), [(None, ""), (1.001, "starts in cortex-a72, float")])
-def test_device_is_compared_for_prompts_and_steps(copy, emulated, monkeypatch, spoil, words):  # noqa: F811
+def test_device_is_compared_for_prompts_and_steps(copy, emulated, monkeypatch, spoil, words):  # noqa: F811 - the fixtures
     config, run = copy
     emulated(Here(spoil))
     monkeypatch.setattr(stage.rewrite, "NEW_WINDOWS", (0,))  # this machine plays the device, on a newer ONNX Runtime

@@ -50,7 +50,7 @@ def tokens(request: pytest.FixtureRequest, tmp_path: Path) -> Tokens:
     return byte_level(tmp_path) if request.param == "bytes" else sentencepiece(tmp_path, request.param)
 
 
-def pieces(tokens: Tokens, ids: list[int], before: list[int] = []) -> list[str]:  # noqa: B006
+def pieces(tokens: Tokens, ids: list[int], before: list[int] = []) -> list[str]:  # noqa: B006 - never written to
     decoding = Decoding(tokens.text, before)
     return [*(decoding.push(token) for token in ids), decoding.flush()]
 
