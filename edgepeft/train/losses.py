@@ -4,7 +4,8 @@
 
 Only positions that have a target pass the head, CHUNK_BYTES of logits at a time. The head is frozen, so all that
 backward needs is dh, which is as small as h: it is computed while the logits of a chunk are there, and nothing is
-computed twice. A packed head is dequantized piece by piece, twice per chunk.
+computed twice. A packed head is dequantized piece by piece, twice per chunk. What is asked of a chunk of logits is a
+`Score`: their labels here, a teacher in `lesson`.
 
 `without_logits` lets a model answer with three figures per row in place of its logits: the sum of the losses, the
 number of targets and how many of them were the likeliest token. The method is replaced on the instance alone, so
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ from edgepeft.train.chats import IGNORED
 
 CHUNK_BYTES = 128 << 20
 FLOAT_BYTES = 4
+# (logits [T, V], targets [T], which of all positions these are) -> loss [T], hits [T], d loss / d logits [T, V], which
+# may use up the logits.
+Score = Callable[[torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 @dataclasses.dataclass
@@ -51,30 +55,36 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h_tk: torch.Tensor, head: Any, target_t: torch.Tensor, softcap: float
+        ctx: Any, h_tk: torch.Tensor, head: Any, target_t: torch.Tensor, softcap: float, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor]:
         loss_t = h_tk.new_empty(len(h_tk), dtype=torch.float32)
         hit_t = torch.empty_like(target_t, dtype=torch.bool)
         dh_tk = torch.empty_like(h_tk) if ctx.needs_input_grad[0] else None
-        step = max(1, CHUNK_BYTES // (FLOAT_BYTES * head.out_features))
-        for start in range(0, len(h_tk), step):
-            part = slice(start, start + step)
-            z_tv, slope_tv = _logits(h_tk[part], head, softcap, dh_tk is not None)
-            loss_t[part], hit_t[part] = _losses(z_tv, target_t[part])
+        for part in chunks(len(h_tk), head.out_features):
+            z_tv, slope_tv = head_logits(h_tk[part], head, softcap, dh_tk is not None)
+            loss_t[part], hit_t[part], dz_tv = score(z_tv, target_t[part], part)
             if dh_tk is not None:
-                dh_tk[part] = _gradient(z_tv, slope_tv, target_t[part], head)
+                dh_tk[part] = _gradient(dz_tv, slope_tv, head)
         ctx.save_for_backward(dh_tk)
         ctx.mark_non_differentiable(hit_t)
         return loss_t, hit_t
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss_t: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, dloss_t: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None, None, None]:
         (dh_tk,) = ctx.saved_tensors
-        return dh_tk * dloss_t[:, None].to(dh_tk.dtype), None, None, None
+        return dh_tk * dloss_t[:, None].to(dh_tk.dtype), None, None, None, None
 
 
-def _logits(h_tk: torch.Tensor, head: Any, softcap: float, slope: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
+    """Yield the positions whose logits exist at a time."""
+    step = max(1, CHUNK_BYTES // (FLOAT_BYTES * vocabulary))
+    return (slice(start, start + step) for start in range(0, tokens, step))
+
+
+def head_logits(
+    h_tk: torch.Tensor, head: Any, softcap: float, slope: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return float32 logits [T, V], and the slope of their softcap where one is asked for."""
     z_tv = h_tk.new_empty(len(h_tk), head.out_features, dtype=torch.float32)
     for rows, w_vk in _pieces(head):
@@ -86,17 +96,20 @@ def _logits(h_tk: torch.Tensor, head: Any, softcap: float, slope: bool) -> tuple
     return tanh_tv.mul_(softcap), slope_tv
 
 
-def _losses(z_tv: torch.Tensor, target_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return loss [T] and hits [T] of logits, which become log-probabilities."""
+def label_score(
+    z_tv: torch.Tensor, target_t: torch.Tensor, part: slice
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the targets: loss [T], hits [T] and the gradient, which takes the place of the logits."""
     hit_t = z_tv.argmax(-1) == target_t
     z_tv -= z_tv.logsumexp(-1, keepdim=True)
-    return -z_tv.gather(1, target_t[:, None])[:, 0], hit_t
-
-
-def _gradient(logp_tv: torch.Tensor, slope_tv: torch.Tensor | None, target_t: torch.Tensor, head: Any) -> torch.Tensor:
-    """Return dh [T, K] of log-probabilities, which are used up."""
-    dz_tv = logp_tv.exp_()
+    loss_t = -z_tv.gather(1, target_t[:, None])[:, 0]
+    dz_tv = z_tv.exp_()
     dz_tv[torch.arange(len(dz_tv), device=dz_tv.device), target_t] -= 1
+    return loss_t, hit_t, dz_tv
+
+
+def _gradient(dz_tv: torch.Tensor, slope_tv: torch.Tensor | None, head: Any) -> torch.Tensor:
+    """Return dh [T, K] of dz [T, V], which is used up."""
     if slope_tv is not None:
         dz_tv *= slope_tv
     dh_tk = dz_tv.new_zeros(len(dz_tv), head.in_features)
@@ -106,10 +119,18 @@ def _gradient(logp_tv: torch.Tensor, slope_tv: torch.Tensor | None, target_t: to
 
 
 def token_losses(
-    h_tk: torch.Tensor, head: Any, target_t: torch.Tensor, softcap: float = 0.0
+    h_tk: torch.Tensor, head: Any, target_t: torch.Tensor, softcap: float = 0.0, score: Score = label_score
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return loss [T] and hits [T] of hidden states [T, K] through a frozen head [V, K]."""
-    return _TokenLosses.apply(h_tk, head, target_t, softcap)
+    return _TokenLosses.apply(h_tk, head, target_t, softcap, score)
+
+
+def row_figures(wanted: torch.Tensor, loss_t: torch.Tensor, hit_t: torch.Tensor) -> Figures:
+    """Return the figures of rows whose positions `wanted` [M, S] have these losses and hits, in reading order."""
+    row_t = wanted.nonzero()[:, 0]
+    zeros = loss_t.new_zeros(len(wanted))
+    columns = (loss_t, torch.ones_like(loss_t), hit_t.to(loss_t.dtype))
+    return Figures(torch.stack([zeros.index_add(0, row_t, column) for column in columns], dim=1))
 
 
 @contextlib.contextmanager
@@ -124,11 +145,7 @@ def without_logits(model: Any) -> Iterator[None]:
     def forward(input_ids: Any, shift_labels: Any, position_ids: Any = None, **_: Any) -> Figures:
         hidden = causal.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         wanted = shift_labels != IGNORED
-        loss_t, hit_t = token_losses(hidden[wanted], causal.lm_head, shift_labels[wanted], softcap)
-        row_t = wanted.nonzero()[:, 0]
-        zeros = loss_t.new_zeros(len(wanted))
-        columns = (loss_t, torch.ones_like(loss_t), hit_t.to(loss_t.dtype))
-        return Figures(torch.stack([zeros.index_add(0, row_t, column) for column in columns], dim=1))
+        return row_figures(wanted, *token_losses(hidden[wanted], causal.lm_head, shift_labels[wanted], softcap))
 
     causal.forward = forward
     try:

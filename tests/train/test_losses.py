@@ -48,14 +48,14 @@ def test_it_is_the_cross_entropy_of_the_logits(chunks: None, softcap: float, tag
 
 def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    real = losses._logits
+    real = losses.head_logits
 
     def watched(*args: Any) -> Any:
         result = real(*args)
         sizes.append(len(result[0]))
         return result
 
-    monkeypatch.setattr(losses, "_logits", watched)
+    monkeypatch.setattr(losses, "head_logits", watched)
     monkeypatch.setattr(losses, "CHUNK_BYTES", 5 * VOCABULARY * losses.FLOAT_BYTES)
     head = torch.nn.Linear(HIDDEN, VOCABULARY, bias=False)
     losses.token_losses(torch.randn(12, HIDDEN), head, torch.zeros(12, dtype=torch.int64))
