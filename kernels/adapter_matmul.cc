@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t kTaskBytes = 32 * 1024;      // weights per task at M = 1: some microseconds
 constexpr int64_t kPrepareMacs = 512 * 1024;   // per preparation task
-alignas(64) const float kNoBias[kTileRows] = {};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t rank_stride(const Group& g) { return ceil_div(g.rank, kRankPad) * kRankPad; }
@@ -79,9 +78,10 @@ TileJob tile_job(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
   job.t = call.t[g] + m0 * job.t_stride;
   job.b = static_cast<const char*>(group.b) + n0 * group.rank * (group.half ? 2 : 4);
   job.b_half = group.half;
-  job.bias = call.bias ? call.bias + tile * kTileRows : kNoBias;
   job.s_out = group.s_out ? group.s_out + n0 * group.s_out_step : nullptr;
   job.s_out_step = group.s_out_step;
+  job.bias = group.bias ? group.bias + n0 * group.bias_step : nullptr;
+  job.bias_step = group.bias_step;
   job.y = group.y + m0 * group.n + n0;
   job.y_stride = group.n;
   job.columns = static_cast<int>(group.n - n0 < kTileRows ? group.n - n0 : kTileRows);

@@ -31,9 +31,10 @@ struct TileJob {
   int64_t t_stride;        // rank rounded up to kRankPad
   const void* b;           // [columns,rank] float16 or float32
   bool b_half;
-  const float* bias;       // [16]
   const float* s_out;      // s_out[n * s_out_step] for n in columns, or null: neutral
   int64_t s_out_step;
+  const float* bias;       // bias[n * bias_step] for n in columns, or null: none
+  int64_t bias_step;
   float* y;                // [m,y_stride]: exactly `columns` of each row are written
   int64_t y_stride;
   int columns;             // 1..16
@@ -122,6 +123,8 @@ struct Group {                // one of the outputs that share x
   int64_t gate_row, gate_step;
   const float* s_out;         // s_out[n * s_out_step]; null: neutral
   int64_t s_out_step;
+  const float* bias;          // bias[n * bias_step]; null: none
+  int64_t bias_step;
   float* y;                   // [M,n]
 };
 
@@ -135,7 +138,6 @@ struct Call {
   int64_t s_in_step;
   const uint8_t* w;
   const void* w_scale;
-  const float* bias;          // [16*tiles]; null: none
   int groups;
   Group group[kMaxGroups];
   // Filled in by plan().

@@ -23,8 +23,8 @@
 #define EP_ARCH "other"
 #endif
 
-EP_EXPORT int edgepeft_abi() { return 1; }
-EP_EXPORT const char* edgepeft_build() { return "edgepeft 0.1.0 abi=1 " EP_OS "-" EP_ARCH; }
+EP_EXPORT int edgepeft_abi() { return 2; }
+EP_EXPORT const char* edgepeft_build() { return "edgepeft 0.1.0 abi=2 " EP_OS "-" EP_ARCH; }
 
 // out[n,k] row-major. -1: unknown format, or a K that does not fit it.
 EP_EXPORT int edgepeft_dequantize(const char* format, const uint8_t* w, const void* scale, int64_t n, int64_t k, float* out_nk) {

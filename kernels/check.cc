@@ -4,7 +4,7 @@
 //   check [--row TEXT] [--time] [--break FAULT]
 //
 // Passing means: finite where the reference is finite and NaN where it is NaN, |error| <= tolerance * sum|terms|, the
-// bytes around y untouched, y complete. The tolerance is float32's: both sides hold the same integers and scales and
+// bytes around y untouched, y complete, and nothing read behind any input's end, where a page without access lies. The tolerance is float32's: both sides hold the same integers and scales and
 // differ only in the order of additions. --break plants a fault in the compared output (value, zero, nan, missing,
 // outside) and must make the program fail: it proves that the comparer can see.
 #include "adapter_matmul.h"
@@ -16,7 +16,7 @@ constexpr float kTolerance = 3e-7f;  // of the sum of absolute terms; times sqrt
 
 struct Shape {
   int64_t m, n, k, rank;
-  bool half, gated, scaled;     // adapter dtype; gate per row; s_in and s_out present
+  bool half, gated, scaled;     // adapter dtype; gate per row; s_in and s_out present, and one bias for all outputs
   enum { plain, zero_blocks, nan, inf } x;
 };
 
@@ -31,8 +31,9 @@ struct Case {
 
   Case(const Shape& shape, Format f)
       : s(shape), format(f), tiles((s.n + 15) / 16), y_floats(s.m * s.n + 2 * kGuardFloats),
-        w(tiles * tile_bytes(info(f), s.k)), w_scale(tiles * tile_scale_bytes(info(f), s.k)), x(s.m * s.k), bias(tiles * 16),
-        s_in(s.k), s_out(s.n), gate(s.m * s.rank), y(y_floats), a(s.rank * s.k * 4), b(s.n * s.rank * 4) {
+        w(tiles * tile_bytes(info(f), s.k)), w_scale(tiles * tile_scale_bytes(info(f), s.k)), x(s.m * s.k), bias(s.scaled ? 1 : s.n),
+        s_in(s.k), s_out(s.n), gate(s.m * s.rank), y(y_floats), a(s.rank * s.k * (s.half ? 2 : 4)),
+        b(s.n * s.rank * (s.half ? 2 : 4)) {
     fill_tiles(info(f), tiles, s.k, w.p, w_scale.p, 0.0f);
     for (int64_t i = 0; i < s.m * s.k; i++) x[i] = random_float();
     const int block = info(f).act_block;
@@ -40,7 +41,7 @@ struct Case {
       for (int64_t i = 0; i < s.m * s.k; i++) if (i / block % 3 == 0) x[i] = i / block % 2 ? 0.0f : 1e-33f;
     if (s.x == Shape::nan) x[(s.m - 1) * s.k + s.k / 2] = bits_float(0xffc00001u);
     if (s.x == Shape::inf) x[s.k - 1] = -bits_float(0x7f800000u);
-    for (int64_t i = 0; i < tiles * 16; i++) bias[i] = random_float();
+    for (int64_t i = 0; i < (s.scaled ? 1 : s.n); i++) bias[i] = random_float();
     for (int64_t i = 0; i < s.k; i++) s_in[i] = 1.0f + 0.5f * random_float();
     for (int64_t i = 0; i < s.n; i++) s_out[i] = 1.0f + 0.5f * random_float();
     for (int64_t i = 0; i < s.m * s.rank; i++) gate[i] = random_float();
@@ -68,9 +69,9 @@ struct Case {
     call.s_in_step = 1;
     call.w = w.p;
     call.w_scale = w_scale.p;
-    call.bias = bias.p;
     call.groups = 1;
-    call.group[0] = {s.n, s.rank, a.p, b.p, s.half, s.gated ? gate.p : nullptr, s.rank, 1, s.scaled ? s_out.p : nullptr, 1, y.p + kGuardFloats};
+    call.group[0] = {s.n, s.rank, a.p, b.p, s.half, s.gated ? gate.p : nullptr, s.rank, 1, s.scaled ? s_out.p : nullptr, 1,
+                     bias.p, s.scaled ? 0 : 1, y.p + kGuardFloats};
     Buffer<char> scratch(plan(call));
     place(call, scratch.p);
     const double start = cpu_seconds();

@@ -28,7 +28,7 @@ struct Tensor {
       if (dims[i] != t.dims[i]) return false;
     return rank == t.rank;
   }
-  bool neutral() const { return count == 1 && floats()[0] == 1.0f; }
+  bool holds(float number) const { return count == 1 && floats()[0] == number; }
 };
 
 struct Text {

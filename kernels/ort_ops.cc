@@ -2,12 +2,12 @@
 //
 //   y_g = s_out_g . ( W_g.(s_in . x) + B_g.( gate_g . (A_g.x) ) ) + bias_g
 //
-// inputs   0 x float [..,K]   1 w uint8 [T,K/32,bytes]   2 w_scale [T,B,16]   3 bias float [16T]   4 s_in float [1]|[K]
+// inputs   0 x float [..,K]   1 w uint8 [T,K/32,bytes]   2 w_scale [T,B,16]   3 s_in float [1]|[K]
 //          then per group: a [R,K]   b [n_g,R]   (both float16 or both float)
-//                          gate float [1]|[R]|[..,R]   s_out float [1]|[n_g]
+//                          gate float [1]|[R]|[..,R]   s_out float [1]|[n_g]   bias float [1]|[n_g]
 // outputs  y_g float [..,n_g]
 // attributes  K, N = 16T, n0.. (rows of each group), activation "int8" | "float"
-// w and w_scale are constants; all else may change from run to run. A [1] that holds 1 costs nothing.
+// w and w_scale are constants; all else may change from run to run. A [1] that holds 1, or 0 as a bias, costs nothing.
 #include "adapter_matmul.h"
 #include "ort_node.h"
 
@@ -15,8 +15,9 @@ const OrtApi* ort::api = nullptr;
 
 namespace {
 
-constexpr size_t kX = 0, kW = 1, kScale = 2, kBias = 3, kSIn = 4, kFirstGroup = 5;  // inputs
-constexpr size_t kA = 0, kB = 1, kGate = 2, kSOut = 3, kPerGroup = 4;               // of a group
+constexpr int kOpVersion = 2;  // ops.VERSION: nodes of an earlier one have other inputs
+constexpr size_t kX = 0, kW = 1, kScale = 2, kSIn = 3, kFirstGroup = 4;                // inputs
+constexpr size_t kA = 0, kB = 1, kGate = 2, kSOut = 3, kBias = 4, kPerGroup = 5;  // of a group
 constexpr size_t kMaxInputs = kFirstGroup + kPerGroup * kMaxGroups;
 
 struct Op : NamedOp {
@@ -84,7 +85,7 @@ OrtStatus* create(const OrtCustomOp* op, const OrtApi*, const OrtKernelInfo* inf
 // ---- one run ------------------------------------------------------------------------------------------------------
 OrtStatus* read_group(const Node& node, const Tensor* const* in, int g, const Tensor& x, Group* group) {
   const size_t at = kFirstGroup + kPerGroup * static_cast<size_t>(g);
-  const Tensor &a = *in[at + kA], &b = *in[at + kB], &gate = *in[at + kGate], &s_out = *in[at + kSOut];
+  const Tensor &a = *in[at + kA], &b = *in[at + kB], &gate = *in[at + kGate], &s_out = *in[at + kSOut], &bias = *in[at + kBias];
   group->n = node.rows[g];
   if ((a.type != kOrtHalf && a.type != kOrtFloat) || a.rank != 2 || a.dims[1] != node.k)
     return node.fail(at + kA, "a", g, (Text() << "float16 or float32 [R," << node.k << "]").s, a);
@@ -101,20 +102,23 @@ OrtStatus* read_group(const Node& node, const Tensor* const* in, int g, const Te
     return node.fail(at + kGate, "gate", g,
                      (Text() << "float32 [1], [" << group->rank << "] or [..," << group->rank
                              << "] with the leading dimensions of x").s, gate);
-  group->gate = gate.neutral() ? nullptr : gate.floats();
+  group->gate = gate.holds(1.0f) ? nullptr : gate.floats();
   group->gate_row = gate.is(1) || gate.is(group->rank) ? 0 : group->rank;
   group->gate_step = gate.is(1) ? 0 : 1;
   if (!s_out.is(1) && !s_out.is(group->n))
     return node.fail(at + kSOut, "s_out", g, (Text() << "float32 [1] or [" << group->n << "]").s, s_out);
-  group->s_out = s_out.neutral() ? nullptr : s_out.floats();
+  group->s_out = s_out.holds(1.0f) ? nullptr : s_out.floats();
   group->s_out_step = s_out.is(1) ? 0 : 1;
+  if (!bias.is(1) && !bias.is(group->n))
+    return node.fail(at + kBias, "bias", g, (Text() << "float32 [1] or [" << group->n << "]").s, bias);
+  group->bias = bias.holds(0.0f) ? nullptr : bias.floats();
+  group->bias_step = bias.is(1) ? 0 : 1;
   return nullptr;
 }
 
 OrtStatus* read_call(const Node& node, const Tensor* const* in, Call* call) {
-  const Tensor &x = *in[kX], &bias = *in[kBias], &s_in = *in[kSIn];
+  const Tensor &x = *in[kX], &s_in = *in[kSIn];
   if (x.rank < 1 || x.dims[x.rank - 1] != node.k) return node.fail(kX, "x", -1, (Text() << "float32 [..," << node.k << "]").s, x);
-  if (!bias.is(node.n)) return node.fail(kBias, "bias", -1, (Text() << "float32 [" << node.n << "]").s, bias);
   if (!s_in.is(1) && !s_in.is(node.k)) return node.fail(kSIn, "s_in", -1, (Text() << "float32 [1] or [" << node.k << "]").s, s_in);
   const Row* row = select_row(op_of(node).format, node.act);
   call->format = op_of(node).format;
@@ -123,11 +127,10 @@ OrtStatus* read_call(const Node& node, const Tensor* const* in, Call* call) {
   call->m = x.count / node.k;
   call->k = node.k;
   call->x = x.floats();
-  call->s_in = s_in.neutral() ? nullptr : s_in.floats();
+  call->s_in = s_in.holds(1.0f) ? nullptr : s_in.floats();
   call->s_in_step = s_in.is(1) ? 0 : 1;
   call->w = static_cast<const uint8_t*>(in[kW]->data);
   call->w_scale = in[kScale]->data;
-  call->bias = bias.floats();
   call->groups = op_of(node).groups;
   for (int g = 0; g < call->groups; g++) EP_TRY(read_group(node, in, g, x, &call->group[g]));
   return nullptr;
@@ -195,6 +198,7 @@ void define(Op& op, Format f, int groups) {
   op.GetInputType = input_type;
   op.GetInputTypeCount = [](const OrtCustomOp* o) { return input_count(self(o)); };
   op.GetOutputTypeCount = [](const OrtCustomOp* o) { return static_cast<size_t>(self(o).groups); };
+  op.GetStartVersion = [](const OrtCustomOp*) { return kOpVersion; };
   op.CreateKernelV2 = create;
   op.KernelComputeV2 = compute;
   op.InferOutputShapeFn = infer_shapes;

@@ -72,7 +72,7 @@ void tile(const TileJob& job) {
       float v = A == Act::int8 ? dot_int8(job, f, m, n) : dot_float(job, f, m, n);
       for (int64_t r = 0; r < job.rank; r++) v += element(job.b, job.b_half, n * job.rank + r) * job.t[m * job.t_stride + r];
       if (job.s_out) v *= job.s_out[n * job.s_out_step];
-      job.y[m * job.y_stride + n] = v + job.bias[n];
+      job.y[m * job.y_stride + n] = job.bias ? v + job.bias[n * job.bias_step] : v;
     }
 }
 

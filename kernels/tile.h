@@ -248,16 +248,21 @@ struct ManyRows {
   }
 };
 
+// One number for each column, as far as there are columns; null: zero.
+inline void spread(const float* from, int64_t step, int columns, float* to) {
+  for (int n = 0; n < kTileRows; n++) to[n] = from && n < columns ? from[n * step] : 0.0f;
+}
+
 // ---- y ------------------------------------------------------------------------------------------------------------
 template <class V, int R>
-EP_SHARED void write_y(const TileJob& job, int64_t m, const Sums<V, R>& sums, const float* s_out) {
+EP_SHARED void write_y(const TileJob& job, int64_t m, const Sums<V, R>& sums, const float* s_out, const float* bias) {
   for (int r = 0; r < R; r++) {
     alignas(64) float line[kTileRows];
     float* y = job.y + (m + r) * job.y_stride;
     float* to = job.columns == kTileRows ? y : line;
     for (int v = 0; v < kVectors<V>; v++) {
-      const typename V::F bias = V::load(job.bias + v * V::lanes);
-      V::store(to + v * V::lanes, job.s_out ? V::fma(sums[r][v], V::load(s_out + v * V::lanes), bias) : V::add(sums[r][v], bias));
+      const typename V::F bias_v = V::load(bias + v * V::lanes);
+      V::store(to + v * V::lanes, job.s_out ? V::fma(sums[r][v], V::load(s_out + v * V::lanes), bias_v) : V::add(sums[r][v], bias_v));
     }
     if (to == line) for (int n = 0; n < job.columns; n++) y[n] = line[n];
   }
@@ -271,7 +276,7 @@ struct Tile {
   Adapter adapter;
   bool first = true;  // acc holds nothing yet
   alignas(64) float acc[kJobRows * kTileRows];
-  alignas(64) float s_out[kTileRows];
+  alignas(64) float s_out[kTileRows], bias[kTileRows];
 
   explicit Tile(const TileJob& j) : job(j) {}
 
@@ -308,13 +313,14 @@ struct Tile {
         continue;
       }
       if (job.rank) adapter.template add<R>(job, m, sums);
-      write_y<V, R>(job, m, sums, s_out);
+      write_y<V, R>(job, m, sums, s_out, bias);
     }
     if constexpr (R > 1) chunk_rows<R / 2>(m, k0, k1);
   }
   template <int R>
   void all() {
-    for (int n = 0; job.s_out && n < kTileRows; n++) s_out[n] = n < job.columns ? job.s_out[n * job.s_out_step] : 0.0f;
+    if (job.s_out) spread(job.s_out, job.s_out_step, job.columns, s_out);
+    spread(job.bias, job.bias_step, job.columns, bias);
     for (int64_t r0 = Adapter::ranks_at_once; r0 < job.rank; r0 += kPanel, first = false) {  // rare, so a pass each
       adapter.fill(job, r0);
       adapter_rows<R>(0);

@@ -229,22 +229,20 @@ class Emitter:
             for part in ("qweight", "qscale")
         ]
         s_in = self.term(modules[0], "s_in", self.one(), (k,))
-        inputs = [x, *stacked, self.bias(together, modules, rows), s_in]
+        inputs = [x, *stacked, s_in]
         for module, n in zip(modules, rows, strict=True):
-            inputs += self.terms(module, n, k)
+            inputs += [*self.terms(module, n, k), self.bias(module)]
         outputs = [Value(m, FLOAT, (*x.shape[:-1], n)) for m, n in zip(modules, rows, strict=True)]
         kind = ops.op_type(tag, len(modules))
         graph.function(kind, lambda: ops.function_proto(tag, len(modules)))
         attrs = ops.attributes(k, rows, self.activation)
         return list(graph.nodes_outputs(kind, inputs, outputs, together, ops.DOMAIN, **attrs))
 
-    def bias(self, together: str, modules: Sequence[str], rows: Sequence[int]) -> Value:
-        """Return the biases in a row, zero where a module has none, padded to whole tiles."""
-        padded = np.zeros(-(-sum(rows) // TILE_ROWS) * TILE_ROWS, np.float32)
-        for module, n, end in zip(modules, rows, np.cumsum(rows), strict=True):
-            if f"{module}.bias" in self.weights.tensors:
-                padded[end - n : end] = self.weights[f"{module}.bias"][:n]
-        return self.graph.constant(f"{together}.bias", padded)
+    def bias(self, module: str) -> Value:
+        """Return the bias of a module's linear, the neutral zero where it has none."""
+        if f"{module}.bias" in self.weights.tensors:
+            return self.weight(f"{module}.bias")
+        return self.graph.constant("zero", np.zeros(1, np.float32))
 
     def float_linear(self, module: str, x: Value) -> Value:
         """The same equation in float, for a weight that was kept."""

@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     import onnx
 
 DOMAIN = "edgepeft"
-VERSION = 1
+VERSION = 2  # of the domain, raised whenever inputs, attributes or layouts change: files of another are refused
 MAX_GROUPS = 3
 MINIMUM_ONNXRUNTIME = "1.20.1"  # a release that is safe on a Cortex-A72; it reads no newer opset or IR than these
 OPSET = 21
 IR_VERSION = 10
 
 NAME = "AdapterMatMul"
-SHARED_INPUTS = ("x", "w", "w_scale", "bias", "s_in")
-GROUP_INPUTS = ("a", "b", "gate", "s_out")
+SHARED_INPUTS = ("x", "w", "w_scale", "s_in")
+GROUP_INPUTS = ("a", "b", "gate", "s_out", "bias")
 
 
 def op_type(format: str, groups: int) -> str:
@@ -115,7 +115,7 @@ def _group(body: Body, g: int, base: str, start: str, end: str) -> None:
     a_kr, b_rn = (body.transposed(body.float32(f"{name}_{g}")) for name in "ab")
     gated = body("Mul", body("MatMul", "x", a_kr), f"gate_{g}")
     y = body("Add", body("Slice", base, start, end, body.ints(-1)), body("MatMul", gated, b_rn))
-    body("Add", body("Mul", y, f"s_out_{g}"), body("Slice", "bias", start, end, body.ints(0)), out=f"y_{g}")
+    body("Add", body("Mul", y, f"s_out_{g}"), f"bias_{g}", out=f"y_{g}")
 
 
 def function_proto(format: str, groups: int) -> onnx.FunctionProto:
@@ -193,16 +193,16 @@ def reference(format: str, activation: str, rows: Sequence[int], inputs: Sequenc
     """
     import numpy as np
 
-    x, w, w_scale, bias, s_in = inputs[: len(SHARED_INPUTS)]
+    x, w, w_scale, s_in = inputs[: len(SHARED_INPUTS)]
     leading, k = x.shape[:-1], x.shape[-1]
     scaled = (x.astype(np.float32) * s_in.astype(np.float32)).reshape(int(np.prod(leading)), k)
     base = _reference_base(format, activation, scaled, w, w_scale).reshape(*leading, len(w) * TILE_ROWS)
     outputs, start = [], 0
     for g, n in enumerate(rows):
         at = len(SHARED_INPUTS) + len(GROUP_INPUTS) * g
-        a_rk, b_nr, gate, s_out = (array.astype(np.float64) for array in inputs[at : at + len(GROUP_INPUTS)])
+        a_rk, b_nr, gate, s_out, bias = (v.astype(np.float64) for v in inputs[at : at + len(GROUP_INPUTS)])
         adapter = (gate * (x.astype(np.float64) @ a_rk.T)) @ b_nr.T
-        outputs.append(s_out * (base[..., start : start + n] + adapter) + bias[start : start + n])
+        outputs.append(s_out * (base[..., start : start + n] + adapter) + bias)
         start += n
     return outputs
 
@@ -211,16 +211,16 @@ def magnitude(format: str, rows: Sequence[int], inputs: Sequence[np.ndarray]) ->
     """Return the op's value over absolute values, the size that rounding errors are relative to: [..., N_g]."""
     import numpy as np
 
-    x, w, w_scale, bias, s_in = inputs[: len(SHARED_INPUTS)]
+    x, w, w_scale, s_in = inputs[: len(SHARED_INPUTS)]
     values_nk, scale_nb = codes_and_scales(format, w, w_scale, "float")
     w_nk = np.abs(values_nk * np.repeat(scale_nb, values_nk.shape[1] // scale_nb.shape[1], axis=1))
     base = np.abs(x * s_in).astype(np.float64) @ w_nk.T
     outputs, start = [], 0
     for g, n in enumerate(rows):
         at = len(SHARED_INPUTS) + len(GROUP_INPUTS) * g
-        a_rk, b_nr, gate, s_out = (np.abs(array.astype(np.float64)) for array in inputs[at : at + len(GROUP_INPUTS)])
+        a_rk, b_nr, gate, s_out, bias = (np.abs(v.astype(np.float64)) for v in inputs[at : at + len(GROUP_INPUTS)])
         adapter = (gate * (np.abs(x) @ a_rk.T)) @ b_nr.T
-        outputs.append(s_out * (base[..., start : start + n] + adapter) + np.abs(bias[start : start + n]))
+        outputs.append(s_out * (base[..., start : start + n] + adapter) + bias)
         start += n
     return outputs
 

@@ -10,7 +10,7 @@ from edgepeft.adapt import peft_files
 from edgepeft.artifact import digests, read_tensors
 from edgepeft.backbone.families import family_of
 from edgepeft.errors import ModelError
-from edgepeft.export import decoder
+from edgepeft.export import decoder, ops
 from edgepeft.export.emitter import AdapterFile, Weights
 from edgepeft.export.parity import OnnxModel, differences, largest_error, torch_trace
 from edgepeft.export.stage import check
@@ -228,7 +228,7 @@ def test_file_stays_within_what_the_oldest_runtime_reads(exported, case):
     check(folder / "model.onnx")
     proto = onnx.load(folder / "model.onnx", load_external_data=False)
     assert proto.ir_version <= 10
-    assert {o.domain: o.version for o in proto.opset_import} == {"": 21, "com.microsoft": 1, "edgepeft": 1}
+    assert {o.domain: o.version for o in proto.opset_import} == {"": 21, "com.microsoft": 1, "edgepeft": ops.VERSION}
     known = {"num_heads", "kv_num_heads", "scale", "softcap", "local_window_size", "do_rotary", "rotary_interleaved"}
     for node in (node for node in proto.graph.node if node.op_type == "GroupQueryAttention"):
         assert (set(attention(node)), len(node.input)) == (known, 9)

@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 
 from edgepeft.export.body import FLOAT32
 from edgepeft.export.functions import FUNCTIONS
-from edgepeft.export.ops import DOMAIN, IR_VERSION, OPSET
+from edgepeft.export.ops import DOMAIN, IR_VERSION, OPSET, VERSION
 from edgepeft.quant.formats import FORMATS
 
 EPSILON = 1e-6
@@ -60,7 +60,7 @@ def model(name, inputs):
     outs = [helper.make_tensor_value_info(part, FLOAT32, None) for part in function.outputs]
     stored = [numpy_helper.from_array(a, part) for part, a in arrays.items() if part in fixed]
     graph = helper.make_graph([node], "one", fed, outs, stored)
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     return helper.make_model(graph, functions=[function.proto()], opset_imports=opsets, ir_version=IR_VERSION)
 
 

@@ -11,16 +11,14 @@ from edgepeft.quant.formats import FORMATS
 FORMAT_TAGS = sorted(FORMATS)
 
 
-def make_inputs(tag, leading, k, rows, rank, dtype=np.float16, gate="one", scales="one", seed=0):
+def make_inputs(tag, leading, k, rows, rank, dtype=np.float16, gate="one", scales="one", bias="some", seed=0):
     """Random inputs of one node, in order. `rank` is a number or one per group."""
     rng = np.random.default_rng(seed)
     n = sum(rows)
     packed = FORMATS[tag].quantize(rng.standard_normal((n, k), np.float32) / np.sqrt(k))
-    bias = np.zeros(len(packed.w) * 16, np.float32)
-    bias[:n] = rng.standard_normal(n)
     x = rng.standard_normal((*leading, k), np.float32)
     one = np.ones(1, np.float32)
-    inputs = [x, packed.w, packed.scale, bias, one if scales == "one" else rng.random(k, np.float32) + 0.5]
+    inputs = [x, packed.w, packed.scale, one if scales == "one" else rng.random(k, np.float32) + 0.5]
     for n_g, r in zip(rows, np.broadcast_to(rank, len(rows)), strict=True):
         shape = {"one": (1,), "rank": (r,), "token": (*leading, r)}[gate]
         inputs += [
@@ -28,6 +26,7 @@ def make_inputs(tag, leading, k, rows, rank, dtype=np.float16, gate="one", scale
             rng.standard_normal((n_g, r)).astype(dtype),
             one if gate == "one" else rng.standard_normal(shape).astype(np.float32),
             one if scales == "one" else rng.random(n_g, np.float32) + 0.5,
+            0 * one if bias == "none" else rng.standard_normal(n_g, np.float32),
         ]
     return inputs
 
@@ -36,7 +35,7 @@ def node_model(tag, k, rows, inputs, activation="float"):
     """One node as a model: weights constant, x and the adapter's tensors fed."""
     names = ops.input_names(len(rows))
     dims = dict(zip(names, inputs, strict=True))
-    fixed = {"w", "w_scale", "bias"}
+    fixed = {"w", "w_scale"}
     to_proto = helper.np_dtype_to_tensor_dtype
     fed = [
         helper.make_tensor_value_info(n, to_proto(a.dtype), [f"{n}.{i}" for i in range(a.ndim)])
@@ -54,7 +53,7 @@ def node_model(tag, k, rows, inputs, activation="float"):
     graph = helper.make_graph([node], "one", fed, outs, [numpy_helper.from_array(dims[n], n) for n in sorted(fixed)])
     opsets = [
         helper.make_opsetid("", ops.OPSET),
-        helper.make_opsetid(ops.DOMAIN, 1),
+        helper.make_opsetid(ops.DOMAIN, ops.VERSION),
         helper.make_opsetid("com.microsoft", 1),
     ]
     return helper.make_model(
@@ -99,7 +98,7 @@ CASES = [
     {"leading": (3, 4), "rows": (32, 16, 48), "rank": (4, 0, 7), "dtype": np.float32},
     {"leading": (2, 3), "rows": (16, 32), "rank": 5, "gate": "rank", "scales": "some"},
     {"leading": (2, 3), "rows": (16, 32), "rank": 5, "gate": "token", "scales": "some", "dtype": np.float32},
-    {"leading": (7,), "rows": (33,), "rank": 0},
+    {"leading": (7,), "rows": (33,), "rank": 0, "bias": "none"},
     {"leading": (0,), "rows": (16,), "rank": 2},
 ]
 
@@ -157,8 +156,8 @@ def test_activations_round_as_stated():
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_schema(groups):
-    names = ["x", "w", "w_scale", "bias", "s_in"]
-    names += [f"{name}_{g}" for g in range(groups) for name in ("a", "b", "gate", "s_out")]
+    names = ["x", "w", "w_scale", "s_in"]
+    names += [f"{name}_{g}" for g in range(groups) for name in ("a", "b", "gate", "s_out", "bias")]
     body = ops.function_proto("i4b32", groups)
     assert (body.domain, body.name) == ("edgepeft", f"AdapterMatMul_i4b32_g{groups}")
     assert list(body.input) == names

@@ -12,7 +12,7 @@ import pytest
 from edgepeft.artifact import Run, read_json, read_tensors, tensor_header, write_json
 from edgepeft.deploy import compile, emulator
 from edgepeft.errors import TargetError, VerifyError
-from edgepeft.export import parity
+from edgepeft.export import ops, parity
 from edgepeft.export import verify as stage
 from edgepeft.export.emitter import ADAPTER_FILE
 
@@ -136,7 +136,8 @@ def edit_graph(run, change):
 def wire_q_to_k(run):
     def change(proto):
         node = next(n for n in proto.graph.node if n.name.startswith(f"{LAYER}.0.attention.self.query|"))
-        node.input[5], node.input[9] = node.input[9], node.input[5]
+        q, k = (ops.input_names(3).index(name) for name in ("a_0", "a_1"))
+        node.input[q], node.input[k] = node.input[k], node.input[q]
 
     edit_graph(run, change)
 

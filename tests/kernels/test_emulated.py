@@ -81,7 +81,7 @@ def write_case(folder: Path, tag: str, m: int, activation: str) -> tuple[str, li
 
     rng, n = np.random.default_rng(m), sum(ROWS)
     packed = FORMATS[tag].quantize(rng.standard_normal((n, K), np.float32))
-    inputs = [rng.standard_normal((1, m, K), np.float32), packed.w, packed.scale, rng.standard_normal(n, np.float32)]
+    inputs = [rng.standard_normal((1, m, K), np.float32), packed.w, packed.scale]
     inputs.append(rng.random(K, np.float32) + 0.5)
     for rows, rank in zip(ROWS, (4, 20), strict=True):
         inputs += [
@@ -89,8 +89,9 @@ def write_case(folder: Path, tag: str, m: int, activation: str) -> tuple[str, li
             rng.standard_normal((rows, rank)).astype(np.float16),
         ]
         inputs += [rng.random((1, m, rank), np.float32), rng.random(rows, np.float32) + 0.5]
+        inputs += [rng.standard_normal(rows, np.float32)]
     name, names, outputs = f"{tag}-{m}-{activation}", ops.input_names(2), ops.output_names(2)
-    fixed = ("w", "w_scale", "bias")
+    fixed = ("w", "w_scale")
     values = dict(zip(names, inputs, strict=True))
     kinds = {key: helper.np_dtype_to_tensor_dtype(value.dtype) for key, value in values.items()}
     fed = [helper.make_tensor_value_info(key, kinds[key], v.shape) for key, v in values.items() if key not in fixed]

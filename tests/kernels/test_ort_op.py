@@ -32,17 +32,17 @@ def inputs(
     ranks = [rank] * len(rows) if isinstance(rank, int) else rank
     packed = FORMATS[format].quantize(some(rng, sum(rows), k) / k**0.5)
     one = np.ones(1, np.float32)
-    bias = np.zeros(len(packed.w) * 16, np.float32)
-    bias[: sum(rows)] = some(rng, sum(rows))
-    values = [some(rng, *leading, k), packed.w, packed.scale, bias, 1 + 0.5 * some(rng, k) if scaled else one]
+    values = [some(rng, *leading, k), packed.w, packed.scale, 1 + 0.5 * some(rng, k) if scaled else one]
     for n, r in zip(rows, ranks, strict=True):
         gates = {"one": one, "number": 2 * one, "vector": some(rng, r), "per row": some(rng, *leading, r)}
         values += [(some(rng, r, k) / k**0.5).astype(dtype), some(rng, n, r).astype(dtype), gates[gate]]
-        values += [1 + 0.5 * some(rng, n) if scaled else one]
+        values += [1 + 0.5 * some(rng, n) if scaled else one, some(rng, n)]
     return values
 
 
-def session(format: str, k: int, rows, values, activation="int8", fed=("x",), threads=2, **changed):
+def session(
+    format: str, k: int, rows, values, activation="int8", fed=("x",), threads=2, version=ops.VERSION, **changed
+):
     """A session of one node; inputs named in `fed` are graph inputs, the others constants."""
     names = ops.input_names(len(rows))
     attributes = {**ops.attributes(k, rows, activation), **changed}
@@ -57,7 +57,7 @@ def session(format: str, k: int, rows, values, activation="int8", fed=("x",), th
         [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ops.output_names(len(rows))],
         [numpy_helper.from_array(pairs[n], n) for n in names if n not in fed],
     )  # fmt: skip
-    imports = [helper.make_opsetid("", ops.OPSET), helper.make_opsetid(ops.DOMAIN, ops.VERSION)]
+    imports = [helper.make_opsetid("", ops.OPSET), helper.make_opsetid(ops.DOMAIN, version)]
     model = helper.make_model(graph, opset_imports=imports, ir_version=ops.IR_VERSION)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -104,10 +104,18 @@ def test_everything_but_the_weight_may_come_at_run_time() -> None:
     agree("nf4b64", "int8", [48], values, session("nf4b64", 128, [48], values, fed=fed)())
 
 
-def test_a_neutral_scale_may_be_any_number() -> None:
+@pytest.mark.parametrize("bias", [0.0, -2.5])
+@pytest.mark.parametrize("m", [1, 6])
+def test_a_neutral_scale_or_bias_may_be_any_number(m: int, bias: float) -> None:
+    values = inputs("i4b32", 64, [37], (m,))
+    values[3], values[7], values[8] = (np.full(1, number, np.float32) for number in (3, 0.5, bias))
+    agree("i4b32", "int8", [37], values, session("i4b32", 64, [37], values)())
+
+
+def test_a_file_of_another_version_is_refused() -> None:
     values = inputs("i4b32", 64, [32])
-    values[4], values[8] = np.full(1, 3, np.float32), np.full(1, 0.5, np.float32)
-    agree("i4b32", "int8", [32], values, session("i4b32", 64, [32], values)())
+    with pytest.raises(Exception, match=r"AdapterMatMul_i4b32_g1.* is not a registered function/op"):
+        session("i4b32", 64, [32], values, version=ops.VERSION - 1)
 
 
 def test_no_rows_give_no_rows() -> None:
@@ -157,30 +165,30 @@ WRONG = {
         np.zeros((2, 1, 16), np.float16),
         r"input 2 \(w_scale\): expected \[2,2,16\], found float16 \[2,1,16\]",
     ),
-    "bias": (3, np.zeros(5, F), r"input 3 \(bias\): expected float32 \[32\], found float32 \[5\]"),
-    "s_in": (4, np.zeros(5, F), r"input 4 \(s_in\): expected float32 \[1\] or \[64\], found float32 \[5\]"),
+    "s_in": (3, np.zeros(5, F), r"input 3 \(s_in\): expected float32 \[1\] or \[64\], found float32 \[5\]"),
     "a": (
-        5,
+        4,
         np.zeros((16, 32), np.float16),
-        r"input 5 \(a0\): expected float16 or float32 \[R,64\], found float16 \[16,32\]",
+        r"input 4 \(a0\): expected float16 or float32 \[R,64\], found float16 \[16,32\]",
     ),
     "a type": (
-        5,
+        4,
         np.zeros((16, 64), np.int32),
-        r"input 5 \(a0\): expected float16 or float32 \[R,64\], found another type",
+        r"input 4 \(a0\): expected float16 or float32 \[R,64\], found another type",
     ),
     "rank": (
-        6,
+        5,
         np.zeros((32, 8), np.float16),
-        r"input 6 \(b0\): expected float16 \[32,16\], to go with a, found float16 \[32,8\]",
+        r"input 5 \(b0\): expected float16 \[32,16\], to go with a, found float16 \[32,8\]",
     ),
     "b type": (
-        6,
+        5,
         np.zeros((32, 16), F),
-        r"input 6 \(b0\): expected float16 \[32,16\], to go with a, found float32 \[32,16\]",
+        r"input 5 \(b0\): expected float16 \[32,16\], to go with a, found float32 \[32,16\]",
     ),
-    "gate": (7, np.zeros((2, 16), F), r"input 7 \(gate0\): expected float32 \[1\], \[16\] or \[..,16\]"),
-    "s_out": (8, np.zeros(3, F), r"input 8 \(s_out0\): expected float32 \[1\] or \[32\], found float32 \[3\]"),
+    "gate": (6, np.zeros((2, 16), F), r"input 6 \(gate0\): expected float32 \[1\], \[16\] or \[..,16\]"),
+    "s_out": (7, np.zeros(3, F), r"input 7 \(s_out0\): expected float32 \[1\] or \[32\], found float32 \[3\]"),
+    "bias": (8, np.zeros(48, F), r"input 8 \(bias0\): expected float32 \[1\] or \[32\], found float32 \[48\]"),
 }
 
 

@@ -33,7 +33,7 @@ def test_a_library_says_what_it_is(tmp_path: Path) -> None:
 
 
 def test_another_abi_is_refused(sealed: Path, tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match="op ABI 7, this edgepeft needs 1"):
+    with pytest.raises(TargetError, match=f"op ABI 7, this edgepeft needs {OP_ABI}"):
         load(sealed, library=build(tmp_path, 7))
 
 
