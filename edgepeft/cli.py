@@ -203,6 +203,28 @@ def bench(bundle: Path, threads: Sequence[int], baseline: bool, json_file: Path 
 
 
 @cli.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("base", type=click.Path(path_type=Path), required=False)
+@click.option("--json", "as_json", is_flag=True, help="The report as one JSON object.")
+@click.option("--convert", "out", type=click.Path(path_type=Path), help="Write it to this new folder, as PEFT has it.")
+def doctor(adapter: Path, base: Path | None, as_json: bool, out: Path | None) -> None:
+    """Say what an adapter is and whether it can be used; with a BASE, whether it fits.
+
+    ADAPTER comes from edgepeft, Hugging Face PEFT, MLX, llama.cpp (GGUF) or ONNX Runtime. BASE is a bundle, a build's
+    output or a model folder. The exit status is 0 for an adapter that can be used and 1 for one that cannot.
+
+    \b
+    Examples:
+      edgepeft doctor ./my-lora edgepeft-out/bundle
+      edgepeft doctor lora.gguf ./SmolLM2-135M-Instruct --convert ./my-lora
+    """
+    from edgepeft.adapt.doctor import doctor_cli
+
+    if not doctor_cli(adapter, base, as_json, out):
+        sys.exit(1)
+
+
+@cli.command()
 def targets() -> None:
     """List the targets and what each is."""
     from edgepeft.console import table

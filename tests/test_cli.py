@@ -28,7 +28,7 @@ def chained(error, cause):
 @pytest.mark.parametrize("command", [None, *cli.cli.commands])
 def test_help_shows_examples_and_every_setting(command):
     text = CliRunner().invoke(cli.cli, [*([command] if command else []), "--help"], terminal_width=200).output
-    if command in (None, "build", "run", "chat", "bench"):
+    if command in (None, "build", "run", "chat", "bench", "doctor"):
         assert "Example" in text
     if command in ("build", *(stage.name for stage in pipeline.STAGES)):
         assert all(flag(field.name) in text for field in dataclasses.fields(Config))
@@ -78,6 +78,7 @@ def test_every_stage_is_a_command_and_the_targets_are_listed():
         (["chat", "no-bundle"], 1, "no-bundle"),
         (["chat", "no-bundle", "--threads", "-1"], 2, "threads: expected 0 (all cores) to"),
         (["run", "no-bundle", "--temperature", "hot", "text"], 2, "not a valid float"),
+        (["doctor", "no-adapter"], 1, "no-adapter: no such file or folder"),
         (["biuld"], 2, "No such command"),
     ],
 )

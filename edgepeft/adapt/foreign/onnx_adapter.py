@@ -1,0 +1,44 @@
+"""`.onnx_adapter` files of ONNX Runtime: a flatbuffer ("TORT") of tensors named after a graph's inputs.
+
+It says neither rank nor alpha nor base: ranks are read off the shapes, and the scale lies in B. Names and orientation
+are those of the graph it was made for: ours are PEFT's; GenAI's builder and Olive turn both matrices round.
+
+    base_model.model.<module>.lora_A.weight [R, K]       model.layers.0.attn.q_proj.lora_A.MatMul.weight [K, R]
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from edgepeft.adapt.foreign import PREFIX, Foreign, lora_settings, ranks
+from edgepeft.errors import ArtifactError
+
+MAGIC = b"TORT"  # after the flatbuffer's first offset
+TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.MatMul\.weight$")
+
+
+def read(path: Path) -> Foreign:
+    """Read an .onnx_adapter file. Raises ArtifactError when ONNX Runtime refuses it."""
+    import onnxruntime
+
+    try:
+        stored = onnxruntime.AdapterFormat.read_adapter(str(path))  # owns what its values point to
+        arrays = {name: value.numpy().copy() for name, value in stored.get_parameters().items()}
+    except Exception as error:  # ONNX Runtime's own exceptions share no base
+        raise ArtifactError(
+            f"{path}: truncated or not an .onnx_adapter file: {error}. Copy or make it again."
+        ) from None
+    tensors, strange, turned = {}, [], False
+    for name, array in arrays.items():
+        if name.startswith(PREFIX):
+            tensors[name] = array
+        elif match := TENSOR.match(name):
+            module = match["module"].replace(".attn.", ".self_attn.")
+            tensors[f"{PREFIX}{module}.lora_{match['side']}.weight"], turned = array.T, True
+        else:
+            strange.append(name)
+    tool, changes = ("ONNX Runtime GenAI", ("names of its graph", "A and B transposed")) if turned else ("edgepeft", ())
+    settings = lora_settings(ranks(tensors), None, None)
+    changes = (*changes, "its own file format")
+    return Foreign(tool, ".onnx_adapter", path, settings, tensors, {}, changes, strange=tuple(strange))
