@@ -96,15 +96,17 @@ OrtStatus* read_group(const Node& node, const Tensor* const* in, int g, const Te
                      (Text() << (group->half ? "float16 [" : "float32 [") << group->n << "," << group->rank << "], to go with a").s, b);
   group->a = a.data;
   group->b = b.data;
-  bool per_row = gate.rank == x.rank && gate.dims[gate.rank - 1] == group->rank;
+  const int64_t gates = gate.rank ? gate.dims[gate.rank - 1] : 0;
+  const bool for_all = gate.count == gates && (gates == 1 || gates == group->rank);  // leading dimensions of 1, if any
+  bool per_row = gate.rank == x.rank && gates == group->rank;
   for (size_t i = 0; per_row && i + 1 < x.rank; i++) per_row = gate.dims[i] == x.dims[i];
-  if (!gate.is(1) && !gate.is(group->rank) && !per_row)
+  if (!for_all && !per_row)
     return node.fail(at + kGate, "gate", g,
                      (Text() << "float32 [1], [" << group->rank << "] or [..," << group->rank
                              << "] with the leading dimensions of x").s, gate);
   group->gate = gate.holds(1.0f) ? nullptr : gate.floats();
-  group->gate_row = gate.is(1) || gate.is(group->rank) ? 0 : group->rank;
-  group->gate_step = gate.is(1) ? 0 : 1;
+  group->gate_row = for_all ? 0 : group->rank;
+  group->gate_step = for_all && gates == 1 ? 0 : 1;
   if (!s_out.is(1) && !s_out.is(group->n))
     return node.fail(at + kSOut, "s_out", g, (Text() << "float32 [1] or [" << group->n << "]").s, s_out);
   group->s_out = s_out.holds(1.0f) ? nullptr : s_out.floats();

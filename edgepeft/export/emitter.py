@@ -7,7 +7,8 @@ Every value is named after the Hugging Face module that computes it, so that `ve
 side. Linears are the fused op where they are packed and MatMul + Add where they were kept in float; linears that share
 their input share one node, and fall apart into single ones when they cannot (different formats, a row count that is no
 multiple of 16, an s_in of their own). Adapter tensors are overridable inputs named as in the adapter's file, whose rank
-is symbolic.
+is symbolic. Where there is a low-rank part its gate is one too, neutral by default: [rows.., R] lets the rows of a run
+have adapters of their own, stacked along R (see `edgepeft.runtime.mixing`).
 
 4-bit embeddings in rows are signed INT4 (code - 8), 8-bit ones INT8 (code - 128), both one XOR away from the stored
 bytes, as the oldest supported ONNX Runtime has no unsigned zero point for them without a tensor; scales become float32
@@ -36,6 +37,7 @@ from edgepeft.quant.formats import EMBEDDING_FORMATS, TILE_ROWS
 BATCH, SEQUENCE = "batch", "sequence"
 ADAPTER_FILE = "adapters/default/adapter_model.safetensors"
 MICROSOFT = "com.microsoft"
+GATE = "gate"  # the ending of a gate's input
 
 
 class Weights:
@@ -138,13 +140,22 @@ class Emitter:
             return value
         return self.graph.node("Cast", value, to=FLOAT, shape=value.shape, name=f"{value.name}:float32")
 
-    def terms(self, module: str, n: int, k: int) -> list[Value]:
+    def gate(self, module: str, leading: Dims) -> Value:
+        """Return a module's gate [1.., R] or [1.., 1], to be overridden by [*leading, R]; one where there is no rank."""
+        dims, ones = (*leading, f"{module}.gates"), (1,) * len(leading)
+        if (own := self.adapter.term(module, "gate")) is not None:
+            return self.graph.overridable(own._replace(shape=(*ones, *own.shape)), self.adapter.places[own.name], dims)
+        if self.adapter.term(module, "a_rk") is None:
+            return self.one()
+        return self.graph.optional(f"{PREFIX}{module}.{GATE}", np.ones((*ones, 1), np.float32), dims)
+
+    def terms(self, module: str, n: int, k: int, leading: Dims) -> list[Value]:
         """Return a, b, gate and s_out of a module, neutral where its adapter has none."""
         rank = f"{module}.rank"
         return [
             self.term(module, "a_rk", self.empty(0, k), (rank, k)),
             self.term(module, "b_nr", self.empty(n, 0), (n, rank)),
-            self.term(module, "gate", self.one(), (rank,)),
+            self.gate(module, leading),
             self.term(module, "s_out", self.one(), (n,)),
         ]
 
@@ -231,7 +242,7 @@ class Emitter:
         s_in = self.term(modules[0], "s_in", self.one(), (k,))
         inputs = [x, *stacked, s_in]
         for module, n in zip(modules, rows, strict=True):
-            inputs += [*self.terms(module, n, k), self.bias(module)]
+            inputs += [*self.terms(module, n, k, x.shape[:-1]), self.bias(module)]
         outputs = [Value(m, FLOAT, (*x.shape[:-1], n)) for m, n in zip(modules, rows, strict=True)]
         kind = ops.op_type(tag, len(modules))
         graph.function(kind, lambda: ops.function_proto(tag, len(modules)))
@@ -250,7 +261,7 @@ class Emitter:
         out, low = (*x.shape[:-1], n), (*x.shape[:-1], f"{module}.rank")
         scaled = self.times(x, self.term(module, "s_in", self.one(), (k,)), f"{module}:s_in")
         y = self.matmul(scaled, self.weight(f"{self.stored(module)}.weight"), out, f"{module}:base")
-        a, b, gate, s_out = self.terms(module, n, k)
+        a, b, gate, s_out = self.terms(module, n, k, x.shape[:-1])
         if self.adapter.term(module, "a_rk") is not None:
             t = self.times(self.matmul(x, a, low, f"{module}:a"), gate, f"{module}:gate")
             y = graph.node("Add", y, self.matmul(t, b, out, f"{module}:b"), shape=out, name=f"{module}:sum")

@@ -5,6 +5,7 @@ An adapter's tensors are overridable inputs of the graph, so swapping is feeding
     input of the graph          default adapter      base            another adapter
     …lora_A.weight  [R, K]      (not fed)            [0, K]          its view, or [0, K] where it has none
     …lora_B.weight  [N, R]      (not fed)            [N, 0]          its view, or [N, 0] where it has none
+    …gate           [.., R]     (not fed)            [.., 1]         its view, or one 1 where it has none
     anything else (the head)    (not fed)            (not fed)       its view; must be there
 
 The default adapter is what the initializers hold, so nothing is fed for it. What cannot be represented exactly is
@@ -29,7 +30,8 @@ DEFAULT = "default"
 BASE = "none"
 TENSORS = "adapter_model.safetensors"
 NOT_TENSORS = ("logits_to_keep",)  # overridable too, but a setting of the run
-DOWN, UP = "lora_A.weight", "lora_B.weight"
+DOWN, UP, GATE = "lora_A.weight", "lora_B.weight", "gate"
+LABELS = "labels"  # the dimension of a head
 ORT_TYPES: dict[str, np.dtype[Any]] = {"tensor(float16)": np.dtype(np.float16), "tensor(float)": np.dtype(np.float32)}
 
 
@@ -46,14 +48,38 @@ class Slot:
         """Tell whether rank 0 is allowed here."""
         return self.name.endswith((DOWN, UP))
 
+    @property
+    def gate(self) -> bool:
+        """Tell whether this is a gate, which is 1 where an adapter has none; in a file it is [R], here [.., R]."""
+        return self.name.endswith(f".{GATE}")
+
+    @property
+    def head(self) -> bool:
+        """Tell whether this is part of a head: it has a row for every label."""
+        return self.shape[:1] == (LABELS,)
+
+    @property
+    def stacks(self) -> int | None:
+        """Return the axis along which adapters stack, or None where they cannot."""
+        return 1 if self.name.endswith(UP) else 0 if self.name.endswith(DOWN) or self.head else None
+
+    @staticmethod
+    def gate_of(name: str) -> str:
+        """Return the name of the gate that goes with a low-rank tensor."""
+        return name.removesuffix(DOWN).removesuffix(UP) + GATE
+
     def empty(self) -> np.ndarray:
-        """Return the rank-0 tensor of a low-rank slot."""
+        """Return the rank-0 tensor of a low-rank slot, and the neutral one of a gate."""
+        if self.gate:
+            return np.ones((1,) * len(self.shape), self.dtype)
         rank_axis = 0 if self.name.endswith(DOWN) else 1
         shape = [0 if axis == rank_axis else int(size or 0) for axis, size in enumerate(self.shape)]
         return np.zeros(shape, self.dtype)
 
     def fits(self, array: np.ndarray) -> bool:
         """Tell whether an array has this slot's type and fixed dimensions."""
+        if self.gate:
+            return array.dtype == self.dtype and array.ndim == 1
         known = zip(self.shape, array.shape, strict=False)
         same = all(want == found for want, found in known if isinstance(want, int))
         return array.dtype == self.dtype and array.ndim == len(self.shape) and same
@@ -133,7 +159,7 @@ def _check_tensors(folder: Path, arrays: Mapping[str, np.ndarray], places: Mappi
     for name, slot in places.items():
         array = arrays.get(name)
         if array is None:
-            if not slot.low_rank:
+            if not (slot.low_rank or slot.gate):
                 problems.append(f"{name} is missing")
         elif not slot.fits(array):
             problems.append(f"{name} is {array.dtype}{list(array.shape)}, expected {slot.dtype}{list(slot.shape)}")
@@ -174,10 +200,13 @@ def load_adapter(
     arrays = _map(folder / TENSORS)
     _check_tensors(folder, arrays, places)
     rank = max((a.shape[0] for n, a in arrays.items() if n.endswith(DOWN)), default=0)
+    fed = {
+        n: a.reshape((1,) * (len(places[n].shape) - 1) + a.shape) if places[n].gate else a for n, a in arrays.items()
+    }
     empty = {n: s.empty() for n, s in places.items() if n not in arrays}
-    return Adapter(folder.name, read_labels(folder, labels), rank, _feeds({**arrays, **empty}))
+    return Adapter(folder.name, read_labels(folder, labels), rank, _feeds({**fed, **empty}))
 
 
 def base_adapter(places: Mapping[str, Slot], labels: tuple[str, ...]) -> Adapter:
     """Return the base: rank 0 everywhere, with the default adapter's head."""
-    return Adapter(BASE, labels, 0, _feeds({n: s.empty() for n, s in places.items() if s.low_rank}))
+    return Adapter(BASE, labels, 0, _feeds({n: s.empty() for n, s in places.items() if s.low_rank or s.gate}))

@@ -7,7 +7,7 @@ Rows of a buffer are contiguous: a row alone, or the first few together, are vie
 columns of `tokens` are ever read; going back is forgetting the last of them. Capacity grows in steps, as attention's
 own scratch memory grows with it.
 
-What a cache holds is true for one adapter alone, since keys and values went through it. Idle caches wait in a Pool. A
+What a row holds is true for its adapter alone, since keys and values went through it. Idle caches wait in a Pool. A
 prompt of the same adapter that begins as one of them does goes on in it, or, where that would throw away more than half
 of it, in a new one that the beginning is copied to: so conversations that share no more than how they open do not take
 each other's memory.
@@ -33,17 +33,17 @@ def shared(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 class Cache:
-    """Keys and values of `rows` sequences under one adapter; tokens[row] is what they are of.
+    """Keys and values of sequences; tokens[row] is what a row is of, adapters[row] what it went through.
 
     shape: (layers, kv_heads, head_dim); context: the most columns there can be.
     """
 
-    def __init__(self, adapter: Adapter, rows: int, shape: tuple[int, int, int], context: int) -> None:
+    def __init__(self, adapters: Sequence[Adapter], shape: tuple[int, int, int], context: int) -> None:
         layers, self._heads, self._width = shape
-        self.adapter = adapter
+        self.adapters, rows = list(adapters), len(adapters)
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.context = context
-        self.bindings: dict[tuple[int, int], Any] = {}
+        self.bindings: dict[tuple[int, ...], Any] = {}
         self._buffers = [np.zeros((rows, self._heads, 0, self._width), np.float32) for _ in range(2 * layers)]
 
     @property
@@ -71,11 +71,11 @@ class Cache:
         del self.tokens[row][length:]
 
     def copy(self, row: int, source: Cache, source_row: int, length: int) -> None:
-        """Take over the first `length` tokens of a row, of this cache or another of the same adapter."""
+        """Take over the first `length` tokens of a row, of this cache or another, and what adapter they are of."""
         self.reserve(length)
         for mine, other in zip(self._buffers, source._buffers, strict=True):
             mine[row, :, :length] = other[source_row, :, :length]
-        self.tokens[row] = source.tokens[source_row][:length]
+        self.tokens[row], self.adapters[row] = source.tokens[source_row][:length], source.adapters[source_row]
 
     def clear(self) -> None:
         """Forget everything, as after a run that failed."""
@@ -93,7 +93,7 @@ class Pool:
 
     def _best(self, adapter: Adapter, ids: Sequence[int]) -> tuple[Cache | None, int]:
         """Return this adapter's cache that shares the longest beginning with `ids`, and how long that is."""
-        own = [(shared(cache.tokens[0], ids), cache) for cache in self._idle if cache.adapter is adapter]
+        own = [(shared(cache.tokens[0], ids), cache) for cache in self._idle if cache.adapters[0] is adapter]
         length, best = max(own, key=lambda pair: pair[0], default=(0, None))
         return (best, length) if length else (None, 0)
 
@@ -110,9 +110,10 @@ class Pool:
     def fill(self, cache: Cache, row: int, ids: Sequence[int]) -> None:
         """Copy the longest beginning of `ids` that is known, here or in an earlier row, to a row of a new cache."""
         with self._lock:
-            best, length = self._best(cache.adapter, ids)
+            best, length = self._best(cache.adapters[row], ids)
             rows = [(length, best, 0)] if best is not None else []
-            rows += [(shared(cache.tokens[place], ids), cache, place) for place in range(row)]
+            own = [place for place in range(row) if cache.adapters[place] is cache.adapters[row]]
+            rows += [(shared(cache.tokens[place], ids), cache, place) for place in own]
             length, source, place = max(rows, key=lambda found: found[0], default=(0, cache, row))
             if length:
                 cache.copy(row, source, place, length)

@@ -5,9 +5,9 @@
                                                     └──┴──────────── one token a step ◄───────────┘
 
 Prompts are read row by row, `chunk` tokens at a time, so that memory does not grow with the prompt; what is known of a
-prompt's beginning (see edgepeft.runtime.cache) is not read again. Rows of one adapter then write together, one run a
-step for all; rows of different adapters do not share a run, the adapters of a batch come one after the other. A row is
-what it would be alone, up to the rounding of sums that a kernel takes in another order for more rows.
+prompt's beginning (see edgepeft.runtime.cache) is not read again. Rows then write together, one run a step for all,
+each under its own adapter (see edgepeft.runtime.mixing for those that cannot share a run). A row is what it would be
+alone, up to the rounding of sums that a kernel takes in another order for more rows.
 
 Prompt and answer share the context. A longer prompt is an error, and an answer that fills it ends with "length".
 
@@ -32,7 +32,7 @@ from edgepeft.runtime.cache import Cache, Pool
 from edgepeft.runtime.chat import ChatTemplate
 from edgepeft.runtime.manifest import Manifest
 from edgepeft.runtime.sampling import Sampler, Sampling
-from edgepeft.runtime.session import Bundle
+from edgepeft.runtime.session import Bundle, Names, per_row
 from edgepeft.runtime.stream import Decoding, Stops
 from edgepeft.runtime.tokens import Tokens, is_unicode
 
@@ -50,14 +50,6 @@ def _is_batch(prompt: Any) -> bool:
     if not isinstance(prompt, (list, tuple)):
         raise DataError(f"prompt: expected a string, messages, or a list of these, found {type(prompt).__name__}.")
     return not (prompt and isinstance(prompt[0], Mapping))
-
-
-def _per_row(name: str, value: Any, count: int) -> list[Any]:
-    """Return one value for every row: a list as it is, anything else for all."""
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
-    if len(values) != count:
-        raise ConfigError(f"{name}: expected one, or one for each of {count} prompts, found {len(values)}.")
-    return values
 
 
 def _stop_strings(stop: str | Sequence[str]) -> list[str]:
@@ -101,7 +93,7 @@ class Generator(Bundle):
         repetition_penalty: float = 1.0,
         stop: str | Sequence[str] = (),
         seed: int | Sequence[int | None] | None = None,
-        adapter: str | Sequence[str | None] | None = None,
+        adapter: Names = None,
         stream: bool = False,
         cancel: threading.Event | None = None,
         template_options: Mapping[str, Any] | None = None,
@@ -120,15 +112,15 @@ class Generator(Bundle):
             raise ConfigError("stream: one answer at a time; give one prompt, or stream=False.")
         prompts: list[Any] = list(prompt) if batch else [prompt]
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        strings, adapters = _stop_strings(stop), _per_row("adapter", adapter, len(prompts))
-        seeds = _per_row("seed", seed, len(prompts))
+        strings, adapters = _stop_strings(stop), per_row("adapter", adapter, len(prompts))
+        seeds = per_row("seed", seed, len(prompts))
         chosen = [self._get(name) for name in adapters]
         rows = [
             self._row(one, max_new_tokens, sampling, number, strings, template_options)
             for one, number in zip(prompts, seeds, strict=True)
         ]
         if stream:
-            return Stream(rows[0], self._write(rows, chosen[0], cancel))
+            return Stream(rows[0], self._write([row for row in rows if not row.finish], chosen, cancel))
         self._write_all(rows, chosen, cancel)
         answers = [row.answer() for row in rows]
         return answers if batch else answers[0]
@@ -208,19 +200,20 @@ class Generator(Bundle):
         return row
 
     def _write_all(self, rows: list[Row], adapters: list[Adapter], cancel: threading.Event | None) -> None:
-        """Write the answers of a batch: the rows of one adapter together, the adapters one after the other."""
-        for adapter in {id(adapter): adapter for adapter in adapters}.values():
-            own = [row for row, its in zip(rows, adapters, strict=True) if its is adapter and not row.finish]
-            for _ in self._write(own, adapter, cancel):
+        """Write the answers of a batch, together where their adapters can share a run."""
+        for group in self._mixes.groups(adapters):
+            places = [place for place in group if not rows[place].finish]
+            for _ in self._write([rows[place] for place in places], [adapters[place] for place in places], cancel):
                 pass
 
     def _write(
-        self, rows: list[Row], adapter: Adapter, cancel: threading.Event | None
+        self, active: list[Row], adapters: list[Adapter], cancel: threading.Event | None
     ) -> Pieces[tuple[Row, str], None, None]:
-        """Write rows of one adapter and yield each piece of their texts, in the order they come."""
-        active = [row for row in rows if not row.finish]
-        known = self.pool.take(adapter, rows[0].prompt) if len(rows) == 1 else None
-        cache = known or self._cache(adapter, len(active))
+        """Write rows that share runs and yield each piece of their texts, in the order they come."""
+        if not active:
+            return
+        known = self.pool.take(adapters[0], active[0].prompt) if len(active) == 1 else None
+        cache = known or Cache(adapters, self._shape, self.context)
         stopped = (cancel or threading.Event()).is_set
         try:
             for place, row in enumerate(active):
@@ -271,7 +264,7 @@ class Generator(Bundle):
             return [(row, row.take(found)) for row, found in zip(active, logits[:, -1], strict=True)]
 
     def _cache(self, adapter: Adapter, rows: int) -> Cache:
-        return Cache(adapter, rows, self._shape, self.context)
+        return Cache([adapter] * rows, self._shape, self.context)
 
     def _run(self, cache: Cache, first: int, ids: np.ndarray, keep: int = 1) -> np.ndarray:
         """Run new tokens [rows, sequence] of the cache's rows from `first` on; return logits [rows, keep, vocabulary].
@@ -282,11 +275,9 @@ class Generator(Bundle):
         lengths = np.array([[len(cache.tokens[first + row]) + new] for row in range(rows)])
         total = int(lengths.max())
         cache.reserve(total)
-        if (first, rows) not in cache.bindings:
-            cache.bindings[first, rows] = self._bind_cache(cache, first, rows)
+        binding, _ = self._bound(cache, first, rows)
         mask = (np.arange(total) < lengths).astype(np.int64)
         kept = np.array([keep], np.int64)
-        binding = cache.bindings[first, rows]
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", mask)
         self._bind_memory(binding.bind_ortvalue_input, "logits_to_keep", kept)  # bind_cpu_input knows no overridable
@@ -296,17 +287,22 @@ class Generator(Bundle):
             cache.tokens[first + row] += ids[row].tolist()
         return binding.get_outputs()[-1].numpy()
 
-    def _bind_cache(self, cache: Cache, first: int, rows: int) -> Any:
-        """Return a binding of an adapter and of some rows' keys and values, which go in and come out in one place.
+    def _bound(self, cache: Cache, first: int, rows: int) -> tuple[Any, Any]:
+        """Return a binding of adapters and of some rows' keys and values, which go in and come out in one place.
 
-        `logits` are bound after them, so they are the last output.
+        `logits` are bound after them, so they are the last output. With it comes what has to live as long.
         """
-        binding = self._bind(cache.adapter)
-        for place, view in enumerate(cache.views(first, rows)):
-            name = f"{place // 2}.{'key' if place % 2 == 0 else 'value'}"
-            self._bind_memory(binding.bind_ortvalue_input, f"past_key_values.{name}", view)
-            self._bind_memory(binding.bind_ortvalue_output, f"present.{name}", view)
-        return binding
+        adapters = cache.adapters[first : first + rows]
+        key = (first, *map(id, adapters))
+        if key not in cache.bindings:
+            feeds = self._feeds(adapters, sequence=1, kept=1)
+            binding = self._bind(feeds)
+            for place, view in enumerate(cache.views(first, rows)):
+                name = f"{place // 2}.{'key' if place % 2 == 0 else 'value'}"
+                self._bind_memory(binding.bind_ortvalue_input, f"past_key_values.{name}", view)
+                self._bind_memory(binding.bind_ortvalue_output, f"present.{name}", view)
+            cache.bindings[key] = (binding, (feeds, adapters))
+        return cache.bindings[key]
 
     @staticmethod
     def _bind_memory(bind: Any, name: str, array: np.ndarray) -> None:

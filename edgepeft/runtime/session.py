@@ -5,10 +5,11 @@
     adapter ── mapped file ──► OrtValues, bound once ─────────────┘
 
 A call binds only the ids anew, so neither the number of adapters nor that of their tensors is paid per call. Bindings
-are kept per thread and adapter, so one Model serves many threads, each call with the adapter it names. What a bundle
-for another task becomes when it is loaded stands in TASKS.
+are kept per thread and adapter, so one Model serves many threads, each call with the adapter it names. The texts of one
+call may have adapters of their own, see `edgepeft.runtime.mixing`. What a bundle for another task becomes when it is
+loaded stands in TASKS.
 
-Left out: batches to classify whose rows use different adapters, and devices other than the CPU.
+Left out: devices other than the CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import importlib
 import platform
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -32,6 +33,7 @@ from edgepeft.errors import ArtifactError, ConfigError, TargetError, unknown
 from edgepeft.runtime import adapters as ad
 from edgepeft.runtime import library as lib
 from edgepeft.runtime.manifest import Manifest, check_bundle
+from edgepeft.runtime.mixing import Mixes
 from edgepeft.runtime.tasks import Prediction, predictions
 from edgepeft.runtime.tokens import Tokens, check_texts
 
@@ -43,6 +45,7 @@ TASKS = {  # what a bundle becomes: the class of its task and where it is
     "text-classification": ("edgepeft.runtime.session", "Model"),
     "text-generation": ("edgepeft.runtime.generate", "Generator"),
 }
+Names = str | Sequence[str | None] | None  # of adapters: one for all, or one for each
 _said: set[str] = set()
 
 
@@ -50,6 +53,14 @@ def _say_once(text: str) -> None:
     if text not in _said:
         _said.add(text)
         say(text)
+
+
+def per_row(name: str, value: Any, count: int) -> list[Any]:
+    """Return one value for every row: a list as it is, anything else for all. Raises ConfigError for another number."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    if len(values) != count:
+        raise ConfigError(f"{name}: expected one, or one for each of {count}, found {len(values)}.")
+    return values
 
 
 def _onnxruntime(manifest: Manifest) -> Any:
@@ -148,6 +159,7 @@ class Bundle:
         self._folders = ad.adapter_folders(manifest.folder) if self._slots else {}
         self._loaded: dict[str, ad.Adapter] = {}
         self._active = self._get(ad.DEFAULT)
+        self._mixes = Mixes(self._slots, lambda: self._get(ad.DEFAULT))
 
     def __repr__(self) -> str:
         kernels = self.library.build if self.library else "stock ONNX Runtime"
@@ -198,10 +210,15 @@ class Bundle:
         """Turn the adapter off: rank 0 everywhere, under the default adapter's head."""
         self.use(ad.BASE)
 
-    def _bind(self, adapter: ad.Adapter) -> Any:
-        """Return a new binding of an adapter's tensors."""
+    def _feeds(self, rows: Sequence[ad.Adapter], **sizes: int) -> Mapping[str, Any]:
+        """Return what a run's rows feed; `sizes` are those of the dimensions beside the batch where adapters differ."""
+        if any(adapter is not rows[0] for adapter in rows):
+            return self._mixes.of(rows).feeds(rows, sizes)
+        return {} if rows[0].name == ad.DEFAULT else rows[0].feeds  # the default's are the graph's own values
+
+    def _bind(self, feeds: Mapping[str, Any]) -> Any:
+        """Return a new binding of adapters' tensors; whoever runs it keeps them alive."""
         binding = self.session.io_binding()
-        feeds = {} if adapter.name == ad.DEFAULT else adapter.feeds  # the default's are the graph's own values
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)
         return binding
@@ -230,30 +247,57 @@ class Model(Bundle):
         """Return this thread's binding of an adapter's tensors."""
         kept = self._local.__dict__.setdefault("bindings", {})
         if adapter.name not in kept:
-            kept[adapter.name] = self._bind(adapter)
+            kept[adapter.name] = self._bind(self._feeds([adapter]))
         return kept[adapter.name]
 
     def run(self, arrays: dict[str, np.ndarray], adapter: str | None = None) -> np.ndarray:
         """Return logits float32 [batch, labels] for ready input arrays, int64 [batch, sequence]."""
-        binding = self._binding(self._get(adapter))
+        return self._run(self._binding(self._get(adapter)), arrays)
+
+    def _run(self, binding: Any, arrays: dict[str, np.ndarray]) -> np.ndarray:
         for name in self._inputs:
             binding.bind_cpu_input(name, arrays[name])
         binding.bind_output(self._output)  # anew each time: a kept one would be written into, whatever its shape
         self.session.run_with_iobinding(binding)
         return binding.copy_outputs_to_cpu()[0]
 
+    def _run_rows(self, arrays: dict[str, np.ndarray], rows: Sequence[ad.Adapter]) -> list[np.ndarray]:
+        """Return the logits [labels] of each row under its own adapter."""
+        if all(adapter is rows[0] for adapter in rows):
+            return list(self._checked(self.run(arrays, rows[0].name), rows[0]))
+        mix, length = self._mixes.of(rows), arrays[self._inputs[0]].shape[1]
+        feeds = mix.feeds(rows, {"sequence": length})
+        found = self._run(self._bind(feeds), arrays)
+        return [
+            self._checked(row[None, mix.labels(adapter)], adapter)[0] for row, adapter in zip(found, rows, strict=True)
+        ]
+
+    @staticmethod
+    def _checked(found: np.ndarray, adapter: ad.Adapter) -> np.ndarray:
+        """Return logits [rows, labels]. Raises ArtifactError when they are not one for each of the adapter's labels."""
+        if found.shape[1:] != (len(adapter.labels),):
+            raise ArtifactError(
+                f"adapter {adapter.name!r}: its head gives {found.shape[1]} logits, it names {len(adapter.labels)} "
+                "labels. Its labels.json belongs to another head."
+            )
+        return found
+
     def logits(self, texts: Sequence[str], adapter: str | None = None, batch_size: int = 32) -> np.ndarray:
         """Return logits float32 [len(texts), labels]; texts of like length share a batch."""
         chosen = self._get(adapter)
-        out = np.full((len(texts), len(chosen.labels)), np.nan, np.float32)
-        for places, arrays in self.tokens.batches(texts, batch_size):
-            found = self.run(arrays, chosen.name)
-            if found.shape != (len(places), len(chosen.labels)):
-                raise ArtifactError(
-                    f"adapter {chosen.name!r}: its head gives {found.shape[1]} logits, it names "
-                    f"{len(chosen.labels)} labels. Its labels.json belongs to another head."
-                )
-            out[places] = found
+        found = self._logits_of_rows(texts, [chosen] * len(texts), batch_size)
+        return np.array(found, np.float32).reshape(len(texts), len(chosen.labels))
+
+    def _logits_of_rows(
+        self, texts: Sequence[str], adapters: Sequence[ad.Adapter], batch_size: int = 32
+    ) -> list[np.ndarray]:
+        """Return the logits [labels] of each text under its adapter."""
+        out: list[Any] = [None] * len(texts)
+        for group in self._mixes.groups(adapters):
+            for places, arrays in self.tokens.batches([texts[place] for place in group], batch_size):
+                rows = [group[place] for place in places]
+                for row, found in zip(rows, self._run_rows(arrays, [adapters[row] for row in rows]), strict=True):
+                    out[row] = found
         return out
 
     @overload
@@ -261,19 +305,21 @@ class Model(Bundle):
 
     @overload
     def classify(
-        self, text: list[str] | tuple[str, ...], adapter: str | None = ..., top_k: int | None = ...
+        self, text: list[str] | tuple[str, ...], adapter: Names = ..., top_k: int | None = ...
     ) -> list[Prediction]: ...
 
     def classify(
-        self, text: str | list[str] | tuple[str, ...], adapter: str | None = None, top_k: int | None = None
+        self, text: str | list[str] | tuple[str, ...], adapter: Names = None, top_k: int | None = None
     ) -> Prediction | list[Prediction]:
         """Return the label and scores of one text, or a list of them for several, in order.
 
-        Raises DataError for an empty text and VerifyError for logits that are not finite.
+        `adapter` may be a list, one for each text; None is the one in use. Raises DataError for an empty text and
+        VerifyError for logits that are not finite.
         """
         texts = check_texts(text)
-        chosen = self._get(adapter)
-        found = predictions(self.logits(texts, chosen.name), chosen.labels, top_k) if texts else []
+        adapters = [self._get(name) for name in per_row("adapter", adapter, len(texts))]
+        rows = zip(self._logits_of_rows(texts, adapters), adapters, strict=True)
+        found = [predictions(logits[None], own.labels, top_k)[0] for logits, own in rows]
         return found[0] if isinstance(text, str) else found
 
 

@@ -14,7 +14,7 @@ from edgepeft.export import decoder, ops
 from edgepeft.export.emitter import AdapterFile, Weights
 from edgepeft.export.parity import OnnxModel, differences, largest_error, torch_trace
 from edgepeft.export.stage import check
-from tests.export.tiny_decoder import CONTEXT, Stepper, export_decoder, random_adapter, write_graph
+from tests.export.tiny_decoder import CONTEXT, RANK, Stepper, export_decoder, random_adapter, write_graph
 
 TIGHT = 1e-4  # float32 rounding over the layers
 LENGTH, GENERATED = 40, 36  # beyond every window of DECODERS
@@ -96,6 +96,28 @@ def test_a_prompt_equals_transformers(exported, stepper, case, where):
     assert largest_error(graph.whole(ids), want) < TIGHT
     assert largest_error(graph.whole(ids, rank_zero(graph.session)), base) < TIGHT
     assert largest_error(want, base) > 0.05
+
+
+@pytest.mark.parametrize("where", LIBRARIES)
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_rows_under_stacked_adapters_equal_each_adapter_alone(exported, stepper, tmp_path, case, where):
+    """A and B of the exported adapter, none and another stacked along R, a gate that is each row's own."""
+    model, graph, ids = exported(*case), stepper(where, *case), tokens(3, 9)
+    quantized, folder = model.run.path("quantized"), "adapter_model.safetensors"
+    files = [model.adapter, random_adapter(quantized, tmp_path, rank=7, seed=3)]
+    own = [read_tensors(path / folder) for path in files]
+    alone = [graph.whole(ids[:1]), graph.whole(ids[1:2], rank_zero(graph.session)), graph.whole(ids[2:], own[1])]
+    feeds = {name: np.concatenate([part[name] for part in own], int("lora_B" in name)) for name in own[0]}
+    gates = {name: shape for name, shape in graph.shapes().items() if name.endswith(".gate")}
+    assert len(gates) == len(feeds) // 2
+    ranks = np.repeat([0, 1], [RANK, 7])
+    rows = np.array([ranks == place for place in (0, 2, 1)], np.float32)[:, None]
+    length = {"sequence": ids.shape[1], "kept": ids.shape[1]}
+    feeds |= {name: np.repeat(rows, length[shape[1]], 1) for name, shape in gates.items()}
+    graph.start(3)
+    found = graph.step(ids, feeds={"logits_to_keep": np.array([9]), **feeds})
+    for row, want in enumerate(alone):
+        assert largest_error(found[row : row + 1], want) < TIGHT
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)

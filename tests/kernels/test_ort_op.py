@@ -35,6 +35,8 @@ def inputs(
     values = [some(rng, *leading, k), packed.w, packed.scale, 1 + 0.5 * some(rng, k) if scaled else one]
     for n, r in zip(rows, ranks, strict=True):
         gates = {"one": one, "number": 2 * one, "vector": some(rng, r), "per row": some(rng, *leading, r)}
+        gates["for all rows"] = some(rng, *(1 for _ in leading), r)
+        gates["one for all rows"] = np.ones((*(1 for _ in leading), 1), F)
         values += [(some(rng, r, k) / k**0.5).astype(dtype), some(rng, n, r).astype(dtype), gates[gate]]
         values += [1 + 0.5 * some(rng, n) if scaled else one, some(rng, n)]
     return values
@@ -90,7 +92,7 @@ def test_formats_and_groups_under_every_kernel(kernel, library, format: str, act
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-@pytest.mark.parametrize("gate", ["one", "number", "vector", "per row"])
+@pytest.mark.parametrize("gate", ["one", "number", "vector", "per row", "for all rows", "one for all rows"])
 @pytest.mark.parametrize("m", [1, 3, 7, 300])
 def test_gates_scales_and_adapter_types(m: int, gate: str, dtype) -> None:
     for rank in (1, 16, 33, 130):

@@ -30,6 +30,7 @@ A, B, HEAD, BIAS = (
     PREFIX + "classifier.bias",
 )
 SENTENCE = "turn the kitchen lights on off play some music please now ##s ! a b c"
+GATE = MODULE + ".gate"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *SENTENCE.split(" ")]
 
 
@@ -80,8 +81,11 @@ def embedding() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(len(WORDS), H)).astype(np.float32)
 
 
-def write_model(bundle: Path, default: Path) -> None:
-    """Write model.onnx with its weights in model.onnx.data and the adapter's in the adapter's own file."""
+def write_model(bundle: Path, default: Path, gated: bool = True) -> None:
+    """Write model.onnx with its weights in model.onnx.data and the adapter's in the adapter's own file.
+
+    Where it is not gated the gate is a constant.
+    """
     import onnx
     from onnx import TensorProto, helper
 
@@ -94,6 +98,8 @@ def write_model(bundle: Path, default: Path) -> None:
         for n in ("input_ids", "attention_mask", "token_type_ids")
     ]
     feeds = [helper.make_tensor_value_info(n, types[header[n]["dtype"]], shape) for n, shape in dims.items()]
+    if gated:
+        feeds.append(helper.make_tensor_value_info(GATE, TensorProto.FLOAT, ["batch", "gates"]))
 
     def outside(name: str, kind: int, shape: list[int], place: Path, offset: int, length: int) -> onnx.TensorProto:
         tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
@@ -102,6 +108,7 @@ def write_model(bundle: Path, default: Path) -> None:
         return tensor
 
     initializers = [outside("E", TensorProto.FLOAT, [len(WORDS), H], bundle / "model.onnx.data", 0, len(WORDS) * H * 4)]
+    initializers.append(helper.make_tensor(GATE, TensorProto.FLOAT, [1, 1], [1.0]))
     for name, entry in header.items():
         first, end = entry["data_offsets"]
         initializers.append(
@@ -128,7 +135,8 @@ def write_model(bundle: Path, default: Path) -> None:
         node("Cast", [A], ["a"], to=1),
         node("Cast", [B], ["b"], to=1),
         node("Gemm", ["h", "a"], ["low"], transB=1),
-        node("Gemm", ["low", "b", "h"], ["y"], transB=1),
+        node("Mul", ["low", GATE], ["gated"]),
+        node("Gemm", ["gated", "b", "h"], ["y"], transB=1),
         node("Gemm", ["y", HEAD, BIAS], ["logits"], transB=1),
     ]
     out = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "labels"])

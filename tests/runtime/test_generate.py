@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edgepeft.errors import ArtifactError, ConfigError, DataError, VerifyError
-from edgepeft.runtime import Answer, Generator, load
+from edgepeft.runtime import Answer, Generator, load, mixing
 from edgepeft.runtime.cache import Cache, Pool
 from edgepeft.runtime.stream import REPLACEMENT
 from tests.runtime import writer as w
@@ -73,9 +73,30 @@ def test_a_batch_is_what_its_rows_are_alone(model: Generator) -> None:
     assert [a.text for a in model.generate(PROMPTS[:1], max_new_tokens=NEW)] == [found[0].text]
 
 
-def test_rows_of_a_batch_may_have_adapters_and_seeds_of_their_own(model: Generator) -> None:
-    adapters = ["default", "other", "none", "other"]
+def steps(model: Generator, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that takes the number of rows of each run from now on."""
+    rows: list[int] = []
+    run = Generator._run
+
+    def counted(self: Generator, cache: Cache, first: int, ids: np.ndarray, *keep: int) -> np.ndarray:
+        rows.append(len(ids))
+        return run(self, cache, first, ids, *keep)
+
+    monkeypatch.setattr(Generator, "_run", counted)
+    return rows
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_rows_of_a_batch_may_have_adapters_and_seeds_of_their_own(
+    writer_bundle: Path, monkeypatch: pytest.MonkeyPatch, gated: bool
+) -> None:
+    """In runs that all share, or where the graph has no gates in one after the other."""
+    w.write_model(writer_bundle, w.weights(), gated)
+    w.reseal(writer_bundle)
+    model = load(writer_bundle, threads=1)
+    rows, adapters = steps(model, monkeypatch), ["default", "other", "none", "other"]
     found = model.generate(PROMPTS, adapter=adapters, max_new_tokens=NEW)
+    assert rows == ([1] * 4 + [4] * (NEW - 1) if gated else [1] * NEW + [1, 1] + [2] * (NEW - 1) + [1] * NEW)
     pairs = zip(PROMPTS, adapters, strict=True)
     assert [a.tokens for a in found] == [expected(model, prompt, adapter) for prompt, adapter in pairs]
     drawn = model.generate(PROMPTS, adapter=adapters, seed=[1, 2, 3, 4], temperature=1.0)
@@ -84,7 +105,39 @@ def test_rows_of_a_batch_may_have_adapters_and_seeds_of_their_own(model: Generat
         for prompt, adapter, seed in zip(PROMPTS, adapters, [1, 2, 3, 4], strict=True)
     ]
     assert [a.tokens for a in drawn] == [a.tokens for a in alone]
-    assert len({len(a.tokens) for a in drawn}) > 1  # rows ended at different times
+    assert len({len(a.tokens) for a in drawn}) > 1  # rows ended at different times, and changed their places
+
+
+def test_more_adapters_than_a_run_takes_are_answered_all_the_same(
+    writer_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any rank; and what was stacked for the sets before is let go."""
+    for seed, rank in enumerate((1, 3, 8, 16, 2, 5, 4, 7), start=4):
+        w.write_adapter(writer_bundle, f"rank{seed}", seed, rank)
+    model = load(writer_bundle, threads=1)
+    rows, adapters = steps(model, monkeypatch), [*model.adapters, "none"]
+    for _ in range(2):
+        prompts = [PROMPTS[place % 4] for place in range(len(adapters))]
+        found = model.generate(prompts, adapter=adapters, max_new_tokens=4)
+        seeds = {**SEEDS, **{name: int(name.removeprefix("rank")) for name in adapters if name.startswith("rank")}}
+        ranks = {name: model._get(name).rank for name in adapters}
+        for prompt, name, answer in zip(prompts, adapters, found, strict=True):
+            tensors = None if name == "none" else w.adapter_tensors(seeds[name], ranks[name])
+            assert answer.tokens == w.Reference(tensors).greedy(model.tokens.ids(prompt), 4), name
+        adapters.reverse()
+    assert set(rows) == {1, mixing.TOGETHER, len(adapters) - mixing.TOGETHER}
+    assert len(model._mixes._kept) == mixing.KEPT
+
+
+def test_a_row_gives_the_same_logits_whatever_adapters_its_neighbours_have(model: Generator) -> None:
+    """To the bit: what other adapters make of a row is multiplied by 0."""
+    seen = []
+    for others in (["default"] * 2, ["none", "third"], ["third", "none"], ["default", "other"]):
+        cache = Cache([model._get(name) for name in ("other", *others)], model._shape, model.context)
+        for row in range(3):
+            model._run(cache, row, np.array([model.tokens.ids(PROMPTS[row])]))
+        seen.append(model._run(cache, 0, np.full((3, 1), 5))[0])
+    assert all(np.array_equal(found, seen[0]) for found in seen)
 
 
 def test_rows_that_end_early_leave_the_others_as_they_were(model: Generator) -> None:
@@ -176,7 +229,7 @@ def test_an_answer_that_fills_the_context_is_right_to_its_end(model: Generator) 
         ("a", {"top_p": 2}, ConfigError, "top_p: expected"),
         ("a", {"stop": [""]}, ConfigError, "stop: expected"),
         ("a", {"adapter": "defualt"}, ArtifactError, "Did you mean 'default'"),
-        (["a", "b"], {"adapter": ["default"]}, ConfigError, "one for each of 2 prompts, found 1"),
+        (["a", "b"], {"adapter": ["default"]}, ConfigError, "one for each of 2, found 1"),
         (["a", "b"], {"stream": True}, ConfigError, "one answer at a time"),
     ],
 )
@@ -239,7 +292,7 @@ def test_a_cache_of_another_adapter_would_be_seen(model: Generator, monkeypatch:
     best = Pool._best
 
     def blind(self: Pool, adapter: object, ids: list[int]) -> tuple:
-        found = [best(self, cache.adapter, ids) for cache in self._idle]
+        found = [best(self, cache.adapters[0], ids) for cache in self._idle]
         return max(found, key=lambda pair: pair[1], default=(None, 0))
 
     monkeypatch.setattr(Pool, "_best", blind)
@@ -260,7 +313,7 @@ def test_no_more_caches_wait_than_may(model: Generator) -> None:
     model.pool.keep = 2
     for name in SEEDS:
         greedy(model, "x", adapter=name)
-    assert [cache.adapter.name for cache in model.pool._idle] == ["none", "third"]
+    assert [cache.adapters[0].name for cache in model.pool._idle] == ["none", "third"]
     model.pool.keep = 0
     greedy(model, "x")
     assert not model.pool._idle
@@ -268,7 +321,7 @@ def test_no_more_caches_wait_than_may(model: Generator) -> None:
 
 
 def test_memory_grows_in_steps_up_to_the_context(model: Generator) -> None:
-    cache = Cache(model._get(None), 2, (1, 1, 4), context=700)
+    cache = Cache([model._get(None)] * 2, (1, 1, 4), context=700)
     seen = []
     for length in (1, 256, 257, 600, 700):
         cache.reserve(length)
@@ -276,7 +329,7 @@ def test_memory_grows_in_steps_up_to_the_context(model: Generator) -> None:
         cache.tokens[1] = [0] * length
         seen.append(cache.capacity)
     assert seen == [256, 256, 512, 700, 700]
-    small = Cache(model._get(None), 1, (1, 1, 4), context=700)
+    small = Cache([model._get(None)], (1, 1, 4), context=700)
     small.reserve(1)
     small.views(0, 1)[1][:] = 7
     small.tokens[0] = [1, 2]
@@ -416,7 +469,7 @@ def test_a_merged_model_writes_without_adapters(writer_bundle: Path) -> None:
     import onnx
 
     model = onnx.load(writer_bundle / "model.onnx")
-    for item in [item for item in model.graph.input if "lora" in item.name]:
+    for item in [item for item in model.graph.input if item.name.startswith(w.PREFIX)]:
         model.graph.input.remove(item)
     onnx.save(model, writer_bundle / "model.onnx")
     w.reseal(writer_bundle, adapter="merged")

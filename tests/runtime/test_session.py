@@ -64,6 +64,32 @@ def test_adapters_of_any_rank_and_head_swap(bundle: Path) -> None:
     assert_equals(model, st.adapter_tensors(1))
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_each_text_may_have_an_adapter_of_its_own(bundle: Path, monkeypatch: pytest.MonkeyPatch, gated: bool) -> None:
+    """With heads of other labels; in runs that all share, or where the graph has no gates in one after the other."""
+    st.write_model(bundle, bundle / "adapters" / "default", gated)
+    st.reseal(bundle)
+    st.write_adapter(bundle, "wide", seed=2, rank=9)
+    st.write_adapter(bundle, "two", seed=3, rank=1, labels=["no", "yes"])
+    st.write_adapter(bundle, "head", seed=4, **{st.A: None, st.B: None})
+    model, sizes, run = load(bundle), [], session.Model._run
+    names = ["two", "wide", None, BASE, "head"]
+
+    def counted(self: session.Model, binding: object, arrays: dict) -> np.ndarray:
+        sizes.append(len(arrays["input_ids"]))
+        return run(self, binding, arrays)
+
+    monkeypatch.setattr(session.Model, "_run", counted)
+    found = model.classify(TEXTS, adapter=names)
+    assert sizes == ([5] if gated else [1] * 5)
+    for text, name, answer in zip(TEXTS, names, found, strict=True):
+        alone = model.classify(text, adapter=name)
+        assert answer.label == alone.label
+        assert answer.scores == pytest.approx(alone.scores, rel=1e-4)
+    with pytest.raises(ConfigError, match="adapter: expected one, or one for each of 5, found 2"):
+        model.classify(TEXTS, adapter=["two", "wide"])
+
+
 def test_base_is_rank_zero_under_the_default_head(sealed: Path) -> None:
     model = load(sealed)
     model.base()

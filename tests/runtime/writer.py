@@ -1,6 +1,6 @@
 """A language model in small, as a real sealed bundle: two layers of attention over bytes, with the names of an export.
 
-    x = E[ids];  twice:  q, k, v = x Q, x K, x V  (layer 0: q += B·(A·x));  x = tanh(x + attention(q, k, v) O)
+    x = E[ids];  twice:  q, k, v = x Q, x K, x V  (layer 0: q += B·(gate·A·x));  x = tanh(x + attention(q, k, v) O)
     logits = x H          D = 64 wide, 4 heads of 16, 2 of them for keys, context 128, every tensor seeded
 
 `Reference` is the same in plain numpy, token by token and float64: what the runtime must agree with.
@@ -22,7 +22,7 @@ from tests.runtime.standin import BASE_DIGEST, FORMAT
 VOCABULARY, D, HEADS, KV_HEADS, HEAD_DIM, LAYERS, CONTEXT, RANK = 262, 64, 4, 2, 16, 2, 128, 4
 EOS = 2
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj."
-A, B = PREFIX + "lora_A.weight", PREFIX + "lora_B.weight"
+A, B, GATE = PREFIX + "lora_A.weight", PREFIX + "lora_B.weight", PREFIX + "gate"
 KV = KV_HEADS * HEAD_DIM
 
 
@@ -57,8 +57,8 @@ def write_adapter(bundle: Path, name: str, seed: int, rank: int = RANK) -> Path:
     return folder
 
 
-def write_model(bundle: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write model.onnx, all weights in it."""
+def write_model(bundle: Path, tensors: dict[str, np.ndarray], gated: bool = True) -> None:
+    """Write model.onnx, all weights in it; where it is not gated the gate is a constant."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -76,7 +76,8 @@ def write_model(bundle: Path, tensors: dict[str, np.ndarray]) -> None:
                 node("Transpose", ["a"], ["at"]),
                 node("Transpose", ["b"], ["bt"]),
                 node("MatMul", [x, "at"], ["low"]),
-                node("MatMul", ["low", "bt"], ["extra"]),
+                node("Mul", ["low", GATE], ["gated"]),
+                node("MatMul", ["gated", "bt"], ["extra"]),
                 node("Add", ["base0", "extra"], ["q0"]),
             ]
         return [
@@ -123,6 +124,7 @@ def write_model(bundle: Path, tensors: dict[str, np.ndarray]) -> None:
         *(info(f"past_key_values.{name}", TensorProto.FLOAT, ["batch", *dims]) for name in cache),
         info(A, TensorProto.FLOAT16, ["rank", D]),
         info(B, TensorProto.FLOAT16, [D, "rank"]),
+        *([info(GATE, TensorProto.FLOAT, ["batch", "sequence", "gates"])] if gated else []),
         info("logits_to_keep", TensorProto.INT64, [1]),
     ]
     outputs = [
@@ -131,6 +133,7 @@ def write_model(bundle: Path, tensors: dict[str, np.ndarray]) -> None:
     ]
     cos, sin = rotary()
     constants = {**tensors, "cos": cos, "sin": sin, **adapter_tensors(1), "logits_to_keep": np.array([1], np.int64)}
+    constants[GATE] = np.ones((1, 1, 1), np.float32)
     initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
     graph = helper.make_graph(nodes, "writer", inputs, outputs, initializers)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]

@@ -1,0 +1,135 @@
+"""Adapters stacked, so that the rows of one run can use different ones.
+
+    y = W·x + B·( gate ⊙ (A·x) )         A [R1 + R2 + .., K]   B [N, R1 + R2 + ..]   gate [rows.., R1 + R2 + ..]
+
+A row's gate is its own adapter's (1 where that has none) in its adapter's part of R, and 0 in the others': what another
+adapter makes of a row is multiplied by 0, so a row is what it is alone, and no answer depends on another's adapter.
+Heads are stacked along their labels, and a row takes its part of the logits.
+
+Stacked tensors are copies, made at the first use of a set of adapters and kept for the `KEPT` sets used last; a set is
+at most `TOGETHER` adapters, more take further runs. The gates of a run are small and shared by all linears of one
+layout. What does not stack (scales, biases, replaced tensors) has to be the same in all adapters of a run: those that
+differ there run apart, as do all in a graph without gates.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from edgepeft.runtime.adapters import DOWN, Adapter, Slot
+
+KEPT = 2  # sets of adapters
+TOGETHER = 8  # adapters in a set
+Read = Callable[[Adapter, str], np.ndarray]
+
+
+class Mix:
+    """Some adapters as one. `read` gives an adapter's tensor for a slot."""
+
+    def __init__(self, adapters: Sequence[Adapter], slots: Mapping[str, Slot], read: Read) -> None:
+        from onnxruntime import OrtValue
+
+        self.adapters = list(adapters)
+        self._slots = slots
+        self._layouts: dict[bytes, tuple[np.ndarray, list[str]]] = {}
+        self.tensors: dict[str, Any] = {}
+        self.ends = np.zeros(0, np.int64)
+        for name, slot in slots.items():
+            if slot.gate:
+                continue
+            parts = [read(adapter, name) for adapter in self.adapters]
+            stacked = parts[0] if slot.stacks is None else np.concatenate(parts, slot.stacks)
+            self.tensors[name] = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(stacked))
+            if slot.head:
+                self.ends = np.cumsum([len(part) for part in parts])
+            if name.endswith(DOWN):
+                self._lay_out(Slot.gate_of(name), [len(part) for part in parts], read)
+
+    def _lay_out(self, gate: str, ranks: Sequence[int], read: Read) -> None:
+        """Note which gates [adapters, R1 + R2 + ..] a linear has, one row an adapter."""
+        table = np.zeros((len(ranks), sum(ranks)), np.float32)
+        for place, (adapter, end) in enumerate(zip(self.adapters, np.cumsum(ranks), strict=True)):
+            table[place, end - ranks[place] : end] = read(adapter, gate).ravel()
+        self._layouts.setdefault(np.array(ranks).tobytes() + table.tobytes(), (table, []))[1].append(gate)
+
+    def _place(self, adapter: Adapter) -> int:
+        return next(place for place, own in enumerate(self.adapters) if own is adapter)
+
+    def holds(self, adapters: Sequence[Adapter]) -> bool:
+        """Tell whether all of some adapters are in it."""
+        own = {id(adapter) for adapter in self.adapters}
+        return all(id(adapter) in own for adapter in adapters)
+
+    def feeds(self, rows: Sequence[Adapter], sizes: Mapping[str, int]) -> dict[str, Any]:
+        """Return what to feed for rows of these adapters; `sizes` are those of the graph's other dimensions."""
+        from onnxruntime import OrtValue
+
+        places, known, feeds = [self._place(adapter) for adapter in rows], {"batch": len(rows), **sizes}, {}
+        for table, names in self._layouts.values():
+            made: dict[tuple[int, ...], Any] = {}
+            for name in names:
+                dims = self._slots[name].shape[:-1]
+                leading = tuple(size if isinstance(size, int) else known[str(size)] for size in dims)
+                if leading not in made:
+                    own = table[places].reshape(len(rows), *(1,) * (len(leading) - 1), -1)
+                    made[leading] = OrtValue.ortvalue_from_numpy(
+                        np.broadcast_to(own, (*leading, table.shape[1])).copy()
+                    )
+                feeds[name] = made[leading]
+        return {**self.tensors, **feeds}
+
+    def labels(self, adapter: Adapter) -> slice:
+        """Return which of the logits are an adapter's; all where the head is not part of adapters."""
+        if not len(self.ends):
+            return slice(None)
+        place = self._place(adapter)
+        return slice(int(self.ends[place - 1]) if place else 0, int(self.ends[place]))
+
+
+class Mixes:
+    """The mixes of a loaded bundle, made as they are needed. `default` is the adapter that the graph holds."""
+
+    def __init__(self, slots: Mapping[str, Slot], default: Callable[[], Adapter]) -> None:
+        self._slots, self._default = slots, default
+        self._fixed = [name for name, slot in slots.items() if slot.stacks is None and not slot.gate]
+        self._gated = all(Slot.gate_of(name) in slots for name in slots if name.endswith(DOWN))
+        self._kept: list[Mix] = []
+        self._lock = threading.Lock()
+
+    def _read(self, adapter: Adapter, name: str) -> np.ndarray:
+        """Return what an adapter has in a slot: the default's where it leaves the graph's own."""
+        found = adapter.feeds.get(name)
+        return (self._default().feeds[name] if found is None else found).numpy()
+
+    def _agree(self, first: Adapter, second: Adapter) -> bool:
+        return all(np.array_equal(self._read(first, name), self._read(second, name)) for name in self._fixed)
+
+    def groups(self, rows: Sequence[Adapter]) -> list[list[int]]:
+        """Return the places of rows that can share a run, run by run."""
+        groups: list[tuple[list[Adapter], list[int]]] = []
+        for place, adapter in enumerate(rows):
+            for own, places in groups:
+                if any(adapter is one for one in own):
+                    places.append(place)
+                    break
+                if self._gated and len(own) < TOGETHER and self._agree(own[0], adapter):
+                    own.append(adapter)
+                    places.append(place)
+                    break
+            else:
+                groups.append(([adapter], [place]))
+        return [places for _, places in groups]
+
+    def of(self, rows: Sequence[Adapter]) -> Mix:
+        """Return a mix that holds the adapters of some rows."""
+        with self._lock:
+            found = next((mix for mix in self._kept if mix.holds(rows)), None)
+            if found is None:
+                distinct = sorted({id(adapter): adapter for adapter in rows}.values(), key=lambda one: one.name)
+                found = Mix(distinct, self._slots, self._read)
+            self._kept = [found, *(mix for mix in self._kept if mix is not found)][:KEPT]
+            return found
