@@ -141,7 +141,7 @@ class Emitter:
         return self.graph.node("Cast", value, to=FLOAT, shape=value.shape, name=f"{value.name}:float32")
 
     def gate(self, module: str, leading: Dims) -> Value:
-        """Return a module's gate [1.., R] or [1.., 1], to be overridden by [*leading, R]; one where there is no rank."""
+        """Return a module's gate [1.., R] or [1.., 1], to be overridden by [*leading, R]; one where no rank is."""
         dims, ones = (*leading, f"{module}.gates"), (1,) * len(leading)
         if (own := self.adapter.term(module, "gate")) is not None:
             return self.graph.overridable(own._replace(shape=(*ones, *own.shape)), self.adapter.places[own.name], dims)

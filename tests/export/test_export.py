@@ -142,7 +142,7 @@ def test_kept_linears_run_in_float_with_their_adapter(tmp_path):
     config, run = make_run(tmp_path, model=model, hidden=96, format="i4b64")
     folder = export_run(config, run)
     summary = json.loads((folder / "export.json").read_text())
-    assert (summary["fused_linears"], summary["adapter_inputs"]) == (2, 28)
+    assert (summary["fused_linears"], summary["adapter_inputs"]) == (2, 41)
     device_form = torch_model(config, run, folder / "adapters" / "default")
     assert largest_error(OnnxModel(folder, None).logits(batch()), by_torch(device_form, batch())) < TIGHT
 
