@@ -95,6 +95,11 @@ def test_padding_changes_nothing(tiny):
     assert largest_error(onnx_model.logits(garbage), together) < 1e-6
 
 
+def names_of_gates(tensors):
+    """The gates that go with an adapter's tensors."""
+    return {name.replace("lora_A.weight", "gate") for name in tensors if name.endswith("lora_A.weight")}
+
+
 def test_folder_is_complete_and_the_adapter_exists_once(tiny):
     _config, run = tiny
     folder = run.path("export")
@@ -108,7 +113,9 @@ def test_folder_is_complete_and_the_adapter_exists_once(tiny):
     tensors = read_tensors(folder / emitter.ADAPTER_FILE)
     proto = onnx.load(folder / "model.onnx", load_external_data=False)
     inputs = {i.name: i for i in proto.graph.input}
-    assert set(tensors) == set(inputs) - {"input_ids", "attention_mask", "token_type_ids"}
+    own = {name for name in inputs if not name.endswith(".gate")} - {"input_ids", "attention_mask", "token_type_ids"}
+    assert set(tensors) == own
+    assert set(inputs) - own == {*names_of_gates(tensors), "input_ids", "attention_mask", "token_type_ids"}
     for tensor in proto.graph.initializer:
         if tensor.name in tensors:
             place = {e.key: e.value for e in tensor.external_data}
