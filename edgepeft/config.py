@@ -114,6 +114,13 @@ class Config:
     precision: str = _field(
         "float32", "Arithmetic of training; bfloat16 where it is native.", _precisions, group="train"
     )
+    teacher: str = _field(
+        "none", "Who teaches beside the labels: none, self (the float backbone), tuned (it, tuned first) or a folder.",
+        group="train",
+    )  # fmt: skip
+    lesson_weight: float = _field(0.5, "Share of the teacher's answers in the loss.", low=0, high=1, group="train")
+    lesson_temperature: float = _field(2.0, "Temperature of both answers.", low=0.1, high=100, group="train")
+    lesson_hidden: float = _field(0.0, "Weight of the teacher's hidden states.", low=0, group="train")
     seed: int = _field(0, "Seed of every random choice.", low=0, high=2**32 - 1, group="train")
     adapter: str = _field("separate", "Ship the adapter beside the base or merged.", _adapter_forms, group="export")
     min_retention: float = _field(0.5, "Merged: least share of the adapter to survive.", low=0, high=1, group="export")

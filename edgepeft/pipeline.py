@@ -47,6 +47,15 @@ def _data_digest(config: Config) -> str:
     return data_digest(config)
 
 
+def _teacher_digest(config: Config) -> str:
+    """Return the digest of a teacher's folder, or "" for one that the setting alone names."""
+    from edgepeft.backbone.load import open_folder
+
+    folder = Path(config.teacher).expanduser()
+    named = config.teacher in ("none", "self", "tuned")
+    return open_folder(folder).identity if folder.is_dir() and not named else ""
+
+
 def _target_digest(config: Config) -> str:
     from edgepeft.deploy.compile import sources_digest
     from edgepeft.deploy.targets import load_target
@@ -67,6 +76,7 @@ class Outside:
 OUTSIDE = {
     "model": Outside("the model that was quantized", _model_digest, _own_model),
     "data": Outside("the data trained with", _data_digest),
+    "teacher": Outside("the teacher trained with", _teacher_digest),
     "target": Outside("the target verified for", _target_digest),
 }
 
@@ -91,7 +101,8 @@ class Stage:
 
 TRAINING = (
     "text_column", "label_column", "task", "method", "rank", "alpha", "dropout", "epochs", "batch_size", "accumulation",
-    "learning_rate", "max_length", "packing", "checkpointing", "precision", "seed",
+    "learning_rate", "max_length", "packing", "checkpointing", "precision", "seed", "teacher", "lesson_weight",
+    "lesson_temperature", "lesson_hidden",
 )  # fmt: skip
 STAGES = (
     Stage(
@@ -100,7 +111,7 @@ STAGES = (
     ),
     Stage(
         "train", "adapter", "edgepeft.train.loop:train",
-        ("data", *TRAINING), ("quantized",), ("data",),
+        ("data", *TRAINING), ("quantized",), ("data", "teacher"),
     ),
     Stage(
         "merge", "merged", "edgepeft.adapt.merge:merge", ("data", "min_retention", "max_metric_drop"),

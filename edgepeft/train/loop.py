@@ -12,7 +12,7 @@ and went on ends with the same bytes as one that was not (`checkpoints`).
 
 Memory: packed bits, 16 bytes per trained parameter (itself, gradient, AdamW), and the activations of one forward pass,
 which `--batch-size` and `--max-length` bound; with `--checkpointing` those of one layer, for half as much time again.
-Logits over a vocabulary do not exist (`losses`).
+Logits over a vocabulary do not exist (`losses`). A teacher in float speaks before the first step (`teacher`).
 
 Left out: sharding a backbone that outgrows one machine; its bits are buffers, which FSDP leaves whole everywhere.
 """
@@ -60,6 +60,7 @@ def train(config: Config, run: Run, out: Path) -> dict[str, Any]:
     Returns the summary: test and validation figures, size, speed, peak memory. Raises DataError, ModelError or
     EdgePeftError for what the user can mend.
     """
+    from edgepeft.train.teacher import check_source
     from edgepeft.train.watch import draw_curves, quiet, reset_peak_resident
 
     reset_peak_resident()
@@ -69,6 +70,7 @@ def train(config: Config, run: Run, out: Path) -> dict[str, Any]:
     described = read_json(quantized / "quantized.json")
     with quiet():
         tokenizer = load_tokenizer(quantized)
+        check_source(config, described["base_digest"])
         model = adapted(_packed_model(quantized, splits, config), config)
         work = ranks.led(lambda: run.work("train", run.key))
         result = fit(model, tokenizer, splits, config, work, run.folder / "logs")
@@ -91,6 +93,7 @@ def fit(
     work: checkpoints of this training alone, from which an interrupted one goes on.  Of several processes the leader
     evaluates and returns the figures, the others return nothing.
     """
+    from edgepeft.train.teacher import NONE, lesson_for
     from edgepeft.train.watch import Progress, epoch_rows, frugal, peak_resident_bytes
 
     if config.threads:
@@ -101,11 +104,16 @@ def fit(
     if task.packs and config.packing:
         examples["train"] = pack(examples["train"], limit, config.seed)
     before, began = _frozen_digest(model), time.perf_counter()
+    lesson = None
+    if config.teacher != NONE:
+        lesson = lesson_for(model, examples["train"], splits, tokenizer, config, work)
+        examples["train"] = lesson.numbered(examples["train"])
     resumed = ranks.led(lambda: checkpoints.newest(work))
     _tell_start(model, splits, resumed)
     progress = Progress(task)
-    with task.answering(model), frugal() if config.checkpointing else contextlib.nullcontext():
-        trainer = _trainer(model, tokenizer, examples, config, work, progress, logs, resumed)
+    taught = task.taught(model, lesson) if lesson else contextlib.nullcontext()
+    with task.answering(model), taught, frugal() if config.checkpointing else contextlib.nullcontext():
+        trainer = _trainer(model, tokenizer, examples, config, work, progress, logs, resumed, lesson)
         history = _run_trainer(trainer, work, resumed)
     if not ranks.leads():
         return {}
@@ -299,11 +307,13 @@ def _arguments(config: Config, work: Path, steps_per_epoch: int) -> Any:
 
 def _trainer(
     model: Any, tokenizer: Any, examples: Mapping[str, list], config: Config, work: Path, progress: Any,
-    logs: Path | None, resumed: int | None,
+    logs: Path | None, resumed: int | None, lesson: Any,
 ) -> Any:  # fmt: skip
     from transformers import PrinterCallback, Trainer
 
     from edgepeft.train.watch import GuardedLoss, Sealer, tensorboard
+
+    collate = lesson.collate if lesson else TASKS[config.task].collate
 
     class BatchedTrainer(Trainer):
         """The Trainer on batches of like length."""
@@ -324,8 +334,8 @@ def _trainer(
         args=_arguments(config, work, _steps_per_epoch(len(examples["train"]), config)),
         train_dataset=examples["train"],
         eval_dataset=sorted(examples["validation"], key=lambda row: len(row["input_ids"])),
-        data_collator=lambda rows: task.collate(rows, tokenizer.pad_token_id or 0),
-        compute_loss_func=GuardedLoss(task, config, lambda: trainer.state.global_step),
+        data_collator=lambda rows: collate(rows, tokenizer.pad_token_id or 0),
+        compute_loss_func=GuardedLoss(task, config, lambda: trainer.state.global_step, lesson),
         compute_metrics=lambda found: task.metrics(np.asarray(found.predictions), np.asarray(found.label_ids)),
         callbacks=[Sealer(work, task), *([progress, *(tensorboard(logs) if logs else [])] if ranks.leads() else [])],
     )

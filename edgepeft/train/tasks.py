@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from edgepeft.config import Config
     from edgepeft.train.data import Splits
+    from edgepeft.train.lesson import Lesson
 
 Example = Mapping[str, Any]
 LARGEST_EXPONENT = 100.0
@@ -35,6 +36,7 @@ class Task:
     read(config) -> checked splits, whose parts turn themselves into tokens (`encode`).
     collate(examples, pad_id) -> padded batch of int64 tensors [M, S], and labels [M] or [M, S].
     answering(model) -> a context in which the model's first output is what loss and metrics take.
+    taught(model, lesson) -> a context in which a model that is given its rows' part of the lesson learns it too.
     loss(answers, labels) -> scalar tensor, mean over the labels of the batch.
     metrics(answers, labels) -> {name: float}; `select` names the one by which the best checkpoint is chosen: the
     highest, or the lowest where `lower`.
@@ -51,6 +53,7 @@ class Task:
     collate: Callable[[Sequence[Example], int], dict[str, torch.Tensor]]
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]]
+    taught: Callable[[Any, Lesson], contextlib.AbstractContextManager[None]]
     answering: Callable[[Any], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     lower: bool = False
     packs: bool = False
@@ -109,6 +112,13 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, 
     return {"accuracy": float(np.mean(found == labels)), "macro_f1": float(np.mean(scores)), "loss": float(loss)}
 
 
+def learn_classes(model: Any, lesson: Lesson) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which a classifier learns from a teacher."""
+    from edgepeft.train.lesson import taught_classes
+
+    return taught_classes(model, lesson)
+
+
 # --- texts to write ----------------------------------------------------------------------------------------------
 
 
@@ -145,6 +155,13 @@ def answer_without_logits(model: Any) -> contextlib.AbstractContextManager[None]
     return without_logits(model)
 
 
+def learn_tokens(model: Any, lesson: Lesson) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which a causal language model learns from a teacher."""
+    from edgepeft.train.lesson import taught_tokens
+
+    return taught_tokens(model, lesson)
+
+
 def token_loss(figures: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean loss of all targets, from (sum of losses, targets, hits) per row."""
     return figures[:, 0].sum() / figures[:, 1].sum()
@@ -166,13 +183,13 @@ TASKS: dict[str, Task] = {
         Task(
             tag="text-classification", auto_class="AutoModelForSequenceClassification", peft_type="SEQ_CLS",
             select="accuracy", answer="softmax", read=read_labelled, collate=pad, loss=cross_entropy,
-            metrics=classification_metrics, eval_batch=64,
+            metrics=classification_metrics, taught=learn_classes, eval_batch=64,
             defaults={"epochs": 8, "batch_size": 32, "learning_rate": 2e-3, "max_length": 64},
         ),
         Task(
             tag="text-generation", auto_class="AutoModelForCausalLM", peft_type="CAUSAL_LM", select="loss", lower=True,
             answer="generate", read=read_chats, collate=pad_tokens, loss=token_loss, metrics=token_metrics,
-            answering=answer_without_logits, packs=True,
+            taught=learn_tokens, answering=answer_without_logits, packs=True,
             defaults={"epochs": 3, "batch_size": 4, "learning_rate": 2e-4, "max_length": 512},
         ),
     )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from edgepeft.config import Config
+    from edgepeft.train.lesson import Lesson
     from edgepeft.train.tasks import Task
 
 
@@ -97,12 +98,14 @@ class GuardedLoss:
     A batch weighs as many labels as it has of those that the whole step has, in all its forward passes and processes.
     """
 
-    def __init__(self, task: Task, config: Config, step: Callable[[], int]) -> None:
-        self.task, self.config, self.step = task, config, step
+    def __init__(self, task: Task, config: Config, step: Callable[[], int], lesson: Lesson | None = None) -> None:
+        self.task, self.config, self.step, self.lesson = task, config, step, lesson
 
     def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         """Return the batch's share of the step's mean loss. Raises EdgePeftError when it is not finite."""
         loss = self.task.loss(outputs[0], labels)
+        if self.lesson is not None:
+            loss = self.lesson.mixed(loss, outputs)
         if num_items_in_batch is not None:
             loss = loss * ((labels != NO_LABEL).sum() / num_items_in_batch)
         if not math.isfinite(loss.item()):
