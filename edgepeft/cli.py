@@ -129,6 +129,9 @@ def _writing(top_k: str) -> Callable[[Callable], Callable]:
     def give(command: Callable) -> Callable:
         stop = "Text that ends the answer and is cut off; may be repeated."
         command = click.option("--stop", multiple=True, metavar="TEXT", help=stop)(command)
+        kept = click.Choice(["float32", "int8"])
+        memory = "int8 keeps what was read in a quarter of the memory  [default: float32]."
+        command = click.option("--kv-cache", type=kept, default=None, help=memory)(command)
         for name, kind, text in reversed((*WRITING[:2], ("--top-k", int, top_k), *WRITING[2:])):
             command = click.option(name, type=kind, default=None, help=text)(command)
         return command

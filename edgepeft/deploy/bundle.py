@@ -3,6 +3,7 @@
     model.onnx  model.onnx.data         the frozen backbone, weights mapped from disk
     adapters/<name>/                    a PEFT folder and labels.json, the labels of its head
     tokenizer.json …  config.json       as in training
+    kv_cache.safetensors                scales of an int8 cache, of a language model that can have one
     lib/<os>-<arch>/                    the op library of the target, and of the machine that built the bundle
     requirements.txt  sample.py  README.md        genai_config.json, of a language model
     manifest.json                       what it is, what was measured, and size and SHA-256 of every file
@@ -28,6 +29,7 @@ from edgepeft.export import genai
 from edgepeft.export.ops import DOMAIN, MINIMUM_ONNXRUNTIME
 from edgepeft.runtime.library import FILE_NAME
 from edgepeft.runtime.manifest import NAME, check_bundle, seal
+from edgepeft.runtime.session import CACHE_SCALES
 
 if TYPE_CHECKING:
     from edgepeft.config import Config
@@ -124,6 +126,8 @@ def bundle(config: Config, run: Run, out: Path) -> dict[str, Any]:
     target = load_target(config.target)
     training = read_json(run.path("adapter") / "training.json")
     _copy_export(run.path("export"), out)
+    if (scales := run.path("verify") / CACHE_SCALES).exists():
+        shutil.copy(scales, out)
     _write_libraries(target, out)
     values = _describe(config, run, target, training)
     _write_documents(values, target, out)

@@ -14,7 +14,7 @@ inputs of its packed linears in the same way.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +26,7 @@ from edgepeft.errors import VerifyError
 from edgepeft.export import ops
 from edgepeft.export.body import FLOAT32
 from edgepeft.quant.formats import FORMATS, TILE_ROWS
+from edgepeft.runtime.rewrite import with_int8_cache
 from edgepeft.runtime.session import BROKEN_OPTIMIZERS
 
 if TYPE_CHECKING:
@@ -37,21 +38,34 @@ Figures = dict[str, Any]
 FLOAT_ERROR = 1e-4  # some 100 units of float32 over a few dozen layers; measured: 1e-6 to 1e-5
 LOGITS = "logits"
 PAST, PRESENT, KEEP = "past_key_values.", "present.", "logits_to_keep"
+KINDS = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 PIECE_ROWS = 4096
 NEIGHBOURS = 3
 
 
 class OnnxModel:
-    """The exported files in ONNX Runtime: `library` None is the stock one, `activation` None is as exported."""
+    """The exported files in ONNX Runtime: `library` None is the stock one, `activation` None is as exported.
+
+    cache_scales: of keys and values kept in int8, see `edgepeft.runtime.rewrite`; None keeps them in float32.
+    """
 
     def __init__(
-        self, folder: Path, library: Path | None, activation: str | None = None, threads: int = 0, traced: bool = False
+        self,
+        folder: Path,
+        library: Path | None,
+        activation: str | None = None,
+        threads: int = 0,
+        traced: bool = False,
+        cache_scales: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         import onnxruntime
 
         self.name = "stock ONNX Runtime" if library is None else "the op library"
         proto = load(folder, activation)
         self.layers = _expose(proto) if traced else [LOGITS]
+        model = proto.SerializeToString()
+        if cache_scales is not None:
+            model = with_int8_cache(model, cache_scales)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
@@ -60,7 +74,7 @@ class OnnxModel:
             options.register_custom_ops_library(str(library))
         try:
             self.session = onnxruntime.InferenceSession(
-                proto.SerializeToString(),
+                model,
                 options,
                 providers=["CPUExecutionProvider"],
                 disabled_optimizers=list(BROKEN_OPTIMIZERS),
@@ -72,7 +86,7 @@ class OnnxModel:
         inputs = self.session.get_inputs()
         self._names = [i.name for i in inputs if not i.name.startswith(PAST)]
         self._beginning = {
-            i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in inputs if PAST in i.name
+            i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), KINDS[i.type]) for i in inputs if PAST in i.name
         }
         self._every = {KEEP: np.zeros(1, np.int64)} if KEEP in optional else {}
 
@@ -89,10 +103,12 @@ class OnnxModel:
         """Return logits float32 [M, labels], or [M, S, vocabulary] of a decoder."""
         return self.session.run([LOGITS], {**self.feeds(batch), **(feeds or {})})[0]
 
-    def steps(self, ids: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    def steps(
+        self, ids: np.ndarray, size: int, watch: Callable[[dict[str, np.ndarray]], None] | None = None
+    ) -> Iterator[np.ndarray]:
         """Yield the logits float32 [1, size, vocabulary] of a decoder's tokens ids [1, S], `size` of them at a time.
 
-        Each run goes on from the keys and values of the one before.
+        Each run goes on from the keys and values of the one before; `watch` is shown those of all tokens.
         """
         past = self._beginning
         names = [name.replace(PAST, PRESENT) for name in past]
@@ -101,6 +117,8 @@ class OnnxModel:
             logits, *present = self.session.run([LOGITS, *names], {**past, **self._every, **part})
             past = dict(zip(past, present, strict=True))
             yield logits
+        if watch is not None:
+            watch(past)
 
     def past(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """Return what a decoder takes as past after the tokens ids [1, S]."""

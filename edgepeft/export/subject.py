@@ -159,9 +159,13 @@ class Labelled(Subject):
 
 @dataclasses.dataclass
 class Written(Subject):
-    """A language model and the texts it learned to write. judgements: what two checks share, see `token_checks`."""
+    """A language model and the texts it learned to write.
+
+    judgements, amplitudes: what checks share, see `token_checks`; amplitudes are those of keys and values.
+    """
 
     judgements: Any = None
+    amplitudes: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def examples(self) -> list[dict[str, Any]]:

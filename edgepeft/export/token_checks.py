@@ -5,14 +5,19 @@
 | steps | a text in one run, in parts, token by token, float activations | each other | float32 rounding |
 | answers | the model as it will ship, targets of `JUDGED` texts | PyTorch in float | 90 % the same likeliest token |
 | metric | the same: mean loss per target | PyTorch in float | a rise of `LOSS_RISE` |
+| cache | the same with keys and values in int8 | in float32 | both as above; parts to the whole: a code or so |
 
 `metric` also reports the perplexity, e^loss, of the base without the adapter, and of the float model the base was made
-of where there is room for it: what quantization cost, and what the adapter won. All that a text's tokens give is
+of where there is room for it: what quantization cost, and what the adapter won. `cache` measures the scales of an int8
+cache, which a bundle offers beside float32 where it holds what the table says, and leaves out where it does not: for
+each channel the largest value in the texts and HEADROOM more, keys by the length of the pair that rotary positions
+turn, so that they hold at any place. All that a text's tokens give is
 reduced to three numbers a token as it comes, since logits take 4 bytes for each word of the vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -20,10 +25,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from edgepeft.artifact import read_json, write_tensors
+from edgepeft.backbone.decoder import describe
 from edgepeft.errors import EdgePeftError, VerifyError
 from edgepeft.export import parity
 from edgepeft.export.parity import FLOAT_ERROR, Figures, OnnxModel
-from edgepeft.export.subject import TRACED, Written
+from edgepeft.export.subject import TRACED, Skipped, Written
+from edgepeft.runtime.session import CACHE_SCALES
 from edgepeft.train.chats import IGNORED
 
 AGREEMENT = 0.9
@@ -32,6 +40,9 @@ STEP_TOKENS = 64
 LARGEST_EXPONENT = 100.0
 PARTS = (1, 5)  # tokens a run
 FLOAT_BYTES = 4
+HEADROOM = 1.25  # times the largest value seen, of what an int8 cache can hold
+CODES, TINY = 127, np.float32(1e-6)
+CODE_ERROR = 1e-2  # of the logits, by codes that round the other way for the float32 rounding of a run's shape
 ROOM = 1.5  # times the float weights: what the float model needs beside the packed one
 
 
@@ -68,9 +79,9 @@ def judge(rows: list[dict[str, Any]], logits: Logits) -> Judged:
     return Judged(float(np.concatenate(losses).mean(dtype=np.float64)), np.concatenate(likeliest))
 
 
-def of_graph(model: OnnxModel) -> Logits:
-    """Return an exported model's logits, part by part."""
-    return lambda ids: model.steps(ids, STEP_TOKENS)
+def of_graph(model: OnnxModel, watch: Callable[[dict[str, np.ndarray]], None] | None = None) -> Logits:
+    """Return an exported model's logits, part by part; `watch` is shown each text's keys and values."""
+    return lambda ids: model.steps(ids, STEP_TOKENS, watch)
 
 
 def of_torch(model: Any) -> Logits:
@@ -110,7 +121,20 @@ def check_steps(work: Written) -> Figures:
 def _pair(work: Written) -> tuple[Judged, Judged]:
     """Return what PyTorch and the model as it ships make of the texts."""
     work.adapter("exported")
-    return judge(work.examples, of_torch(work.model)), judge(work.examples, of_graph(work.shipped))
+    watch = functools.partial(_note_amplitudes, work)
+    return judge(work.examples, of_torch(work.model)), judge(work.examples, of_graph(work.shipped, watch))
+
+
+def _note_amplitudes(work: Written, cache: dict[str, np.ndarray]) -> None:
+    """Raise the amplitudes [kv_heads, 1, head_dim] of a subject to those of a text's keys and values."""
+    rotary = describe(read_json(work.folder / "config.json")).rotary_dims
+    for name, array in cache.items():
+        size = np.abs(array[0])
+        if name.endswith(".key"):
+            left, right = size[..., : rotary // 2], size[..., rotary // 2 : rotary]
+            size[..., :rotary] = np.concatenate([np.hypot(left, right)] * 2, -1)
+        top = size.max(1, keepdims=True)
+        work.amplitudes[name] = np.maximum(work.amplitudes.get(name, top), top)
 
 
 def check_answers(work: Written) -> Figures:
@@ -144,6 +168,28 @@ def check_metric(work: Written) -> Figures:
     return {"loss": found.loss, "trained_loss": wanted.loss, "perplexity": perplexity, **where}
 
 
+def check_cache(work: Written) -> Figures:
+    """Keys and values in int8 do what float32 ones do. Writes their scales; without them a bundle has float32 alone."""
+    wanted = (work.judgements or _pair(work))[1]
+    scales = {name: np.maximum(top, TINY) * np.float32(HEADROOM / CODES) for name, top in work.amplitudes.items()}
+    made = functools.partial(OnnxModel, work.folder, work.library, threads=work.config.threads, cache_scales=scales)
+    try:
+        model, exact = made(), made(activation="float")
+    except VerifyError as error:
+        raise Skipped(f"this ONNX Runtime has no int8 cache: {error}") from None
+    found = judge(work.examples, of_graph(model))
+    same = float((wanted.likeliest == found.likeliest).mean())
+    ids = work.sample(TRACED)["input_ids"]
+    whole, *parts = (np.concatenate(list(exact.steps(ids, size)), 1) for size in (ids.shape[1], *PARTS))
+    rows = [parity.Difference("a text in parts", parity.largest_error(part, whole), CODE_ERROR) for part in parts]
+    worst = parity.require("int8 cache, a text in parts against the whole", rows, "Please report it.")
+    figures = {"loss_rise": found.loss - wanted.loss, "agreement": same, "parts_error": worst}
+    if not (found.loss <= wanted.loss + LOSS_RISE and same >= AGREEMENT):
+        raise Skipped(f"an int8 cache changes too much, so there is none: {figures}")
+    write_tensors(work.out / CACHE_SCALES, scales)
+    return {**figures, "bytes_a_token": sum(top.size for top in scales.values())}
+
+
 def _float_perplexity(work: Written) -> float | str:
     """Return the perplexity of the float model that was quantized, or why there is none."""
     import transformers
@@ -169,4 +215,5 @@ CHECKS: dict[str, Callable[[Written], Figures]] = {
     "steps": check_steps,
     "answers": check_answers,
     "metric": check_metric,
+    "cache": check_cache,
 }

@@ -1,11 +1,17 @@
 """Keys and values of the tokens a model has seen, so that each is computed once.
 
-    per layer   key, value   float32 [rows, kv_heads, capacity, head_dim]     numpy, mapped into the session as it is
+    per layer   key, value   [rows, kv_heads, capacity, head_dim]     numpy, mapped into the session as it is
+                             float32, or int8: value = code * scale [kv_heads, 1, head_dim]
 
 The same memory is bound to the graph's past and present, so a run writes its new columns in place and copies nothing.
 Rows of a buffer are contiguous: a row alone, or the first few together, are views that bind without a copy too. Only
 columns of `tokens` are ever read; going back is forgetting the last of them. Capacity grows in steps, as attention's
 own scratch memory grows with it.
+
+int8 takes a quarter of the memory. The scales are constants of the graph, by `edgepeft verify` from the largest values
+that the texts of the data have under the exported adapter, and a quarter more; beyond that a value is cut off, which
+another adapter may have to bear. A token's keys and values are rounded before anything sees them, so whether they came
+in one run or many makes no difference. It is ONNX Runtime's own attention: 1.32 has it, 1.20 has not.
 
 What a row holds is true for its adapter alone, since keys and values went through it. Idle caches wait in a Pool. A
 prompt of the same adapter that begins as one of them does goes on in it, or, where that would throw away more than half
@@ -35,16 +41,18 @@ def shared(first: Sequence[int], second: Sequence[int]) -> int:
 class Cache:
     """Keys and values of sequences; tokens[row] is what a row is of, adapters[row] what it went through.
 
-    shape: (layers, kv_heads, head_dim); context: the most columns there can be.
+    shape: (layers, kv_heads, head_dim); context: the most columns there can be; dtype: of keys and values.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], shape: tuple[int, int, int], context: int) -> None:
+    def __init__(
+        self, adapters: Sequence[Adapter], shape: tuple[int, int, int], context: int, dtype: Any = np.float32
+    ) -> None:
         layers, self._heads, self._width = shape
         self.adapters, rows = list(adapters), len(adapters)
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.context = context
         self.bindings: dict[tuple[int, ...], Any] = {}
-        self._buffers = [np.zeros((rows, self._heads, 0, self._width), np.float32) for _ in range(2 * layers)]
+        self._buffers = [np.zeros((rows, self._heads, 0, self._width), dtype) for _ in range(2 * layers)]
 
     @property
     def capacity(self) -> int:
@@ -59,7 +67,7 @@ class Cache:
         self.bindings.clear()
         used = max(map(len, self.tokens))
         for place, old in enumerate(self._buffers):
-            self._buffers[place] = new = np.zeros((len(self.tokens), self._heads, columns, self._width), np.float32)
+            self._buffers[place] = new = np.zeros((len(self.tokens), self._heads, columns, self._width), old.dtype)
             new[:, :, :used] = old[:, :, :used]
 
     def views(self, first: int, count: int) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edgepeft.console import say
 from edgepeft.errors import ConfigError, DataError
 from edgepeft.runtime.manifest import NAME, unseal
-from edgepeft.runtime.session import check_threads, known_task, load
+from edgepeft.runtime.session import KV_CACHES, check_threads, known_task, load
 from edgepeft.runtime.tasks import inputs, run_cli
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ SAMPLING = (
 )  # fmt: skip
 OPTIONS = {  # what each task takes beside the texts, --json, --adapter and --threads
     "text-classification": ("top_k",),
-    "text-generation": ("prompt", "system", "raw", "stream", *SAMPLING),
+    "text-generation": ("prompt", "system", "raw", "stream", "kv_cache", *SAMPLING),
 }
 
 
@@ -112,6 +112,7 @@ def write_cli(
     system: str | None = None,
     raw: bool = False,
     stream: bool | None = None,
+    kv_cache: str = KV_CACHES[0],
     **options: Any,
 ) -> int:
     """Answer prompts with a language model and write the answers to standard output; return how many there were.
@@ -123,7 +124,7 @@ def write_cli(
     count = 0
     prompts = _prompts(prompt, texts, file)
     first = next(prompts, [])  # a mistake is said before a model is loaded
-    model: Generator = load(bundle, threads=threads, library=library)
+    model: Generator = load(bundle, threads=threads, library=library, kv_cache=kv_cache)
     if adapter is not None:
         model.use(adapter)
     try:

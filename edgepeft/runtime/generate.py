@@ -63,7 +63,7 @@ class Generator(Bundle):
     """A bundle ready to write. Made by `load`; safe to call from several threads.
 
     chunk: tokens of a prompt that one run reads.  pool.keep: caches of ended answers that stay in memory, for prompts
-    that go on from them; one takes 8 * layers * kv_heads * head_dim bytes a token.
+    that go on from them; one takes 8 * layers * kv_heads * head_dim bytes a token, a quarter of that as int8.
     """
 
     def __init__(self, manifest: Manifest, session: Any, library: lib.Library | None, threads: int) -> None:
@@ -76,6 +76,8 @@ class Generator(Bundle):
         self.tokens = Tokens(manifest.folder / "tokenizer.json", None)
         self.template = ChatTemplate(manifest.folder)
         self._shape = (int(about["layers"]), int(about["kv_heads"]), int(about["head_dim"]))
+        kind = next(item.type for item in session.get_inputs() if item.name == "past_key_values.0.key")
+        self._kept_as = np.int8 if kind == "tensor(int8)" else np.float32
         self._eos = tuple(about["eos"])
         self._bos = about["bos"] if about.get("add_bos") else None
 
@@ -213,7 +215,7 @@ class Generator(Bundle):
         if not active:
             return
         known = self.pool.take(adapters[0], active[0].prompt) if len(active) == 1 else None
-        cache = known or Cache(adapters, self._shape, self.context)
+        cache = known or Cache(adapters, self._shape, self.context, self._kept_as)
         stopped = (cancel or threading.Event()).is_set
         try:
             for place, row in enumerate(active):
@@ -264,7 +266,7 @@ class Generator(Bundle):
             return [(row, row.take(found)) for row, found in zip(active, logits[:, -1], strict=True)]
 
     def _cache(self, adapter: Adapter, rows: int) -> Cache:
-        return Cache([adapter] * rows, self._shape, self.context)
+        return Cache([adapter] * rows, self._shape, self.context, self._kept_as)
 
     def _run(self, cache: Cache, first: int, ids: np.ndarray, keep: int = 1) -> np.ndarray:
         """Run new tokens [rows, sequence] of the cache's rows from `first` on; return logits [rows, keep, vocabulary].

@@ -1,19 +1,27 @@
-"""Rewriting attributes of nodes in a serialized model, with no onnx package at hand.
+"""Rewriting nodes and tensors of a serialized model, with no onnx package at hand.
 
 A protobuf message is a row of fields: a varint key (number << 3 | wire type), then a varint (type 0), 8 bytes (1), a
 length and bytes (2) or 4 bytes (5). Only the messages on the way are opened, every other field is copied as it is:
 
-    ModelProto.graph = 7 ► GraphProto.node = 1 ► NodeProto.domain = 7, .attribute = 5
-                         ► AttributeProto.name = 1, .i = 3, .s = 4
+    ModelProto.graph = 7 ► GraphProto.node = 1 ► NodeProto.input = 1, .op_type = 4, .domain = 7, .attribute = 5
+                         ► AttributeProto.name = 1, .i = 3, .s = 4, .type = 20
+    GraphProto.initializer = 5 ► TensorProto.dims = 1, .data_type = 2, .name = 8, .raw_data = 9
+    GraphProto.input = 11, .output = 12 ► ValueInfoProto.name = 1, .type = 2 ► .tensor_type = 1 ► .elem_type = 1
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
 
 from edgepeft.errors import ArtifactError
 
 DOMAIN = b"edgepeft"
+ATTENTION, PAST, PRESENT = b"GroupQueryAttention", b"past_key_values.", b"present."
+FLOAT, INT8 = 1, 3  # element types
+INTEGER, STRING = 2, 3  # attribute types
+KEY_SCALE = 12  # its place among the inputs of attention; that of the values' follows
 NEW_WINDOWS = (1, 24)  # ONNX Runtime that counts attention windows as the export does
 
 
@@ -118,3 +126,60 @@ def _less_one(attribute: memoryview) -> bytes:
         value = _varint(whole, 1)[0] if number == 3 else 0
         out.append(bytes(whole[:1]) + _to_varint(value - 1) if 0 < value < 1 << 63 else bytes(whole))
     return b"".join(out)
+
+
+# --- keys and values in 8 bits -----------------------------------------------------------------------------------
+
+
+def with_int8_cache(model: bytes, scales: Mapping[str, np.ndarray]) -> bytes:
+    """Return the model with keys and values kept as int8 codes: value = code * scale.
+
+    scales: float32 [kv_heads, 1, head_dim] of every `past_key_values.<i>.key` and `.value`, which become constants.
+    """
+
+    def graph(data: memoryview) -> bytes:
+        out = _rewrite(data, 1, _int8_attention)
+        for number in (11, 12):
+            out = _rewrite(memoryview(out), number, _int8_value)
+        return out + b"".join(_field(5, _tensor(_scale_name(name.encode()), array)) for name, array in scales.items())
+
+    return _rewrite(memoryview(model), 7, graph)
+
+
+def _field(number: int, payload: bytes) -> bytes:
+    return _to_varint(number << 3 | 2) + _to_varint(len(payload)) + payload
+
+
+def _number(number: int, value: int) -> bytes:
+    return _to_varint(number << 3) + _to_varint(value)
+
+
+def _scale_name(past: bytes) -> bytes:
+    return past + b":scale"
+
+
+def _tensor(name: bytes, array: np.ndarray) -> bytes:
+    """Return a float32 TensorProto."""
+    dims = b"".join(_number(1, size) for size in array.shape)
+    return dims + _number(2, FLOAT) + _field(8, name) + _field(9, array.astype("<f4").tobytes())
+
+
+def _int8_attention(node: memoryview) -> bytes:
+    """Return a NodeProto whose keys and values are int8 if it is attention, else as it is."""
+    if _text(node, 4) != ATTENTION:
+        return bytes(node)
+    inputs = [bytes(payload) for number, _, payload in _fields(node) if number == 1 and payload is not None]
+    pasts = [name for name in inputs if name.startswith(PAST)]
+    more = [*[b""] * (KEY_SCALE - len(inputs)), *map(_scale_name, pasts)]
+    kinds = [
+        _field(1, name) + _field(4, b"PER_CHANNEL") + _number(20, STRING) for name in (b"k_quant_type", b"v_quant_type")
+    ]
+    width = _field(1, b"kv_cache_bit_width") + _number(3, 8) + _number(20, INTEGER)
+    return b"".join([bytes(node), *(_field(1, name) for name in more), *(_field(5, a) for a in (*kinds, width))])
+
+
+def _int8_value(value: memoryview) -> bytes:
+    """Return a ValueInfoProto of int8 if it is of keys or values, else as it is."""
+    if not _text(value, 1).startswith((PAST, PRESENT)):
+        return bytes(value)
+    return _rewrite(value, 2, lambda kind: _rewrite(kind, 1, lambda tensor: bytes(tensor) + _number(1, INT8)))

@@ -27,6 +27,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from edgepeft.artifact import read_tensors
 from edgepeft.config import MOST_THREADS
 from edgepeft.console import say
 from edgepeft.errors import ArtifactError, ConfigError, TargetError, unknown
@@ -41,6 +42,8 @@ WEIGHTS_ELSEWHERE = (1, 21)  # ONNX Runtime that can be told where the weights o
 QUIET = 3  # ONNX Runtime's severity "error": it warns once for every overridable initializer
 # Widens float16 initializers that no kernel takes; it ends the process over a function's body in 1.23 to 1.29.
 BROKEN_OPTIMIZERS = ("FuseFp16InitializerToFp32NodeTransformer",)
+KV_CACHES = ("float32", "int8")  # what keys and values are kept as
+CACHE_SCALES = "kv_cache.safetensors"
 TASKS = {  # what a bundle becomes: the class of its task and where it is
     "text-classification": ("edgepeft.runtime.session", "Model"),
     "text-generation": ("edgepeft.runtime.generate", "Generator"),
@@ -88,12 +91,29 @@ def _library(manifest: Manifest, choice: str | Path) -> lib.Library | None:
     return None
 
 
+def cache_scales(manifest: Manifest) -> dict[str, np.ndarray]:
+    """Return the scales of int8 keys and values, by the name of the graph's input.
+
+    Raises ConfigError for a bundle of another task, ArtifactError for one whose verification found none that would do.
+    """
+    if manifest["task"] != "text-generation":
+        raise ConfigError(f"kv_cache='int8': {manifest.folder} has no keys and values, its task is {manifest['task']}.")
+    path = manifest.folder / CACHE_SCALES
+    if not path.exists():
+        raise ArtifactError(
+            f"{manifest.folder}: has no scales for an int8 cache. `edgepeft verify` measures them, and tells under "
+            "'cache' why where it does not; build the bundle again, or take kv_cache='float32'."
+        )
+    return read_tensors(path)
+
+
 def _model_source(
-    manifest: Manifest, options: Any, activation: str | None, library: lib.Library | None, version: str
+    manifest: Manifest, options: Any, activation: str | None, library: lib.Library | None, version: str, kv_cache: str
 ) -> Any:
     """Return the model's path, or its bytes where it has to be another one: see `edgepeft.runtime.rewrite`.
 
-    That is where an activation is asked for that was not exported, and for attention windows on an older ONNX Runtime.
+    That is where an activation is asked for that was not exported, for attention windows on an older ONNX Runtime, and
+    for keys and values in int8.
     """
     from edgepeft.runtime import rewrite
 
@@ -106,6 +126,9 @@ def _model_source(
     windows = manifest.values.get("decoder", {}).get("windows")
     if windows and lib.version_tuple(version) < rewrite.NEW_WINDOWS:
         changes.append(rewrite.with_older_windows)
+    if kv_cache == "int8":
+        scales = cache_scales(manifest)
+        changes.append(lambda model: rewrite.with_int8_cache(model, scales))
     if not changes:
         return str(path)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(manifest.folder))
@@ -127,14 +150,23 @@ def _placed(source: str | bytes, folder: Path, version: str) -> Iterator[str | b
         yield str(model)  # weights are mapped when the session is made, so all of this may go then
 
 
-def open_session(manifest: Manifest, threads: int, library: lib.Library | None, activation: str | None = None) -> Any:
-    """Make the ONNX Runtime session of a bundle. Raises ArtifactError with ORT's words when it refuses the model."""
+def open_session(
+    manifest: Manifest,
+    threads: int,
+    library: lib.Library | None,
+    activation: str | None = None,
+    kv_cache: str = KV_CACHES[0],
+) -> Any:
+    """Make the ONNX Runtime session of a bundle.
+
+    Raises ArtifactError with ONNX Runtime's words when it refuses the model, TargetError when it has no int8 cache.
+    """
     onnxruntime = _onnxruntime(manifest)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = QUIET
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    source = _model_source(manifest, options, activation, library, onnxruntime.__version__)
+    source = _model_source(manifest, options, activation, library, onnxruntime.__version__, kv_cache)
     try:
         if library is not None:
             options.register_custom_ops_library(str(library.path))
@@ -143,6 +175,11 @@ def open_session(manifest: Manifest, threads: int, library: lib.Library | None, 
                 model, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(BROKEN_OPTIMIZERS)
             )
     except Exception as error:  # ORT's own exceptions share no base
+        if kv_cache == "int8":
+            need = "take a newer one (1.32.0 can), or kv_cache='float32'"
+            raise TargetError(
+                f"ONNX Runtime {onnxruntime.__version__} has no int8 cache: {need}. It says: {error}"
+            ) from None
         what = f"ONNX Runtime {onnxruntime.__version__} refuses the model: {error}"
         raise ArtifactError(f"{manifest.folder}: {what}") from None
 
@@ -349,19 +386,23 @@ def load(
     library: str | Path = "auto",
     activation: str | None = None,
     check: str = "auto",
+    kv_cache: str = KV_CACHES[0],
 ) -> Any:
     """Load a bundle and return what its task says: a `Model` that classifies or a `Generator` that writes (TASKS).
 
-    threads 0 takes all cores; library is "auto", "none" or a path; activation None is as exported.
+    threads 0 takes all cores; library is "auto", "none" or a path; activation None is as exported. kv_cache "int8"
+    keeps a language model's keys and values in a quarter of the memory: see edgepeft.runtime.cache.
 
     Raises ArtifactError for a folder that is no bundle or was changed, TargetError for a library or an ONNX Runtime
-    that cannot work here, ConfigError for more threads than this machine can use. `check` is "auto", "full" or "quick":
+    that cannot work here, ConfigError for what does not exist. `check` is "auto", "full" or "quick":
     see edgepeft.runtime.manifest.
     """
     check_threads(threads)
+    if kv_cache not in KV_CACHES:
+        raise ConfigError("kv_cache: " + unknown("kind of cache", kv_cache, KV_CACHES))
     manifest = check_bundle(bundle, check)
     kind = task_class(manifest)
     found = _library(manifest, library)
-    model = kind(manifest, open_session(manifest, threads, found, activation), found, threads)
+    model = kind(manifest, open_session(manifest, threads, found, activation, kv_cache), found, threads)
     model.use(adapter)
     return model

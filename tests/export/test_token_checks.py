@@ -8,7 +8,7 @@ import onnx
 import pytest
 from builders import conversations, tiny_decoder, write_rows
 
-from edgepeft.artifact import Run, read_json, write_json
+from edgepeft.artifact import Run, read_json, read_tensors, write_json
 from edgepeft.config import Config
 from edgepeft.errors import VerifyError
 from edgepeft.export import genai, parity, token_checks
@@ -61,6 +61,12 @@ def test_right_export_passes_and_reports(tiny, tmp_path, kind):
     assert found["exported"] == pytest.approx(found["trained"], rel=0.02)
     assert found["base"] != pytest.approx(found["trained"], rel=0.01)
     assert found["float_base"] == pytest.approx(found["base"], rel=0.5)
+    cache, about = report["cache"], read_json(run.path("export") / "export.json")["decoder"]
+    assert abs(cache["loss_rise"]) < token_checks.LOSS_RISE
+    assert cache["bytes_a_token"] == 2 * about["layers"] * about["kv_heads"] * about["head_dim"]
+    scales = read_tensors(tmp_path / "kv_cache.safetensors")
+    assert sum(scale.size for scale in scales.values()) == cache["bytes_a_token"]
+    assert all(np.isfinite(scale).all() and (scale > 0).all() for scale in scales.values())
     assert read_json(tmp_path / "report.json")["checks"] == json.loads(json.dumps(report))
 
 
