@@ -11,8 +11,9 @@ own tokens and copies nothing. `attention_mask` [batch, past + new tokens] count
 it has. Rows of a batch are padded on the right in the first run, then grow by one token each; a run of several tokens
 on top of a past has one row.
 
-`logits_to_keep` is how many of the last tokens get logits (1 unless fed; 0 or a number beyond the run: all). What
-follows the last attention is computed for those alone, and every other layer for all tokens.
+`logits_to_keep` is how many of a row's last tokens get logits (1 unless fed; 0 or a number beyond the run: all). What
+follows the last attention is computed for those alone, and every other layer for all tokens. Padding on the right is
+not counted, so that a row shorter than others gets the logits of its own last token.
 
 Attention windows: a token sees itself and window - 1 before it. So does `local_window_size` count from ONNX Runtime
 1.24 on; older releases see one more, which `edgepeft.runtime` makes up for. One no smaller than the context is none.
@@ -35,11 +36,10 @@ from edgepeft.backbone.decoder import Decoder, describe, rope_tables
 from edgepeft.backbone.families import Family
 from edgepeft.errors import ModelError
 from edgepeft.export.emitter import BATCH, MICROSOFT, SEQUENCE, AdapterFile, Emitter, Weights, parent
-from edgepeft.export.graph import FLOAT, INT32, INT64, NONE, Dims, Graph, Value
+from edgepeft.export.graph import BOOL, FLOAT, INT32, INT64, NONE, Dims, Graph, Value
 
 PAST, TOTAL, KEPT = "past_sequence", "total_sequence", "kept"
 DIMS_MULTIPLE = 16  # of GroupQueryAttention's heads, and of what it rotates
-END = np.iinfo(np.int64).max
 
 
 def build(
@@ -113,8 +113,8 @@ class _Emitter(Emitter):
             for i in range(about.layers)
         ]
         keep = graph.optional("logits_to_keep", np.ones(1, np.int64), (1,))
-        self.first_kept = graph.node("Neg", keep, dtype=INT64, shape=(1,), name="logits_to_keep:first")
         self.lengths = self.counted(mask)
+        self.kept = self.kept_tokens(keep)
         self.ropes = [
             [graph.constant(f"rope_{kind}.{name}", table) for name, table in zip(("cos", "sin"), pair, strict=True)]
             for kind, pair in enumerate(rope_tables(settings, context))
@@ -127,11 +127,43 @@ class _Emitter(Emitter):
         minus_one = graph.constant("minus_one", np.full(1, -1, np.int64))
         axis = graph.constant("axis_1", np.ones(1, np.int64))
         count = graph.node("ReduceSum", mask, axis, keepdims=0, dtype=INT64, shape=(BATCH,), name="tokens")
-        last = graph.node("Add", count, minus_one, dtype=INT64, shape=(BATCH,), name="tokens:last")
-        last = graph.node("Cast", last, to=INT32, dtype=INT32, shape=(BATCH,), name="seqlens_k")
+        self.last = graph.node("Add", count, minus_one, dtype=INT64, shape=(BATCH,), name="tokens:last")
+        last = graph.node("Cast", self.last, to=INT32, dtype=INT32, shape=(BATCH,), name="seqlens_k")
         total = graph.node("Shape", mask, start=1, end=2, dtype=INT64, shape=(1,), name="total:1d")
         total = graph.node("Squeeze", total, dtype=INT64, shape=(), name="total")
         return last, graph.node("Cast", total, to=INT32, dtype=INT32, shape=(), name="total_sequence_length")
+
+    def kept_tokens(self, keep: Value) -> Value:
+        """Return which columns of the run get logits, int64 [batch, kept, 1]: a row's last ones.
+
+        Its last token is the run's last column, or where a first run is padded the one before the padding.
+        """
+        graph, minus_one = self.graph, self.graph.constant("minus_one", np.full(1, -1, np.int64))
+
+        def number(op: str, *inputs: Value, name: str, dims: Dims = (1,), **attrs: Any) -> Value:
+            return graph.node(op, *inputs, dtype=INT64, shape=dims, name=f"logits_to_keep:{name}", **attrs)
+
+        zero, axis = graph.constant("zero_1d", np.zeros(1, np.int64)), graph.constant("axis_1", np.ones(1, np.int64))
+        columns = number("Shape", self.ids, name="columns", start=1, end=2)
+        none = graph.node("Equal", keep, zero, dtype=BOOL, shape=(1,), name="logits_to_keep:all")
+        count = number("Min", number("Where", none, columns, keep, name="asked"), columns, name="count")
+        ends = [number("Add", one, minus_one, name=f"last_{name}") for name, one in (("run", columns), ("kept", count))]
+        last = number(
+            "Max", number("Min", self.last, ends[0], name="own", dims=(BATCH,)), ends[1], name="last", dims=(BATCH,)
+        )
+        first = number("Sub", last, ends[1], name="first", dims=(BATCH,))
+        scalars = [
+            number("Squeeze", one, name=name, dims=()) for name, one in (("from", zero), ("to", count), ("by", axis))
+        ]
+        place = number("Range", *scalars, name="places", dims=(KEPT,))
+        place = number(
+            "Add",
+            number("Unsqueeze", first, axis, name="rows", dims=(BATCH, 1)),
+            place,
+            name="column",
+            dims=(BATCH, KEPT),
+        )
+        return number("Unsqueeze", place, minus_one, name="index", dims=(BATCH, KEPT, 1))
 
     def embedded(self) -> Value:
         """Return the tokens' embeddings, scaled where the family does so."""
@@ -180,9 +212,8 @@ class _Emitter(Emitter):
 
     def last_tokens(self, x: Value) -> Value:
         """Return the tokens that get logits."""
-        end, axis = self.graph.constant("end", np.full(1, END)), self.graph.constant("axis_1", np.ones(1, np.int64))
         shape = (BATCH, KEPT, *x.shape[2:])
-        return self.graph.node("Slice", x, self.first_kept, end, axis, shape=shape, name=f"{x.name}:last")
+        return self.graph.node("GatherND", x, self.kept, batch_dims=1, shape=shape, name=f"{x.name}:last")
 
     def attention(self, i: int, h: Value) -> tuple[Value, list[Value]]:
         """Return the heads' mixture [batch, sequence, heads * head_dim] before o, and the new keys and values."""

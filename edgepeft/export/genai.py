@@ -8,7 +8,9 @@ which before it makes the model, as each of the languages can:
     config = onnxruntime_genai.Config("bundle")
     config.overlay('{"model": {"decoder": {"session_options": {"custom_ops_library": "lib/linux-x86_64/..."}}}}')
 
-GenAI takes the first token of a prompt from the last column of the logits, and pads a batch: give it one row at a time.
+Batches: prompts of unlike length are padded on the right with `pad_token_id`, as its Tokenizer.encode_batch does, and
+each row is then what it is alone. GenAI takes every such token for padding wherever it stands, so no prompt of a batch
+may hold one; where a model's padding also ends its turns, as in many chat templates, give it one row at a time.
 Adapters are its Adapters API's: `write_onnx_adapter` turns one into the file that it loads.
 """
 

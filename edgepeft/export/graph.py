@@ -29,6 +29,7 @@ from onnx import TensorProto, helper
 from edgepeft.export.ops import IR_VERSION, OPSET, VERSION
 
 FLOAT, FLOAT16, INT64, INT32 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64, TensorProto.INT32
+BOOL = TensorProto.BOOL
 DOMAIN_VERSIONS = {"": OPSET, "com.microsoft": 1, "edgepeft": VERSION}
 INLINE_BELOW_BYTES = 1024
 CHUNK_BYTES = 1 << 24

@@ -158,17 +158,23 @@ def greedy(graph, ids):
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_rows_of_different_lengths(stepper, kind):
-    """Padded on the right in the first run, each row is what it is alone; then all grow together."""
+    """Padded on the right in the first run, each row is what it is alone; then all grow together.
+
+    Unless asked for more, the logits are those of each row's own last token.
+    """
     graph, lengths = stepper("stock", kind, "i4b32", "i4b32"), (21, 6, 1)
     ids, more = tokens(3, 21, seed=3), tokens(3, 12, seed=4)
     alone = [graph.whole(np.concatenate([ids[i : i + 1, :n], more[i : i + 1]], 1)) for i, n in enumerate(lengths)]
     for fill in (0, 99):
         padded = np.where(np.arange(21)[None] < np.array(lengths)[:, None], ids, fill)
         graph.start(3)
+        last = graph.step(padded, lengths)
+        graph.start(3)
         first = graph.step(padded, lengths, {"logits_to_keep": np.array([0])})
         later = np.concatenate([graph.step(more[:, i : i + 1]) for i in range(12)], 1)
         for i, n in enumerate(lengths):
             assert largest_error(first[i : i + 1, :n], alone[i][:, :n]) < TIGHT
+            assert largest_error(last[i : i + 1], alone[i][:, n - 1 : n]) < TIGHT
             assert largest_error(later[i : i + 1], alone[i][:, n:]) < TIGHT
 
 

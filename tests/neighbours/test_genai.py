@@ -32,20 +32,22 @@ def bundle(request, tmp_path_factory):
     return run.path("bundle")
 
 
-def genai_tokens(folder, ids, adapter=None):
-    """Return the tokens GenAI writes greedily after ids."""
+def genai_tokens(folder, rows, adapter=None):
+    """Return the tokens GenAI writes greedily after each row of ids; the shorter ones are padded on the right."""
     model = og.Model(str(folder))
-    parameters = og.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(ids) + TOKENS, min_length=len(ids) + TOKENS, do_sample=False)
+    parameters, length = og.GeneratorParams(model), max(map(len, rows))
+    full = {"max_length": length + TOKENS, "min_length": length + TOKENS}
+    parameters.set_search_options(**full, do_sample=False, batch_size=len(rows))
+    pad = read_json(folder / "genai_config.json")["model"]["pad_token_id"]
     generator = og.Generator(model, parameters)
     if adapter:
         adapters = og.Adapters(model)
         adapters.load(str(adapter), "other")
         generator.set_active_adapter(adapters, "other")
-    generator.append_tokens(np.array([ids], np.int32))
+    generator.append_tokens(np.array([[*ids, *[pad] * (length - len(ids))] for ids in rows], np.int32))
     while not generator.is_done():
         generator.generate_next_token()
-    return list(generator.get_sequence(0))[len(ids) :]
+    return [list(generator.get_sequence(row))[length:] for row in range(len(rows))]
 
 
 def own_tokens(folder, ids, adapter):
@@ -63,9 +65,15 @@ def test_it_writes_what_our_runtime_does_with_either_adapter(bundle, tmp_path):
     ids = load(bundle).encode([{"role": "user", "content": "turn on the lamp in the attic"}])
     write_onnx_adapter(bundle / "adapters" / "other", tmp_path / "other.onnx_adapter")
     default, other = own_tokens(bundle, ids, "default"), own_tokens(bundle, ids, "other")
-    assert genai_tokens(bundle, ids) == default
-    assert genai_tokens(bundle, ids, tmp_path / "other.onnx_adapter") == other
+    assert genai_tokens(bundle, [ids]) == [default]
+    assert genai_tokens(bundle, [ids], tmp_path / "other.onnx_adapter") == [other]
     assert default != other
+
+
+def test_prompts_of_unlike_length_share_a_batch(bundle):
+    model = load(bundle)
+    rows = [model.encode(text) for text in ("turn on the lamp in the attic", "hello", "is it warm?")]
+    assert genai_tokens(bundle, rows) == [own_tokens(bundle, ids, "default") for ids in rows]
 
 
 def test_its_chat_template_is_ours(bundle):
