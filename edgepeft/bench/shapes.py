@@ -1,22 +1,24 @@
 """Published shapes of language models with random weights, built and measured: speed does not depend on the values.
 
-    python -m edgepeft.bench.shapes smollm2-135m qwen2.5-0.5b llama-3.2-1b --threads 1 2
+    python -m edgepeft.bench.shapes smollm2-135m qwen2.5-0.5b llama-3.2-1b --threads 1 2 --peers
 
 Each becomes a Hugging Face folder (float16, seeded), then by the real stages a bundle with a random adapter of rank 16
-on every linear; training and verification are left out, as there is nothing to learn or to compare. Bundles stay in the
-cache. A step of decoding reads every weight once, so beside the speeds stands what share of this machine's read
-bandwidth they make use of: bytes of weights, adapter and cache per token, times tokens a second.
+on every linear; training and verification are left out, as there is nothing to learn or to compare. With --peers
+llama.cpp (Q4_0) and ONNX Runtime GenAI (int4) get files of the same shape and take turns with ours, see
+`edgepeft.bench.turns`; --llama-python and --genai-python name interpreters that have them. What is made stays in the
+cache. The table lays all beside this machine's limit, see `edgepeft.bench.beside`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
-import os
 import shutil
-import time
-from collections.abc import Iterable, Iterator, Sequence
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,13 @@ import numpy as np
 
 from edgepeft.artifact import Run, cache_dir, read_json, write_json
 from edgepeft.backbone.families import FAMILIES
-from edgepeft.bench.generation import DECODE, PROMPT
 from edgepeft.config import Config
-from edgepeft.console import progress, say, table
-from edgepeft.errors import unknown
+from edgepeft.console import progress, say
+from edgepeft.deploy.compile import sources_digest
+from edgepeft.errors import EdgePeftError, unknown
 
 CONTEXT, RANK = 2048, 16
 WEIGHT, ADAPTER = 0.02, 0.02  # standard deviations
-FLOAT_BYTES = 4
-BANDWIDTH_BYTES = 512 << 20
-BANDWIDTH_RUNS = 5
 COMMON: dict[str, Any] = {
     "max_position_embeddings": CONTEXT, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2,
     "pad_token_id": 0, "torch_dtype": "float16",
@@ -68,16 +67,17 @@ def bundle(shape: str, tag: str = "i4b32", activation: str = "int8") -> Path:
         model=str(place / "model"), task="text-generation", format=tag, activation=activation, rank=RANK,
         context=CONTEXT, target="host", output=str(place),
     )  # fmt: skip
-    run = Run(place)
-    if run.holds("bundle", shape):
+    run, made = Run(place), f"{shape} {sources_digest()}"  # for other operators only the weights are kept
+    if run.holds("bundle", made):
         return run.path("bundle")
-    write_model(place / "model", SHAPES[shape])
-    run.make("quantized", shape, lambda out: quantize(config, run, out))
-    shutil.rmtree(place / "model")
+    if not run.holds("quantized", shape):
+        write_model(place / "model", SHAPES[shape])
+        run.make("quantized", shape, lambda out: quantize(config, run, out))
+        shutil.rmtree(place / "model")
     run.make("adapter", shape, lambda out: write_adapter(config, run, out))
-    run.make("export", shape, lambda out: export(config, run, out))
-    run.make("verify", shape, lambda out: _unverified(out))
-    run.make("bundle", shape, lambda out: collect(config, run, out))
+    run.make("export", made, lambda out: export(config, run, out))
+    run.make("verify", made, lambda out: _unverified(out))
+    run.make("bundle", made, lambda out: collect(config, run, out))
     return run.path("bundle")
 
 
@@ -88,14 +88,15 @@ def write_model(folder: Path, settings: dict[str, Any]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     settings = {**COMMON, **settings}
+    settings["architectures"] = [f"{settings['model_type'].capitalize()}ForCausalLM"]
     family = FAMILIES[settings["model_type"]]
     write_json(folder / "config.json", settings)
     kinds, shapes, where = family.tensors(settings), family.shapes(settings), {}
     for number, names in enumerate(progress(list(_files(kinds)), "random weights", None)):
         file = f"model-{number:05d}.safetensors"
-        save_file({name: _random(name, shapes[name], kinds[name]) for name in names}, folder / file)
+        save_file({name: _random(name, shapes[name], kinds[name]) for name in names}, folder / file, {"format": "pt"})
         where.update(dict.fromkeys(names, file))
-    write_json(folder / "model.safetensors.index.json", {"weight_map": where})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
     _write_tokenizer(folder)
 
 
@@ -131,18 +132,27 @@ def write_adapter(config: Config, run: Run, out: Path) -> dict[str, Any]:
 
     about = read_json(run.path("quantized") / "quantized.json")
     linears = {part["name"]: part["shape"] for part in about["layers"] + about["kept"] if part["kind"] == "linear"}
+    peft_files.write(out, peft_settings(linears), adapter_tensors(linears), about["base_digest"], about["format"])
+    write_json(out / "training.json", {"labels": [], "config": dataclasses.asdict(config)})
+    return {}
+
+
+def adapter_tensors(linears: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+    """Return random matrices A [RANK, K] and B [N, RANK] under PEFT's names, for {module: (N, K)}."""
     tensors, rng = {}, np.random.default_rng(0)
     for module, (n, k) in linears.items():
         for side, shape in (("A", (RANK, k)), ("B", (n, RANK))):
             values = rng.standard_normal(shape, np.float32) * np.float32(ADAPTER)
             tensors[f"base_model.model.{module}.lora_{side}.weight"] = values
-    settings = {
+    return tensors
+
+
+def peft_settings(linears: Iterable[str]) -> dict[str, Any]:
+    """Return the adapter_config.json of an adapter on these modules."""
+    return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "bias": "none",
-        "base_model_name_or_path": "random", "target_modules": sorted(linears),
+        "base_model_name_or_path": "random", "target_modules": sorted({name.rpartition(".")[2] for name in linears}),
     }  # fmt: skip
-    peft_files.write(out, settings, tensors, about["base_digest"], about["format"])
-    write_json(out / "training.json", {"labels": [], "config": dataclasses.asdict(config)})
-    return {}
 
 
 def _unverified(out: Path) -> dict[str, Any]:
@@ -150,81 +160,152 @@ def _unverified(out: Path) -> dict[str, Any]:
     return {}
 
 
-# --- the limit -----------------------------------------------------------------------------------------------------
+# --- the peers' files ------------------------------------------------------------------------------------------------
 
 
-def token_bytes(folder: Path) -> int:
-    """Return the bytes that writing one token reads: weights and adapter, and the cache half way through a run."""
-    manifest = read_json(folder / "manifest.json")
-    about, sizes = manifest["decoder"], manifest["sizes_bytes"]
-    cache = 2 * about["layers"] * about["kv_heads"] * about["head_dim"] * (PROMPT + DECODE // 2) * FLOAT_BYTES
-    return sizes["weights"] + sizes["adapters"] + cache
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A program to measure beside ours: the module that must be there, and what to say when it is not."""
+
+    module: str
+    package: str
 
 
-def read_bandwidth(threads: int) -> float:
-    """Return this machine's bytes a second: the best of a few sums over memory that no cache holds, a part a thread."""
-    from concurrent.futures import ThreadPoolExecutor
+PEERS = {
+    "llama": Peer("llama_cpp", "llama-cpp-python and gguf"),
+    "genai": Peer("onnxruntime_genai", "onnxruntime-genai"),
+}
 
-    memory = np.ones(BANDWIDTH_BYTES // 8, np.int64)
-    parts = np.array_split(memory, threads)
-    best = 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(BANDWIDTH_RUNS):
-            started = time.perf_counter()
-            list(pool.map(lambda part: part.max(), parts))
-            best = max(best, BANDWIDTH_BYTES / (time.perf_counter() - started))
-    return best
+
+def peer_missing(name: str, python: str) -> str:
+    """Say what keeps a peer from being measured by an interpreter, or return ""."""
+    peer = PEERS[name]
+    try:
+        done = subprocess.run([python, "-c", f"import {peer.module}"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"{name}: {python} cannot be run ({error.strerror}), so it is left out."
+    if done.returncode:
+        return f"{name}: {python} has no {peer.package} (--{name}-python PATH names one that has), so it is left out."
+    return ""
+
+
+def peer_files(name: str, shape: str, python: str) -> Path:
+    """Return the folder of a peer's files of a shape, made at its first use. Raises EdgePeftError with its words."""
+    place = cache_dir() / "shapes" / f"{shape}-{name}"
+    if (place / ".complete").exists():
+        return place
+    source = cache_dir() / "shapes" / f"{shape}-source"
+    about = {**_about(shape), "folder": str(place), "model": str(source / "model"), "adapter": str(source / "adapter")}
+    if name == "genai" and not (source / ".complete").exists():
+        write_model(source / "model", SHAPES[shape])
+        _write_peft(source / "adapter", about["linears"], about["tensors"])
+        (source / ".complete").touch()
+    say(f"{shape}: files for {name}")
+    command = [python, str(Path(__file__).parent / "peers" / f"{name}.py"), "make", json.dumps(about)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise EdgePeftError(f"{name}: its files of {shape} could not be made:\n{done.stderr[-2000:]}")
+    shutil.rmtree(source, ignore_errors=True)
+    (place / ".complete").touch()
+    return place
+
+
+def _about(shape: str) -> dict[str, Any]:
+    """Return what the peers must know of a shape."""
+    settings = {**COMMON, **SHAPES[shape]}
+    family = FAMILIES[settings["model_type"]]
+    shapes, kinds = family.shapes(settings), family.tensors(settings)
+    linears = [name for name, kind in kinds.items() if kind == "linear" and name.startswith("model.layers.")]
+    return {
+        "settings": settings, "tensors": {name: list(shapes[name]) for name in kinds}, "linears": linears,
+        "rank": RANK, "context": CONTEXT,
+    }  # fmt: skip
+
+
+def _write_peft(out: Path, linears: Sequence[str], shapes: dict[str, Any]) -> None:
+    """Write a random adapter as PEFT reads it."""
+    from edgepeft.artifact import write_tensors
+
+    modules = {name.removesuffix(".weight"): shapes[name] for name in linears}
+    out.mkdir(parents=True, exist_ok=True)
+    write_tensors(out / "adapter_model.safetensors", adapter_tensors(modules), {"format": "pt"})
+    write_json(out / "adapter_config.json", peft_settings(modules))
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------
 
 
-def measure(shape: str, threads: Sequence[int], tag: str, activation: str, budget_s: float) -> dict[str, Any]:
-    """Return the figures of a shape, see `edgepeft.bench.measure.bench`, with the share of the bandwidth in use."""
-    from edgepeft.bench.measure import bench
+def measure(
+    shape: str, threads: int, pythons: Mapping[str, str], tag: str, activation: str, seconds: float
+) -> dict[str, Any]:
+    """Return the figures of a shape: rows of ours and of the peers in `pythons`, and the limit they stand against."""
+    from edgepeft.bench import beside, turns
 
     folder = bundle(shape, tag, activation)
-    result = bench(folder, threads, budget_s=budget_s)
-    for row in result["speed"]:
-        limit = read_bandwidth(row["threads"]) / token_bytes(folder)
-        row["decode_limit_tok_s"], row["decode_limit_pct"] = limit, 100 * row["decode_default_tok_s"] / limit
-    return result
+    about = {"threads": threads, "context": CONTEXT}
+    programs = [turns.ours(folder, threads)]
+    programs += [turns.script(name, peer_files(name, shape, python), about, python) for name, python in pythons.items()]
+    limit = beside.limits(folder, _about(shape), threads)
+    return {"shape": shape, "threads": threads, "limit": limit, "rows": turns.measure(programs, seconds)}
 
 
-def limits_text(result: dict[str, Any]) -> str:
-    """Return the table of what a step reads and how near to the machine's limit that is."""
-    rows = [
-        {
-            "threads": row["threads"], "limit tok/s": round(row["decode_limit_tok_s"], 1),
-            "decode default tok/s": round(row["decode_default_tok_s"], 1),
-            "of the limit %": round(row["decode_limit_pct"]),
-        }
-        for row in result["speed"]
-    ]  # fmt: skip
-    return table(rows)
+def _pythons(asked: argparse.Namespace) -> dict[str, str]:
+    """Return {peer: interpreter} of the peers that are there; say which are not."""
+    if not asked.peers:
+        return {}
+    found = {name: getattr(asked, f"{name}_python") for name in PEERS}
+    reasons = {name: peer_missing(name, python) for name, python in found.items()}
+    for reason in filter(None, reasons.values()):
+        print(reason)
+    return {name: python for name, python in found.items() if not reasons[name]}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Build and measure shapes; print tables, and one JSON line a shape with --json."""
-    from edgepeft.bench.report import report_text
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build and measure shapes; print one table and what is to be known about it."""
+    from edgepeft.bench import beside
+    from edgepeft.bench.measure import machine
 
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(SHAPES)}  [default: all]")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--format", default="i4b32")
     parser.add_argument("--activation", default="int8")
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each figure of a row")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--peers", action="store_true", help="measure llama.cpp and ONNX Runtime GenAI too")
+    for name, peer in PEERS.items():
+        parser.add_argument(f"--{name}-python", default=sys.executable, metavar="PATH", help=f"has {peer.package}")
+    parser.add_argument("--seconds", type=float, default=90.0, help="of timing, for a shape and a number of threads")
+    parser.add_argument("--make", action="store_true", help="only make what is not in the cache yet")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures here")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw them here")
     asked = parser.parse_args(argv)
     if strange := [shape for shape in asked.shapes if shape not in SHAPES]:
         parser.error(unknown("shape", strange[0], SHAPES))
-    for shape in asked.shapes or SHAPES:
-        say(f"{shape} (as process {os.getpid()})")
-        result = measure(shape, asked.threads, asked.format, asked.activation, asked.seconds)
-        print(f"## {shape}\n\n{report_text(result)}\n\n{limits_text(result)}\n")
+    try:
+        results = list(_results(asked, _pythons(asked)))
+    except EdgePeftError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    if results:
+        host = machine()
+        print(beside.text(host, results))
         if asked.json:
-            print(json.dumps({"shape": shape, "speed": result["speed"], "processes": result["processes"]}))
+            write_json(asked.json, {"machine": host, "results": results})
+        if asked.plot:
+            beside.draw(results, asked.plot)
+    return 0
+
+
+def _results(asked: argparse.Namespace, pythons: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Make all files, then measure shape by shape."""
+    shapes = asked.shapes or list(SHAPES)
+    for shape in shapes:
+        bundle(shape, asked.format, asked.activation)
+        for name, python in pythons.items():
+            peer_files(name, shape, python)
+    for shape, threads in itertools.product([] if asked.make else shapes, asked.threads):
+        say(f"{shape}, {threads} threads")
+        yield measure(shape, threads, pythons, asked.format, asked.activation, asked.seconds)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,7 +16,10 @@ from pathlib import Path
 import numpy as np
 
 WARM_UP = 3
+WARM_UP_S = 1.0
 MIN_ROUNDS = 15
+FEWEST_ROUNDS = 3
+PATIENCE = 2  # times the budget, for MIN_ROUNDS
 MAX_ROUNDS = 2000
 QUIET_CPUS = 0.25
 SHORTEST_S = 0.2
@@ -43,15 +46,17 @@ def busy_cpu_s() -> float | None:
 
 
 def interleave(candidates: Mapping[str, Callable[[], object]], budget_s: float = 1.0) -> dict[str, Timing]:
-    """Run candidates in turns for about budget_s seconds (at least MIN_ROUNDS rounds) and return their timings."""
+    """Run candidates in turns for about budget_s seconds and return their timings.
+
+    MIN_ROUNDS are made even if they take twice as long; of candidates so slow that this is not enough, FEWEST_ROUNDS.
+    """
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
     for call in candidates.values():
-        for _ in range(WARM_UP):
-            call()
+        _warm_up(call)
     names = list(candidates)
     before, own, started = busy_cpu_s(), time.process_time(), time.perf_counter()
     for turn in range(MAX_ROUNDS):
-        if turn >= MIN_ROUNDS and time.perf_counter() - started > budget_s:
+        if _enough(turn, time.perf_counter() - started, budget_s):
             break
         for step in range(len(names)):
             name = names[(turn + step) % len(names)]
@@ -60,6 +65,22 @@ def interleave(candidates: Mapping[str, Callable[[], object]], budget_s: float =
             spent[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     others = _others(before, own, time.perf_counter() - started)
     return {name: _timing(rows, others) for name, rows in spent.items()}
+
+
+def _warm_up(call: Callable[[], object]) -> None:
+    """Call a few times, or once where that takes long."""
+    started = time.perf_counter()
+    for _ in range(WARM_UP):
+        call()
+        if time.perf_counter() - started > WARM_UP_S:
+            break
+
+
+def _enough(rounds: int, spent_s: float, budget_s: float) -> bool:
+    """Tell whether the rounds made will do."""
+    if rounds >= MIN_ROUNDS:
+        return spent_s > budget_s
+    return rounds >= FEWEST_ROUNDS and spent_s > PATIENCE * max(budget_s, WARM_UP_S)
 
 
 def _others(busy_before: float | None, own_before: float, wall_s: float) -> float | None:

@@ -5,16 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from edgepeft.bench import generation, measure, shapes
+from edgepeft.bench import generation, measure
 from edgepeft.bench.report import report_text
 from edgepeft.errors import ConfigError
 from edgepeft.runtime import load
 from tests.runtime.writer import CONTEXT, write_bundle
-
-TINY = {
-    "model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 300, "rope_theta": 10000.0,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +47,3 @@ def test_decoding_stays_within_the_context_and_starts_again(writer: Path) -> Non
 def test_a_writer_has_no_float32_peer(writer: Path) -> None:
     with pytest.raises(ConfigError, match="classifiers alone"):
         measure.bench_cli(writer, baseline=True)
-
-
-def test_a_shape_becomes_a_bundle_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setenv("EDGEPEFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(shapes, "BANDWIDTH_BYTES", 1 << 20)
-    monkeypatch.setattr(measure, "PROCESSES", 1)
-    monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
-    shapes.main(["tiny", "--seconds", "0", "--json"])
-    printed = capsys.readouterr().out
-    assert "of the limit %" in printed
-    assert json.loads(printed.splitlines()[-1])["shape"] == "tiny"
-    folder = shapes.bundle("tiny")
-    made = (folder / "manifest.json").stat().st_mtime_ns
-    assert (shapes.bundle("tiny") / "manifest.json").stat().st_mtime_ns == made
-    assert not (folder.parent / "model").exists()
-    assert shapes.token_bytes(folder) > load(folder).manifest["sizes_bytes"]["weights"]

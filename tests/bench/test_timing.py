@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from edgepeft.bench.timing import MIN_ROUNDS, WARM_UP, Timing, disturbed, interleave
+from edgepeft.bench import timing
+from edgepeft.bench.timing import FEWEST_ROUNDS, MIN_ROUNDS, WARM_UP, Timing, disturbed, interleave
 
 
 def test_candidates_take_turns_and_each_goes_first_as_often() -> None:
@@ -14,6 +15,14 @@ def test_candidates_take_turns_and_each_goes_first_as_often() -> None:
     rounds = ["".join(order[at : at + 3]) for at in range(9, len(order), 3)]
     assert rounds[:3] == ["abc", "bca", "cab"]
     assert {name: t.rounds for name, t in found.items()} == dict.fromkeys("abc", MIN_ROUNDS)
+
+
+def test_slow_candidates_get_fewer_rounds_and_one_call_to_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "WARM_UP_S", 0.01)
+    calls: list[int] = []
+    found = interleave({"slow": lambda: (calls.append(1), time.sleep(0.02))}, budget_s=0)
+    assert found["slow"].rounds == FEWEST_ROUNDS
+    assert len(calls) == FEWEST_ROUNDS + 1
 
 
 def test_waiting_shows_in_the_wall_and_not_in_the_cpu_time() -> None:
