@@ -156,6 +156,8 @@ def test_threads_with_different_adapters_do_not_disturb_each_other(bundle: Path)
         ("head", {st.HEAD: None}, "classifier.weight is missing"),
         ("stray", {st.PREFIX + "clasifier.weight": np.zeros(3, np.float32)}, "Did you mean 'base_model.model.cl"),
         ("nan", {st.A: np.full((4, st.H), np.nan, np.float16)}, "not finite"),
+        ("infinite", {st.B: np.full((st.H, 4), -np.inf, np.float16)}, "not finite"),
+        ("infinite head", {st.HEAD: np.full((3, st.H), np.inf, np.float32)}, "not finite"),
     ],
 )
 def test_adapters_that_do_not_belong_are_refused(bundle: Path, name: str, change: dict, message: str) -> None:
