@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from edgepeft.bench import beside, limit, shapes, turns
+from edgepeft.bench import beside, limit, profile, shapes, token_instructions, turns
+from edgepeft.deploy.emulator import available, missing
 from edgepeft.errors import EdgePeftError
 from edgepeft.runtime import load
 
@@ -17,6 +18,7 @@ TINY = {
     "model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 300, "rope_theta": 10000.0,
 }  # fmt: skip
+EMULATOR, NO_EMULATOR = available(), missing()  # before the cache is another
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -154,3 +156,36 @@ def test_the_limits_are_speeds_of_a_machine(threads: int) -> None:
     name, peak = limit.int8_peak(threads, 1000)
     assert name in ("avx2", "avx512vnni", "neon", "dotprod")
     assert 1e8 < peak < 1e14
+
+
+def test_a_profile_gives_each_group_its_share_of_the_last_runs() -> None:
+    def node(name: str, op: str, ts: int, dur: int) -> dict:
+        return {"cat": "Node", "name": f"{name}_kernel_time", "args": {"op_name": op}, "ts": ts, "dur": dur}
+
+    events = [{"name": "model_run", "ts": at, "dur": 1000} for at in (0, 2000, 4000)]
+    events += [node("q", "AdapterMatMul_i4b32_g3", 10, 999), node("lm_head", "AdapterMatMul_i4b32_g1", 2010, 100)]
+    for at in (2200, 4200):
+        events += [node("q", "AdapterMatMul_i4b32_g3", at, 500), node("a", "GroupQueryAttention", at + 600, 200)]
+    total, found = profile.shares(events, 2)
+    assert total == 1
+    assert tuple(round(found[n]) for n in ("linears", "attention", "head", "between")) == (50, 20, 5, 25)
+
+
+def test_a_profile_of_a_bundle_covers_prompts_and_tokens(tiny: Path) -> None:
+    rows = profile.profile(tiny, 1, 32)
+    assert [(row["run"], row["adapter"]) for row in rows] == [
+        ("32 tokens", "on"), ("32 tokens", "off"), ("a token", "on"), ("a token", "off"),
+    ]  # fmt: skip
+    assert all(row["ms"] > 0 and row["linears %"] > 0 and row["head %"] > 0 and row["attention %"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_instructions_of_a_token_are_counted_with_and_without_our_library(
+    tiny: Path,
+) -> None:
+    if EMULATOR is None:
+        pytest.skip(NO_EMULATOR)
+    rows = list(token_instructions.count(EMULATOR, "cortex-a76", tiny, {}, shapes.RANK))
+    assert [row["who"] for row in rows] == ["edgepeft", "stock"]
+    assert all(row["adapter on"] > row["off"] > 10_000 for row in rows)
+    assert rows[0]["adapter on"] < rows[1]["adapter on"]

@@ -47,6 +47,10 @@ class Engine:
         """Return an empty text."""
         return Text(self._model, DEFAULT if adapter else BASE)
 
+    def end_profiling(self) -> str:
+        """Return the file of ONNX Runtime's profile, if the session was made to write one."""
+        return self._model.session.end_profiling()
+
 
 if __name__ == "__main__":
     about = json.loads(sys.argv[1])
