@@ -106,12 +106,14 @@ def count(
     with tempfile.TemporaryDirectory() as name:
         library = str(cross_library("linux-aarch64", Path(name) / "libedgepeft_ops.so"))
         about = {"mark": MARK, "past": PAST, "tokens": TOKENS, "rank": rank, "head_dim": head_dim}
-        models = {"edgepeft": (bundle / "model.onnx", library), "stock": (bundle / "model.onnx", "")}
+        models = {
+            "edgepeft": (bundle / "model.onnx", library, release), "stock": (bundle / "model.onnx", "", release),
+        }  # fmt: skip
         if "genai" in peers:
-            models["genai"] = (peers["genai"] / "adapted" / "model.onnx", "")
-        for who, (model, lib) in models.items():
+            models["genai"] = (peers["genai"] / "adapted" / "model.onnx", "", NEWEST)  # its opset is 22
+        for who, (model, lib, runtime) in models.items():
             asked = {**about, "model": str(model), "library": lib}
-            yield _row(cpu, who, f"onnxruntime {release}", _session_counts(emulator, cpu, asked, release))
+            yield _row(cpu, who, f"onnxruntime {runtime}", _session_counts(emulator, cpu, asked, runtime))
     if llama and "llama" in peers:
         yield _row(cpu, "llama", "llama.cpp", _llama_counts(emulator, cpu, llama, peers["llama"]))
 
