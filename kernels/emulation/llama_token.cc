@@ -1,5 +1,7 @@
 // What llama.cpp needs for one generated token: a guest program that reads a prompt, then writes tokens between two marks
-// (see count.cc), with no adapter if none is given. It needs llama.cpp's headers and static libraries, built for the CPU:
+// (see count.cc), with no adapter if none is given. It needs llama.cpp's headers and static libraries, built for the CPU,
+// for example by CMake with `zig cc` and `zig c++ -target aarch64-linux-musl -mcpu=cortex_a76` as compilers and
+// -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DBUILD_SHARED_LIBS=OFF:
 //     c++ llama_token.cc -I llama.cpp/include -I llama.cpp/ggml/include libllama.a libggml.a libggml-cpu.a libggml-base.a
 //     llama_token model.gguf PROMPT TOKENS MARK [lora.gguf]
 #include <stdlib.h>
