@@ -51,6 +51,10 @@ def _methods() -> Iterable[str]:
     return METHODS
 
 
+def _starts() -> Iterable[str]:
+    return ("default", "loftq", "pissa")
+
+
 def _tasks() -> Iterable[str]:
     from edgepeft.train.tasks import TASKS
 
@@ -114,6 +118,10 @@ class Config:
     precision: str = _field(
         "float32", "Arithmetic of training; bfloat16 where it is native.", _precisions, group="train"
     )
+    start: str = _field(
+        "default", "Where the adapter begins: B = 0, or from what quantization lost, or from W itself.", _starts,
+        group="train",
+    )  # fmt: skip
     teacher: str = _field(
         "none", "Who teaches beside the labels: none, self (the float backbone), tuned (it, tuned first) or a folder.",
         group="train",

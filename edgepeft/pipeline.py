@@ -102,7 +102,7 @@ class Stage:
 TRAINING = (
     "text_column", "label_column", "task", "method", "rank", "alpha", "dropout", "epochs", "batch_size", "accumulation",
     "learning_rate", "max_length", "packing", "checkpointing", "precision", "seed", "teacher", "lesson_weight",
-    "lesson_temperature", "lesson_hidden",
+    "lesson_temperature", "lesson_hidden", "start",
 )  # fmt: skip
 STAGES = (
     Stage(

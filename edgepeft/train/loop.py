@@ -60,6 +60,7 @@ def train(config: Config, run: Run, out: Path) -> dict[str, Any]:
     Returns the summary: test and validation figures, size, speed, peak memory. Raises DataError, ModelError or
     EdgePeftError for what the user can mend.
     """
+    from edgepeft.train import starts
     from edgepeft.train.teacher import check_source
     from edgepeft.train.watch import draw_curves, quiet, reset_peak_resident
 
@@ -78,6 +79,7 @@ def train(config: Config, run: Run, out: Path) -> dict[str, Any]:
         return {}
     settings = _settings(model, config, _family(model).heads)
     tensors = read_tensors(checkpoints.place(work, result["best_step"]) / peft_files.TENSORS)
+    settings, tensors = starts.shipped(model, config, settings, tensors)
     peft_files.write(out, settings, tensors, described["base_digest"], described["format"])
     draw_curves(result["epochs"], out / "curves.png")
     report = {**result, "labels": list(splits.labels), "config": dataclasses.asdict(config), "versions": versions()}
@@ -218,6 +220,8 @@ def adapted(model: Any, config: Config) -> Any:
     """Return the model as a PEFT model: an adapter on every linear of the backbone, a task's head trained in full."""
     from peft import get_peft_model
 
+    from edgepeft.train import starts
+
     family, kind = _family(model), TASKS[config.task].peft_type
     linears = [name for name, module in model.named_modules() if isinstance(module, _torch().nn.Linear)]
     modules = [name for name in linears if name.startswith(f"{family.prefix}.")]
@@ -226,6 +230,8 @@ def adapted(model: Any, config: Config) -> Any:
     loose = [name for name, p in peft.named_parameters() if p.requires_grad and id(p) in own]
     if loose:
         raise RuntimeError(f"parameters of the backbone would be trained: {', '.join(loose[:4])}")
+    if config.start != "default":
+        starts.begin(peft, config)
     return peft
 
 

@@ -62,20 +62,16 @@ def lesson_for(
     return Lesson.open(place, config)
 
 
-def check_source(config: Config, base_digest: str) -> ModelSource | None:
-    """Return the float model that was quantized, where the teacher is made of it.
-
-    Raises ArtifactError when the model folder holds other weights by now.
-    """
-    if config.teacher not in (SELF, TUNED):
-        return None
+def check_source(config: Config, base_digest: str) -> None:
+    """Raise ArtifactError where training reads the float model and its folder holds other weights by now."""
+    if config.teacher not in (SELF, TUNED) and config.start == "default":
+        return
     source = resolve_model(config)
     if source.digest != base_digest:
         raise ArtifactError(
             f"{source.path}: expected the weights that were quantized ({base_digest[:12]}…), found others "
             f"({source.digest[:12]}…). Run 'edgepeft quantize' again."
         )
-    return source
 
 
 # --- the teacher ---------------------------------------------------------------------------------------------------
@@ -97,8 +93,9 @@ def _teacher(splits: Splits[Any], tokenizer: Any, config: Config, work: Path) ->
     if config.teacher == TUNED:
         say("  the teacher: the same training on the float backbone first")
         work.mkdir(exist_ok=True)
+        config = config.replace(teacher=NONE, start="default")
         model = loop.adapted(model, config)
-        loop.fit(model, tokenizer, splits, config.replace(teacher=NONE), work)
+        loop.fit(model, tokenizer, splits, config, work)
         say("  the student:")
     return model.eval()
 
