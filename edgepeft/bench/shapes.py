@@ -218,7 +218,7 @@ def _about(shape: str) -> dict[str, Any]:
     linears = [name for name, kind in kinds.items() if kind == "linear" and name.startswith("model.layers.")]
     return {
         "settings": settings, "tensors": {name: list(shapes[name]) for name in kinds}, "linears": linears,
-        "rank": RANK, "context": CONTEXT,
+        "rank": RANK, "context": CONTEXT, "layers": settings["num_hidden_layers"],
     }  # fmt: skip
 
 

@@ -7,6 +7,9 @@
     adapted/   with the LoRA branches; their matrices are graph inputs with empty defaults, and adapter.onnx_adapter
                fills them, which is how OgaAdapters swap
 
+The builder holds a model in float32 more than once, so it is given two layers and the second is then repeated, with
+weights of its own: a model of a billion weights is made in 5 GB.
+
 model and adapter are folders as Hugging Face and PEFT read them. Both graphs compute logits of the last token alone.
 Making needs torch, transformers, peft, onnx, onnx-ir and onnxruntime too.
 """
@@ -14,6 +17,7 @@ Making needs torch, transformers, peft, onnx, onnx-ir and onnxruntime too.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +31,8 @@ else:
 
 FILE = "adapter.onnx_adapter"
 NAME = "lora"
-OPTIONS = ["accuracy_level=4", "block_size=32", "prune_lm_head=true"]
+BUILT = 2  # layers
+OPTIONS = [f"num_hidden_layers={BUILT}", "accuracy_level=4", "block_size=32", "prune_lm_head=true"]
 
 
 def make(about: dict[str, Any]) -> None:
@@ -35,11 +40,11 @@ def make(about: dict[str, Any]) -> None:
     folder = Path(about["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "base").exists():
-        _build(about, folder / "base", OPTIONS).rename(folder / "base")
+        _deepen(_build(about, folder / "base", OPTIONS), about["layers"]).rename(folder / "base")
     if not (folder / "adapted").exists():
         nodes = ",".join(f"{_node(name)}/lora_{side}/MatMul" for name in about["linears"] for side in "AB")
         with_adapter = [*OPTIONS, f"adapter_path={about['adapter']}", f"nodes_to_exclude={nodes}"]
-        constant = _build(about, folder / "constant", with_adapter)
+        constant = _deepen(_build(about, folder / "constant", with_adapter), about["layers"])
         _swappable(constant, folder / "adapted")
         shutil.rmtree(constant)
 
@@ -65,6 +70,58 @@ def _build(about: dict[str, Any], out: Path, options: list[str]) -> Path:
     config["search"]["max_length"] = about["context"]
     (part / "genai_config.json").write_text(json.dumps(config))
     return part
+
+
+def _deepen(folder: Path, layers: int) -> Path:
+    """Repeat the last of the layers that were built until there are as many as asked for; return the folder."""
+    import onnx
+
+    model = onnx.load(str(folder / "model.onnx"))
+    for items in (
+        model.graph.node,
+        model.graph.initializer,
+        model.graph.value_info,
+        model.graph.input,
+        model.graph.output,
+    ):
+        plain = list(items)
+        del items[:]
+        for item in plain:
+            place = _layer(item.name)
+            copies = range(layers - BUILT + 1) if place == BUILT - 1 else [0 if place == 0 else layers - BUILT]
+            items.extend(_shifted(item, by) for by in copies)
+    (folder / "model.onnx.data").unlink()
+    onnx.save(model, str(folder / "model.onnx"), save_as_external_data=True, location="model.onnx.data")
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"]["decoder"]["num_hidden_layers"] = layers
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    return folder
+
+
+LAYER = re.compile(r"(layers|past_key_values|present)\.(\d+)")
+
+
+def _layer(name: str) -> int:
+    """Return the layer that a name of the graph speaks of, -1 where it is none."""
+    found = LAYER.search(name)
+    return int(found[2]) if found else -1
+
+
+def _shifted(item: Any, by: int) -> Any:
+    """Return a copy of a node, tensor or value that speaks of layers further up. Layer 0 feeds the second alone."""
+    copy = type(item)()
+    copy.CopyFrom(item)
+    for field in ("input", "output"):
+        if hasattr(copy, field):
+            names = [_up(name, by) for name in getattr(copy, field)]
+            del getattr(copy, field)[:]
+            getattr(copy, field).extend(names)
+    copy.name = _up(copy.name, by)
+    return copy
+
+
+def _up(name: str, by: int) -> str:
+    return LAYER.sub(lambda found: f"{found[1]}.{int(found[2]) + by}", name)
 
 
 def _swappable(constant: Path, out: Path) -> None:
