@@ -3,9 +3,9 @@
     decode limit    bandwidth / bytes that our bundle reads for a token: weights, adapter, and the cache half way
     prefill limit   int8 peak / operations of a token: 2 for each weight of the layers; the head's, once a text
 
-Both limits are measured when the shape is (see `edgepeft.bench.limit`) and are the same for everybody: they are what
-4-bit weights and this processor allow, and "% of limit" is with the adapter on. A star marks a row during which others
-kept cores busy.
+Both limits are measured just before and after a shape is, and the higher counts (see `edgepeft.bench.limit`). They are
+the same for everybody: what 4-bit weights and this processor allow. "% of limit" is with the adapter on. A star marks a
+row during which others kept cores busy.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ def limits(folder: Path, about: Mapping[str, Any], threads: int) -> dict[str, An
         "layer_ops": 2 * sum(math.prod(about["tensors"][name]) for name in about["linears"]),
         "head_ops": 2 * settings["hidden_size"] * settings["vocab_size"],
     }  # fmt: skip
+
+
+def higher(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the higher of two measured limits, figure by figure: others can only lower one."""
+    return {name: max(value, second[name]) for name, value in first.items()}
 
 
 def prefill_limit(limit: Mapping[str, Any], tokens: int) -> float:

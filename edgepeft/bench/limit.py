@@ -21,7 +21,7 @@ import numpy as np
 from edgepeft.artifact import cache_dir
 from edgepeft.deploy.compile import kernel_folder, plugin_library
 
-RUNS = 7
+RUNS = 21
 WORD_BYTES = 128
 STEPS = 2_000_000
 

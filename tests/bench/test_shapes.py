@@ -122,6 +122,7 @@ def test_the_table_compares_with_the_best_peer_of_each_column() -> None:
     rows = [{**ROW, "who": who, "prefill_on_tok_s": p, "decode_on_tok_s": d} for who, (p, d) in speeds.items()]
     lines = list(beside.lines({"shape": "s", "threads": 1, "rows": rows, "limit": LIMIT}))
     assert [line["who"] for line in lines] == ["edgepeft", "a", "b", "edgepeft / best peer", "limit"]
+    assert beside.higher({"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 1.0}) == {"a": 3.0, "b": 2.0}
     ratio, top = lines[3], lines[4]
     assert (ratio["decode on"], ratio["prefill on"], ratio["decode off"]) == ("1.25x", "2.00x", "1.00x")
     assert (lines[0]["decode % of limit"], lines[0]["prefill % of limit"]) == (50, 20)
