@@ -2,16 +2,23 @@
 //
 // Tasks split the tiles of W, so each weight byte is read by one thread; only when x has more rows than a tile job
 // may take are they split as well, and W is then unpacked once per kJobRows rows. Preparation (quantize x, t = A.x) is
-// one task where it is small: a second barrier costs more than it saves.
+// cut into units. Every task begins by claiming units until none is left, and waits for those that others still compute:
+// one barrier less than with tasks of their own, and A is read by all threads.
+//
+// A gate that is zero for a whole block of ranks in a row switches the block off there: its part of A.x is not computed,
+// and zero even where A.x would be NaN. A batch may thus stack the adapters of its rows along R.
 #include "adapter_matmul.h"
 
 namespace {
 
 constexpr int64_t kTaskBytes = 32 * 1024;      // weights per task at M = 1: some microseconds
-constexpr int64_t kPrepareMacs = 512 * 1024;   // per preparation task
+constexpr int64_t kUnitMacs = 512 * 1024;      // of preparation
+constexpr int kSpins = 2000;                   // some microseconds
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t rank_stride(const Group& g) { return ceil_div(g.rank, kRankPad) * kRankPad; }
+int64_t live_stride(const Group& g) { return ceil_div(g.rank, kRankPanel) * (kRankPanel / kRankBlock); }
+int64_t job_rows(const Call& call, int64_t m0) { return call.m - m0 < kJobRows ? call.m - m0 : kJobRows; }
 int64_t tile_count(const Call& call) {
   int64_t tiles = 0;
   for (int g = 0; g < call.groups; g++) tiles += ceil_div(call.group[g].n, kTileRows);
@@ -39,19 +46,143 @@ int64_t lay_out(Call& call, void* base) {
     arena.take(call.q_scale, blocks);
     arena.take(call.q_fix, blocks);
   }
-  for (int g = 0; g < call.groups; g++) arena.take(call.t[g], call.m * rank_stride(call.group[g]));
+  for (int g = 0; g < call.groups; g++) {
+    const Group& group = call.group[g];
+    const bool gated = group.gate && group.rank;
+    arena.take(call.t[g], call.m * rank_stride(group));
+    arena.take(call.live[g], gated ? call.m * live_stride(group) : 0);
+    arena.take(call.live_any[g], gated ? call.row_tasks * live_stride(group) : 0);
+    arena.take(call.alone[g], call.row_tasks);
+  }
+  arena.take(call.progress, 1);
   return arena.at - static_cast<char*>(base);
 }
 
-void gate_rows(const Call& call, int g, int64_t m0, int64_t m1) {
+// Marks the live blocks of each row; returns how many ranks of all rows are live.
+int64_t mark_live(const Call& call, int g) {
   const Group& group = call.group[g];
-  const int64_t stride = rank_stride(group);
-  for (int64_t m = m0; m < m1; m++) {
-    float* t = call.t[g] + m * stride;
-    const float* gate = group.gate ? group.gate + m * group.gate_row : nullptr;
-    for (int64_t r = 0; gate && r < group.rank; r++) t[r] *= gate[r * group.gate_step];
-    for (int64_t r = group.rank; r < stride; r++) t[r] = 0;
+  const int64_t stride = live_stride(group);
+  int64_t ranks = 0;
+  for (int64_t m = 0; m < call.m; m++) {
+    uint8_t* live = call.live[g] + m * stride;
+    for (int64_t block = 0; block < stride; block++) {
+      live[block] = 0;
+      for (int64_t r = block * kRankBlock; r < (block + 1) * kRankBlock && r < group.rank; r++)
+        live[block] |= group.gate[m * group.gate_row + r * group.gate_step] != 0.0f;  // NaN is not zero
+      ranks += live[block] * kRankBlock;
+    }
   }
+  return ranks;
+}
+
+// Tells rows with few live ranks from the others, and forgets what is live where that is all.
+void choose_adapter_path(Call& call, int g) {
+  const Group& group = call.group[g];
+  const int64_t stride = live_stride(group), blocks = ceil_div(group.rank, kRankBlock);
+  if (!group.gate || !group.rank || mark_live(call, g) == call.m * blocks * kRankBlock) call.live[g] = nullptr;
+  for (int64_t job = 0; job < call.row_tasks; job++) {
+    const int64_t m0 = job * kJobRows, m1 = m0 + job_rows(call, m0);
+    uint8_t* any = call.live_any[g] + job * stride;
+    int64_t live_blocks = call.live[g] ? 0 : (m1 - m0) * blocks;
+    for (int64_t block = 0; call.live[g] && block < stride; block++) {
+      any[block] = 0;
+      for (int64_t m = m0; m < m1; m++) {
+        any[block] |= call.live[g][m * stride + block];
+        live_blocks += call.live[g][m * stride + block];
+      }
+    }
+    call.alone[g][job] = live_blocks <= 2 * blocks;
+  }
+}
+
+bool alike(const uint8_t* a, const uint8_t* b, int64_t n) {
+  for (int64_t i = 0; i < n; i++) if (a[i] != b[i]) return false;
+  return true;
+}
+
+// Ranks r0..r1 of t = gate . (A.x) for rows m0..m1 that have the same live blocks; zero where none is live.
+void project_alike(const Call& call, int g, int64_t m0, int64_t m1, int64_t r0, int64_t r1) {
+  const Group& group = call.group[g];
+  const uint8_t* live = call.live[g] ? call.live[g] + m0 * live_stride(group) : nullptr;
+  const int64_t stride = rank_stride(group), row_bytes = call.k * (group.half ? 2 : 4);
+  float* t = call.t[g] + m0 * stride;
+  for (int64_t r = r0, end; r < r1; r = end) {
+    const bool on = !live || live[r / kRankBlock];
+    for (end = r; end < r1 && on == (!live || live[end / kRankBlock]);) end += kRankBlock;
+    if (end > r1) end = r1;
+    if (on) call.ops->project(static_cast<const char*>(group.a) + r * row_bytes, group.half, end - r, call.k, call.x + m0 * call.k,
+                              m1 - m0, t + r, stride);
+    for (int64_t m = m0; m < m1; m++)
+      for (int64_t i = r; (!on || group.gate) && i < end; i++) {
+        float& v = t[(m - m0) * stride + i];
+        v = on ? v * group.gate[m * group.gate_row + i * group.gate_step] : 0.0f;
+      }
+  }
+  for (int64_t m = m0; r1 == group.rank && m < m1; m++)
+    for (int64_t r = r1; r < stride; r++) t[(m - m0) * stride + r] = 0;
+}
+
+void project_rows(const Call& call, int g, int64_t m0, int64_t m1, int64_t r0, int64_t r1) {
+  const int64_t stride = live_stride(call.group[g]);
+  const uint8_t* live = call.live[g];
+  for (int64_t m = m0, end; m < m1; m = end) {
+    for (end = m + 1; end < m1 && (!live || alike(live + m * stride, live + end * stride, stride));) end++;
+    project_alike(call, g, m, end, r0, r1);
+  }
+}
+
+void quantize_rows(const Call& call, int64_t m0, int64_t m1) {
+  const FormatInfo& f = info(call.format);
+  const int64_t blocks = call.k / f.act_block;
+  for (int64_t m = m0; m < m1; m++) {
+    for (int64_t c = 0; call.s_in && c < call.k; c++)
+      const_cast<float*>(call.x_in)[m * call.k + c] = call.s_in[c * call.s_in_step] * call.x[m * call.k + c];
+    if (call.act == Act::int8)
+      call.ops->quantize(call.x_in + m * call.k, call.k, f.act_block, call.ops->zero, call.q + m * call.k,
+                         call.q_scale + m * blocks, call.q_fix + m * blocks);
+  }
+}
+
+int64_t rank_units(const Call& call, int g) { return ceil_div(call.group[g].rank, call.ranks_per_unit); }
+
+// Unit i of some rows: first they are quantized, then come the ranks of each group.
+void prepare(const Call& call, int64_t unit) {
+  int64_t per_rows = 1;
+  for (int g = 0; g < call.groups; g++) per_rows += rank_units(call, g);
+  const int64_t m0 = unit / per_rows * call.rows_per_unit;
+  const int64_t m1 = call.m - m0 < call.rows_per_unit ? call.m : m0 + call.rows_per_unit;
+  int64_t i = unit % per_rows;
+  if (!i--) return quantize_rows(call, m0, m1);
+  int g = 0;
+  while (i >= rank_units(call, g)) i -= rank_units(call, g++);
+  const int64_t r0 = i * call.ranks_per_unit, left = call.group[g].rank - r0;
+  project_rows(call, g, m0, m1, r0, r0 + (left < call.ranks_per_unit ? left : call.ranks_per_unit));
+}
+
+void plan_preparation(Call& call) {
+  int64_t ranks = 4, most = 1;  // quantizing costs about as much as 4
+  for (int g = 0; g < call.groups; g++) {
+    ranks += call.group[g].rank;
+    if (call.group[g].rank > most) most = call.group[g].rank;
+  }
+  const int64_t rows = kUnitMacs / (ranks * call.k) & ~int64_t{3};
+  call.rows_per_unit = rows < 4 ? 4 : rows;
+  call.ranks_per_unit = call.m <= call.rows_per_unit ? kRankBlock : most;
+  call.prepare_units = 1;
+  for (int g = 0; g < call.groups; g++) call.prepare_units += rank_units(call, g);
+  call.prepare_units *= ceil_div(call.m, call.rows_per_unit);
+}
+
+// Returns when all is prepared, by this thread or others.
+void prepare_together(const Call& call) {
+  int64_t* done = &call.progress->done;
+  if (__atomic_load_n(done, __ATOMIC_ACQUIRE) == call.prepare_units) return;
+  for (int64_t unit; (unit = __atomic_fetch_add(&call.progress->claimed, 1, __ATOMIC_RELAXED)) < call.prepare_units;) {
+    prepare(call, unit);
+    __atomic_fetch_add(done, 1, __ATOMIC_RELEASE);
+  }
+  for (int spins = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < call.prepare_units; spins++)
+    if (spins > kSpins) yield_cpu();
 }
 
 TileJob tile_job(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
@@ -76,6 +207,10 @@ TileJob tile_job(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
   job.rank = group.rank;
   job.t_stride = rank_stride(group);
   job.t = call.t[g] + m0 * job.t_stride;
+  job.live_stride = live_stride(group);
+  job.live = call.live[g] ? call.live[g] + m0 * job.live_stride : nullptr;
+  job.live_any = call.live[g] ? call.live_any[g] + m0 / kJobRows * job.live_stride : nullptr;
+  job.alone = call.alone[g][m0 / kJobRows];
   job.b = static_cast<const char*>(group.b) + n0 * group.rank * (group.half ? 2 : 4);
   job.b_half = group.half;
   job.s_out = group.s_out ? group.s_out + n0 * group.s_out_step : nullptr;
@@ -100,40 +235,20 @@ int64_t plan(Call& call) {
   call.tile_tasks = ceil_div(tiles, per_task);
   call.row_tasks = ceil_div(call.m, kJobRows);
   call.tasks = call.tile_tasks * call.row_tasks;
-  int64_t ranks = 4;  // quantizing costs about as much as that
-  for (int g = 0; g < call.groups; g++) ranks += call.group[g].rank;
-  const int64_t rows = kPrepareMacs / (ranks * call.k) & ~int64_t{3};
-  call.rows_per_prepare = rows < 4 ? 4 : rows;
-  call.prepare_tasks = ceil_div(call.m, call.rows_per_prepare);
+  plan_preparation(call);
   return lay_out(call, nullptr);
 }
 
-void place(Call& call, void* scratch) { lay_out(call, scratch); }
-
-void prepare(const Call& call, int64_t task) {
-  const FormatInfo& f = info(call.format);
-  const int64_t m0 = task * call.rows_per_prepare, blocks = call.k / f.act_block;
-  const int64_t m1 = call.m - m0 < call.rows_per_prepare ? call.m : m0 + call.rows_per_prepare;
-  if (call.s_in)
-    for (int64_t m = m0; m < m1; m++)
-      for (int64_t c = 0; c < call.k; c++)
-        const_cast<float*>(call.x_in)[m * call.k + c] = call.s_in[c * call.s_in_step] * call.x[m * call.k + c];
-  if (call.act == Act::int8)
-    for (int64_t m = m0; m < m1; m++)
-      call.ops->quantize(call.x_in + m * call.k, call.k, f.act_block, call.ops->zero, call.q + m * call.k,
-                         call.q_scale + m * blocks, call.q_fix + m * blocks);
-  for (int g = 0; g < call.groups; g++) {
-    const Group& group = call.group[g];
-    if (!group.rank) continue;
-    const int64_t stride = rank_stride(group);
-    call.ops->project(group.a, group.half, group.rank, call.k, call.x + m0 * call.k, m1 - m0, call.t[g] + m0 * stride, stride);
-    gate_rows(call, g, m0, m1);
-  }
+void place(Call& call, void* scratch) {
+  lay_out(call, scratch);
+  *call.progress = {};
+  for (int g = 0; g < call.groups; g++) choose_adapter_path(call, g);
 }
 
 void run(const Call& call, int64_t task) {
-  const int64_t m0 = task / call.tile_tasks * kJobRows, m1 = call.m - m0 < kJobRows ? call.m : m0 + kJobRows;
+  const int64_t m0 = task / call.tile_tasks * kJobRows, m1 = m0 + job_rows(call, m0);
   const int64_t first = task % call.tile_tasks * call.tiles_per_task, tiles = tile_count(call);
+  prepare_together(call);
   for (int64_t tile = first; tile < first + call.tiles_per_task && tile < tiles; tile++)
     call.ops->tile(tile_job(call, tile, m0, m1));
 }

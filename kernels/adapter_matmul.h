@@ -16,6 +16,8 @@ enum class Act : int { int8, float32 };
 // ---- what a row computes ------------------------------------------------------------------------------------------
 constexpr int kJobRows = 256;  // most rows of x in one tile job: bounds what a tile keeps on its stack
 constexpr int kRankPad = 16;   // t rows are zero padded to this many floats, so that vector loads may overrun R
+constexpr int kRankBlock = 8;  // ranks that are live, or not, together
+constexpr int kRankPanel = 64; // ranks of B that a tile turns at a time
 
 struct TileJob {
   int64_t k;               // columns
@@ -29,6 +31,10 @@ struct TileJob {
   int64_t rank;            // 0: no adapter, and t, b are not read
   const float* t;          // [m,t_stride] gate . (A.x), zero from rank on
   int64_t t_stride;        // rank rounded up to kRankPad
+  const uint8_t* live;     // [m,live_stride] whether t of this row has more than zeros in this block; null: all have
+  const uint8_t* live_any; // [live_stride] the same of any row
+  int64_t live_stride;     // blocks, in whole panels
+  bool alone;              // the adapter is cheaper row by row, see tile.h
   const void* b;           // [columns,rank] float16 or float32
   bool b_half;
   const float* s_out;      // s_out[n * s_out_step] for n in columns, or null: neutral
@@ -110,6 +116,7 @@ bool same(const char* a, const char* b);
 // Whole pages from the system: the library links to no libc. Null when there are none.
 void* map_pages(size_t bytes);
 void unmap_pages(void* p, size_t bytes);
+void yield_cpu();  // to another thread that is ready
 
 // ---- one call -----------------------------------------------------------------------------------------------------
 constexpr int kMaxGroups = 3;
@@ -128,6 +135,12 @@ struct Group {                // one of the outputs that share x
   float* y;                   // [M,n]
 };
 
+// How far the preparation of a call is, whose units threads claim.
+struct Progress {
+  alignas(64) int64_t claimed;
+  alignas(64) int64_t done;
+};
+
 struct Call {
   Format format;
   const RowOps* ops;
@@ -140,19 +153,22 @@ struct Call {
   const void* w_scale;
   int groups;
   Group group[kMaxGroups];
-  // Filled in by plan().
-  int64_t tiles_per_task, tile_tasks, row_tasks, tasks, prepare_tasks, rows_per_prepare;
+  // Filled in by plan() and place().
+  int64_t tiles_per_task, tile_tasks, row_tasks, tasks;
+  int64_t prepare_units, rows_per_unit, ranks_per_unit;
+  Progress* progress;
   const float* x_in;          // s_in . x
   int8_t* q;
   float* q_scale;
   int32_t* q_fix;
   float* t[kMaxGroups];
+  uint8_t *live[kMaxGroups], *live_any[kMaxGroups];  // see TileJob; live_any [row_tasks,live_stride]
+  bool* alone[kMaxGroups];                           // [row_tasks]
 };
 
 int64_t plan(Call& call);                       // returns the scratch it needs, in bytes
 void place(Call& call, void* scratch);          // scratch: 64-byte aligned
-void prepare(const Call& call, int64_t task);   // task in 0..prepare_tasks-1; all of them before the first run()
-void run(const Call& call, int64_t task);       // task in 0..tasks-1
+void run(const Call& call, int64_t task);       // task in 0..tasks-1, each once, on any thread
 
 // ---- code for a CPU that is found at run time ---------------------------------------------------------------------
 // Everything between PUSH and POP is compiled for the named features, with no per-file compiler flags. Such code stays

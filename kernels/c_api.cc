@@ -70,7 +70,6 @@ EP_EXPORT int edgepeft_matmul(const char* format, const char* kernel, int activa
   void* scratch = map_pages(bytes);
   if (!scratch) return -1;
   place(call, scratch);
-  for (int64_t i = 0; i < call.prepare_tasks; i++) prepare(call, i);
   for (int64_t i = 0; i < call.tasks; i++) run(call, i);
   unmap_pages(scratch, bytes);
   return 0;

@@ -4,8 +4,10 @@
 //   check [--row TEXT] [--time] [--break FAULT]
 //
 // Passing means: finite where the reference is finite and NaN where it is NaN, |error| <= tolerance * sum|terms|, the
-// bytes around y untouched, y complete, and nothing read behind any input's end, where a page without access lies. The tolerance is float32's: both sides hold the same integers and scales and
-// differ only in the order of additions. --break plants a fault in the compared output (value, zero, nan, missing,
+// bytes around y untouched, y complete, and nothing read behind an input's end, where a page without access lies. The
+// tolerance is float32's: both sides hold the same integers and scales and differ only in the order of additions. Rows of
+// a batch whose gates leave each the ranks of an adapter of its own have the bits that they have alone, wherever those
+// ranks fill whole vectors and the batch is small. --break plants a fault in the compared output (value, zero, nan, missing,
 // outside) and must make the program fail: it proves that the comparer can see.
 #include "adapter_matmul.h"
 #include "check.h"
@@ -18,6 +20,7 @@ struct Shape {
   int64_t m, n, k, rank;
   bool half, gated, scaled;     // adapter dtype; gate per row; s_in and s_out present, and one bias for all outputs
   enum { plain, zero_blocks, nan, inf } x;
+  int64_t own = 0;              // ranks that the gate leaves to each row: row m has the m-th of them, and starts anew; 0: all
 };
 
 // Everything one call reads, random, and y with guards.
@@ -44,7 +47,8 @@ struct Case {
     for (int64_t i = 0; i < (s.scaled ? 1 : s.n); i++) bias[i] = random_float();
     for (int64_t i = 0; i < s.k; i++) s_in[i] = 1.0f + 0.5f * random_float();
     for (int64_t i = 0; i < s.n; i++) s_out[i] = 1.0f + 0.5f * random_float();
-    for (int64_t i = 0; i < s.m * s.rank; i++) gate[i] = random_float();
+    for (int64_t i = 0; i < s.m * s.rank; i++)
+      gate[i] = s.own && i % s.rank / s.own != i / s.rank % (s.rank / s.own) ? 0.0f : random_float();
     fill(a, s.rank * s.k);
     fill(b, s.n * s.rank);
   }
@@ -58,6 +62,14 @@ struct Case {
   // Runs one row over the whole case; y lies between guards. keep: y is not reset first (timing).
   double compute(const Row& row, bool keep = false) {
     if (!keep) for (int64_t i = 0; i < y_floats; i++) y[i] = bits_float(kGuard);
+    Call call = this->call(row);
+    Buffer<char> scratch(plan(call));
+    place(call, scratch.p);
+    const double start = cpu_seconds();
+    for (int64_t i = 0; i < call.tasks; i++) run(call, i);
+    return cpu_seconds() - start;
+  }
+  Call call(const Row& row) {
     Call call = {};
     call.format = format;
     call.ops = row.ops;
@@ -72,12 +84,34 @@ struct Case {
     call.groups = 1;
     call.group[0] = {s.n, s.rank, a.p, b.p, s.half, s.gated ? gate.p : nullptr, s.rank, 1, s.scaled ? s_out.p : nullptr, 1,
                      bias.p, s.scaled ? 0 : 1, y.p + kGuardFloats};
-    Buffer<char> scratch(plan(call));
-    place(call, scratch.p);
-    const double start = cpu_seconds();
-    for (int64_t i = 0; i < call.prepare_tasks; i++) prepare(call, i);
-    for (int64_t i = 0; i < call.tasks; i++) run(call, i);
-    return cpu_seconds() - start;
+    return call;
+  }
+  // Each row alone, with only the ranks that its gate leaves, must give the bits it has in the batch. Null: it does.
+  const char* solo_differs(const Row& row) {
+    static char text[80];
+    Buffer<uint8_t> own_b(s.n * s.own * (s.half ? 2 : 4));
+    for (int64_t m = 0; m < s.m; m++) {
+      Call call = this->call(row);
+      Group& g = call.group[0];
+      const int64_t r0 = m % (s.rank / s.own) * s.own, bytes = s.half ? 2 : 4;
+      for (int64_t n = 0; n < s.n; n++)
+        memcpy(own_b.p + n * s.own * bytes, b.p + (n * s.rank + r0) * bytes, static_cast<size_t>(s.own * bytes));
+      Buffer<float> alone(s.n);
+      call.m = 1;
+      call.x += m * s.k;
+      g.rank = s.own;
+      g.a = a.p + r0 * s.k * bytes;
+      g.b = own_b.p;
+      g.gate += m * s.rank + r0;
+      g.y = alone.p;
+      Buffer<char> scratch(plan(call));
+      place(call, scratch.p);
+      for (int64_t i = 0; i < call.tasks; i++) run(call, i);
+      if (!memcmp(alone.p, y.p + kGuardFloats + m * s.n, static_cast<size_t>(s.n) * 4)) continue;
+      snprintf(text, sizeof(text), "row %lld is not what it is alone", (long long)m);
+      return text;
+    }
+    return nullptr;
   }
 };
 
@@ -142,6 +176,12 @@ bool prove(const Row& row, const Row& reference, const char* fault) {
       {531, 18, 128, 0, false, false, false, Shape::plain},
       {2, 16, 2 * big, 0, true, false, false, Shape::nan},  // with no adapter, whose A.x would be NaN in any case
       {6, 16, 2 * big, 0, true, false, false, Shape::inf},
+      {1, 33, 2 * big, 48, true, true, false, Shape::plain, 16},
+      {4, 16, 3 * big, 64, true, true, true, Shape::plain, 16},
+      {8, 37, 2 * big, 128, true, true, false, Shape::plain, 16},
+      {7, 48, 2 * big, 60, false, true, false, Shape::plain, 12},
+      {70, 20, 2 * big, 136, true, true, true, Shape::plain, 8},
+      {300, 16, big, 20, false, true, false, Shape::plain, 4},
   };
   float worst = 0;
   int count = 0;
@@ -152,7 +192,10 @@ bool prove(const Row& row, const Row& reference, const char* fault) {
     memcpy(want.p, c.y.p, static_cast<size_t>(c.y_floats) * 4);
     c.compute(row);
     if (fault) plant(fault, c);
-    if (const char* wrong = judge(c, want.p, &worst)) {
+    const bool whole_vectors = s.own % kRankPad == 0 && s.m <= 2 * s.rank / (s.own ? s.own : 1);  // then each row is alone
+    const char* wrong = judge(c, want.p, &worst);
+    if (!wrong && !fault && s.own && whole_vectors) wrong = c.solo_differs(row);
+    if (wrong) {
       printf("FAIL %-24s M=%lld N=%lld K=%lld R=%lld: %s\n", row.name, (long long)s.m, (long long)s.n, (long long)s.k, (long long)s.rank, wrong);
       return false;
     }

@@ -39,9 +39,11 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
   static EP_INLINE F sum_each(const F (&v)[8]) {
-    const F low = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
-    const F high = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
-    return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+    F pair[4], quad[2];  // by shuffles, of which two start per cycle; hadd takes two cycles each
+    for (int i = 0; i < 4; i++) pair[i] = add(_mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 2; i++)
+      quad[i] = add(_mm256_shuffle_ps(pair[2 * i], pair[2 * i + 1], 0x44), _mm256_shuffle_ps(pair[2 * i], pair[2 * i + 1], 0xee));
+    return add(_mm256_blend_ps(quad[0], quad[1], 0xf0), _mm256_permute2f128_ps(quad[0], quad[1], 0x21));
   }
   static EP_INLINE void transpose(F (&v)[8]) {
     F pairs[8], quads[8];

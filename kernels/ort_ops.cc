@@ -148,7 +148,6 @@ OrtStatus* allocate_outputs(OrtKernelContext* context, const Tensor& x, Call* ca
   return nullptr;
 }
 
-void prepare_task(void* call, size_t i) { prepare(*static_cast<const Call*>(call), static_cast<int64_t>(i)); }
 void run_task(void* call, size_t i) { run(*static_cast<const Call*>(call), static_cast<int64_t>(i)); }
 
 OrtStatus* compute(void* kernel, OrtKernelContext* context) {
@@ -162,8 +161,7 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   if (call.m == 0) return nullptr;
   void* scratch = node.allocator->Alloc(node.allocator, static_cast<size_t>(plan(call)) + 64);
   place(call, reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t{63}));
-  OrtStatus* status = parallel(context, prepare_task, call.prepare_tasks, &call);
-  if (!status) status = parallel(context, run_task, call.tasks, &call);
+  OrtStatus* status = parallel(context, run_task, call.tasks, &call);
   node.allocator->Free(node.allocator, scratch);
   return status;
 }

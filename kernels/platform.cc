@@ -6,7 +6,7 @@ namespace {
 
 #if defined(__linux__) && (defined(__x86_64__) || defined(__aarch64__))
 #if defined(__x86_64__)
-enum Syscall : long { kRead = 0, kClose = 3, kMmap = 9, kMunmap = 11, kOpenat = 257 };
+enum Syscall : long { kRead = 0, kClose = 3, kMmap = 9, kMunmap = 11, kYield = 24, kOpenat = 257 };
 long syscall6(long n, long a, long b, long c, long d, long e, long f) {
   register long r10 asm("r10") = d;
   register long r8 asm("r8") = e;
@@ -16,7 +16,7 @@ long syscall6(long n, long a, long b, long c, long d, long e, long f) {
   return result;
 }
 #else
-enum Syscall : long { kRead = 63, kClose = 57, kMmap = 222, kMunmap = 215, kOpenat = 56 };
+enum Syscall : long { kRead = 63, kClose = 57, kMmap = 222, kMunmap = 215, kYield = 124, kOpenat = 56 };
 long syscall6(long n, long a, long b, long c, long d, long e, long f) {
   register long x8 asm("x8") = n;
   register long x0 asm("x0") = a;
@@ -101,11 +101,13 @@ void* map_pages(size_t bytes) {
   return p < 0 && p > -4096 ? nullptr : reinterpret_cast<void*>(p);
 }
 void unmap_pages(void* p, size_t bytes) { syscall6(kMunmap, reinterpret_cast<long>(p), static_cast<long>(bytes), 0, 0, 0, 0); }
+void yield_cpu() { syscall6(kYield, 0, 0, 0, 0, 0, 0); }
 #else
 extern "C" void* malloc(size_t);
 extern "C" void free(void*);
 void* map_pages(size_t bytes) { return malloc(bytes); }
 void unmap_pages(void* p, size_t) { free(p); }
+void yield_cpu() {}
 #endif
 
 #if defined(EP_FREESTANDING)

@@ -3,8 +3,8 @@
 //
 // tile: 16 outputs x m rows of x. K goes by in chunks whose weights are unpacked (int8) or dequantized (float) once
 // into a stage that fits L1; each group of R rows of x then runs over the stage with its sums in registers. Sums wait
-// in `acc` between chunks. When few rows share the weights they are read packed, straight from memory. B.t joins the
-// same sums in the last chunk, so y is written once, and never read.
+// in `acc` between chunks. When few rows share the weights they are read packed, straight from memory. The sums start
+// from B.t, whose additions along R thus wait for nothing, and y is written once, and never read.
 //
 // V supplies, all static (nv = 16 / lanes vectors hold one row of a tile):
 //   lanes, F (lanes floats), I (lanes int32)
@@ -24,8 +24,7 @@
 
 constexpr int kChunk = 1024;      // int8 columns in a stage
 constexpr int kFloatChunk = 256;  // float columns in a stage
-constexpr int kPanel = 64;        // ranks of B in a panel
-constexpr int kAhead = 4096;      // bytes of B fetched ahead
+constexpr int kAhead = 4096;      // bytes of B fetched for the next tile
 constexpr int kWeightsAhead = 2048;  // bytes of packed W fetched ahead, when they stream from memory
 
 template <class V>
@@ -149,104 +148,7 @@ struct FloatChunk : FloatStage<V> {
   }
 };
 
-// ---- the adapter --------------------------------------------------------------------------------------------------
-// One row of x: each output is a dot product over R, read straight from B; only what R leaves over whole vectors is
-// copied out first. More rows: up to kPanel ranks of B are turned to float [R][16], once for all rows.
-template <class V>
-EP_INLINE float element(const TileJob& job, int64_t n, int64_t r) {
-  const int64_t i = n * job.rank + r;
-  return job.b_half ? half_float(static_cast<const uint16_t*>(job.b)[i]) : static_cast<const float*>(job.b)[i];
-}
-
-template <class V>
-struct OneRow {
-  static constexpr int64_t ranks_at_once = 1 << 30;
-  int64_t whole;  // ranks in whole vectors
-  alignas(64) float rest[kTileRows * V::lanes];
-
-  EP_SHARED void fill(const TileJob& job, int64_t) {
-    // Wanted once the tile's weights have gone by: on its way until then.
-    const char* b = static_cast<const char*>(job.b);
-    const int64_t bytes = job.columns * job.rank * (job.b_half ? 2 : 4);
-    for (int64_t i = 0; i < bytes && i < kAhead; i += 64) __builtin_prefetch(b + i);
-    whole = job.rank / V::lanes * V::lanes;
-    for (int n = 0; whole < job.rank && n < kTileRows; n++)
-      for (int64_t r = 0; r < V::lanes; r++)
-        rest[n * V::lanes + r] = n < job.columns && whole + r < job.rank ? element<V>(job, n, whole + r) : 0.0f;
-  }
-  template <int R>
-  EP_INLINE void add(const TileJob& job, int64_t m, Sums<V, R>& sums) const {
-    for (int i = 0; i < R; i++)
-      for (int v = 0; v < kVectors<V>; v++) {
-        const float* t = job.t + (m + i) * job.t_stride;
-        sums[i][v] = V::add(sums[i][v], job.b_half ? dots<true>(job, v * V::lanes, t) : dots<false>(job, v * V::lanes, t));
-      }
-  }
-  // Rows past the last column repeat it: they are computed, and not stored.
-  template <bool half>
-  EP_SHARED typename V::F dots(const TileJob& job, int n0, const float* t) const {
-    int64_t row[V::lanes], at = (n0 < job.columns ? n0 : job.columns - 1) * job.rank;
-    for (int n = 0; n < V::lanes; n++) {
-      row[n] = at;
-      if (n0 + n + 1 < job.columns) at += job.rank;
-    }
-    const typename V::F t_first = V::load(t);
-    typename V::F products[V::lanes];
-    if (whole) for (int n = 0; n < V::lanes; n++) products[n] = V::mul(load_any<V>(job.b, half, row[n]), t_first);
-    else for (int n = 0; n < V::lanes; n++) products[n] = V::mul(V::load(rest + (n0 + n) * V::lanes), t_first);
-    for (int64_t r = V::lanes; r < whole; r += V::lanes) {
-      const typename V::F t_r = V::load(t + r);
-      for (int n = 0; n < V::lanes; n++) products[n] = V::fma(load_any<V>(job.b, half, row[n] + r), t_r, products[n]);
-    }
-    if (whole && whole < job.rank) {
-      const typename V::F t_r = V::load(t + whole);
-      for (int n = 0; n < V::lanes; n++) products[n] = V::fma(V::load(rest + (n0 + n) * V::lanes), t_r, products[n]);
-    }
-    return V::sum_each(products);
-  }
-};
-
-template <class V>
-struct ManyRows {
-  static constexpr int64_t ranks_at_once = kPanel;
-  int64_t r0, ranks;
-  alignas(64) float b[kPanel * kTileRows];
-
-  EP_SHARED void fill(const TileJob& job, int64_t first) {
-    r0 = first;
-    ranks = job.rank - first < kPanel ? job.rank - first : kPanel;
-    if (job.b_half) turn<true>(job);
-    else turn<false>(job);
-  }
-  // Rows past the last column repeat it: they are computed, and not stored.
-  template <bool half>
-  void turn(const TileJob& job) {
-    const int64_t whole = ranks / V::lanes * V::lanes;
-    for (int n0 = 0; n0 < kTileRows; n0 += V::lanes)
-      for (int64_t r = 0; r < whole; r += V::lanes) {
-        typename V::F v[V::lanes];
-        for (int n = 0; n < V::lanes; n++)
-          v[n] = load_any<V>(job.b, half, (n0 + n < job.columns ? n0 + n : job.columns - 1) * job.rank + r0 + r);
-        V::transpose(v);
-        for (int i = 0; i < V::lanes; i++) V::store(b + (r + i) * kTileRows + n0, v[i]);
-      }
-    for (int n = 0; n < kTileRows; n++)
-      for (int64_t r = whole; r < ranks; r++) b[r * kTileRows + n] = n < job.columns ? element<V>(job, n, r0 + r) : 0.0f;
-  }
-  template <int R>
-  EP_SHARED void add(const TileJob& job, int64_t m, Sums<V, R>& sums_out) const {
-    const float* t = job.t + m * job.t_stride + r0;
-    Sums<V, R> sums;
-    __builtin_memcpy(&sums, &sums_out, sizeof(sums));
-    for (int64_t r = 0; r < ranks; r++)
-      for (int i = 0; i < R; i++) {
-        const typename V::F t_r = V::set1(t[i * job.t_stride + r]);
-        for (int v = 0; v < kVectors<V>; v++)
-          sums[i][v] = V::fma(V::load(b + r * kTileRows + v * V::lanes), t_r, sums[i][v]);
-      }
-    __builtin_memcpy(&sums_out, &sums, sizeof(sums));
-  }
-};
+#include "adapter.h"
 
 // One number for each column, as far as there are columns; null: zero.
 inline void spread(const float* from, int64_t step, int columns, float* to) {
@@ -269,16 +171,16 @@ EP_SHARED void write_y(const TileJob& job, int64_t m, const Sums<V, R>& sums, co
 }
 
 // ---- a tile -------------------------------------------------------------------------------------------------------
-template <class V, class Chunk, class Adapter>
+template <class V, class Chunk>
 struct Tile {
   const TileJob& job;
   Chunk chunk;
-  Adapter adapter;
+  Adapter<V> adapter;
   bool first = true;  // acc holds nothing yet
   alignas(64) float acc[kJobRows * kTileRows];
   alignas(64) float s_out[kTileRows], bias[kTileRows];
 
-  explicit Tile(const TileJob& j) : job(j) {}
+  explicit Tile(const TileJob& j) : job(j), adapter(j) {}
 
   template <int R>
   EP_INLINE void load_sums(int64_t m, Sums<V, R>& sums) const {
@@ -297,7 +199,7 @@ struct Tile {
     for (; m + R <= job.m; m += R) {
       Sums<V, R> sums;
       load_sums<R>(m, sums);
-      adapter.template add<R>(job, m, sums);
+      adapter.template add<R>(m, sums);
       keep_sums<R>(m, sums);
     }
     if constexpr (R > 1) adapter_rows<R / 2>(m);
@@ -307,12 +209,12 @@ struct Tile {
     for (; m + R <= job.m; m += R) {
       Sums<V, R> sums;
       load_sums<R>(m, sums);
+      if (!k0 && job.rank) adapter.template add<R>(m, sums);
       chunk.template add<R>(job, m, k0, k1, sums);
       if (k1 < job.k) {
         keep_sums<R>(m, sums);
         continue;
       }
-      if (job.rank) adapter.template add<R>(job, m, sums);
       write_y<V, R>(job, m, sums, s_out, bias);
     }
     if constexpr (R > 1) chunk_rows<R / 2>(m, k0, k1);
@@ -321,11 +223,11 @@ struct Tile {
   void all() {
     if (job.s_out) spread(job.s_out, job.s_out_step, job.columns, s_out);
     spread(job.bias, job.bias_step, job.columns, bias);
-    for (int64_t r0 = Adapter::ranks_at_once; r0 < job.rank; r0 += kPanel, first = false) {  // rare, so a pass each
-      adapter.fill(job, r0);
+    for (int64_t r0 = kRankPanel; !job.alone && r0 < job.rank; r0 += kRankPanel, first = false) {  // rare, so a pass each
+      adapter.fill(r0);
       adapter_rows<R>(0);
     }
-    if (job.rank) adapter.fill(job, 0);
+    if (job.rank) adapter.fill(0);
     for (int64_t k0 = 0; k0 < job.k; k0 += Chunk::columns, first = false) {
       const int64_t k1 = job.k - k0 < Chunk::columns ? job.k : k0 + Chunk::columns;
       chunk.fill(job, k0, k1);
@@ -337,13 +239,13 @@ struct Tile {
 template <class V, Format F, Act A, int R>
 void tile_of(const TileJob& job) {
   if constexpr (A == Act::float32) {
-    Tile<V, FloatChunk<V, F>, ManyRows<V>>(job).template all<R>();
+    Tile<V, FloatChunk<V, F>>(job).template all<R>();
   } else if (job.m == 1) {
-    Tile<V, Int8Chunk<V, F, true>, OneRow<V>>(job).template all<1>();
+    Tile<V, Int8Chunk<V, F, true>>(job).template all<1>();
   } else if (job.m <= R) {
-    Tile<V, Int8Chunk<V, F, true>, ManyRows<V>>(job).template all<R>();
+    Tile<V, Int8Chunk<V, F, true>>(job).template all<R>();
   } else {
-    Tile<V, Int8Chunk<V, F, false>, ManyRows<V>>(job).template all<R>();
+    Tile<V, Int8Chunk<V, F, false>>(job).template all<R>();
   }
 }
 

@@ -120,6 +120,37 @@ def test_a_file_of_another_version_is_refused() -> None:
         session("i4b32", 64, [32], values, version=ops.VERSION - 1)
 
 
+@pytest.mark.parametrize("activation", ["int8", "float"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_of_a_mixed_batch_is_what_it_is_alone(activation: str, threads: int) -> None:
+    """Adapters stacked along R, of which a gate leaves each row its own: the bits of that adapter by itself."""
+    rows, owns = [96, 32], [2, 0, 1, 2, 3]  # the last row has no adapter
+    x, w, w_scale, s_in, *groups = inputs("i4b32", 256, rows, (len(owns),), 48)
+    gate = np.repeat(np.arange(3) == np.array(owns)[:, None], 16, axis=1).astype(F)
+    stacked = [x, w, w_scale, s_in]
+    for a, b, _, s_out, bias in (groups[:5], groups[5:]):
+        stacked += [a, b, gate, s_out, bias]
+    mixed = session("i4b32", 256, rows, stacked, activation, fed=("x", "gate_0", "gate_1"), threads=threads)()
+    agree("i4b32", activation, rows, stacked, mixed)
+    for row, own in enumerate(owns):
+        alone = [x[row : row + 1], w, w_scale, s_in]
+        part = slice(16 * own, 16 * own + 16)
+        for a, b, _, s_out, bias in (groups[:5], groups[5:]):
+            alone += [a[part], b[:, part], np.ones(1, F), s_out, bias]
+        for y, expected in zip(mixed, session("i4b32", 256, rows, alone, activation)(), strict=True):
+            np.testing.assert_array_equal(y[row], expected[0])
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 40])
+def test_what_no_gate_lets_through_is_not_computed(m: int) -> None:
+    values = inputs("i4b32", 128, [37], (m,), 40, gate="per row")
+    values[4], values[5], values[6] = (values[i].copy() for i in (4, 5, 6))
+    values[6][..., 16:32] = 0
+    clean = session("i4b32", 128, [37], values)()[0]
+    values[4][16:32], values[5][:, 16:32] = np.nan, np.nan
+    np.testing.assert_array_equal(session("i4b32", 128, [37], values)()[0], clean)
+
+
 def test_no_rows_give_no_rows() -> None:
     values = inputs("i4b32", 64, [32], (0, 4))
     assert session("i4b32", 64, [32], values)()[0].shape == (0, 4, 32)
