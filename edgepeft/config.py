@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -102,6 +103,16 @@ class Config:
     embedding_format: str = _field("i4b32", "Weight format of the embeddings.", _embedding_formats, group="quantize")
     double_quant: bool = _field(False, "nf4 only: store the block scales in 8 bits, as QLoRA does.", group="quantize")
     solver: str = _field("rtn", "How codes and scales are found.", _solvers, group="quantize")
+    calibration: str = _field(
+        "", "Text or data file that solvers look at; of the training texts of --data unless given.", group="quantize"
+    )
+    calibration_rows: int = _field(128, "Rows drawn of it.", low=1, high=1 << 16, group="quantize")
+    calibration_tokens: int = _field(256, "Most tokens of such a row.", low=2, high=1 << 16, group="quantize")
+    size: str = _field(
+        "",
+        "Most bytes of the packed weights, as 12MB: formats are then measured and chosen per layer.",
+        group="quantize",
+    )
     method: str = _field("lora", "Adapter method.", _methods, group="train")
     rank: int = _field(16, "Rank R of the adapter.", low=1, high=1024, group="train")
     alpha: float = _field(32.0, "LoRA alpha; the adapter is scaled by alpha / rank.", low=1e-3, group="train")
@@ -145,12 +156,27 @@ class Config:
         problems = [p for f in dataclasses.fields(self) if (p := _problem(f, getattr(self, f.name)))]
         if self.double_quant and not self.format.startswith("nf4"):
             problems.append(f"double_quant needs format nf4b64; found {self.format!r}.")
+        if self.size and bytes_of(self.size) is None:
+            problems.append(
+                f"--size: expected a number with kB, MB, GB, KiB, MiB or GiB such as 12MB, found {self.size!r}."
+            )
+        if self.size and self.double_quant:
+            problems.append("--size chooses formats without nf4b64, which --double-quant is for. Leave one out.")
         if problems:
             raise ConfigError("\n".join(problems))
 
     def replace(self, **changes: Any) -> Config:
         """Return a copy with some fields changed, checked anew."""
         return dataclasses.replace(self, **changes)
+
+
+UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def bytes_of(size: str) -> int | None:
+    """Return how many bytes "12MB" or "1.5 GiB" are, or None for what is no size."""
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)})", size.strip(), re.ASCII)
+    return int(float(found[1]) * UNITS[found[2]]) if found else None
 
 
 def _own_settings(task: str) -> Mapping[str, Any]:

@@ -56,6 +56,12 @@ def _teacher_digest(config: Config) -> str:
     return open_folder(folder).identity if folder.is_dir() and not named else ""
 
 
+def _calibration_digest(config: Config) -> str:
+    from edgepeft.quant.calibration import digest
+
+    return digest(config)
+
+
 def _target_digest(config: Config) -> str:
     from edgepeft.deploy.compile import sources_digest
     from edgepeft.deploy.targets import load_target
@@ -75,6 +81,7 @@ class Outside:
 # By the setting that names it.
 OUTSIDE = {
     "model": Outside("the model that was quantized", _model_digest, _own_model),
+    "calibration": Outside("the texts that were calibrated with", _calibration_digest),
     "data": Outside("the data trained with", _data_digest),
     "teacher": Outside("the teacher trained with", _teacher_digest),
     "target": Outside("the target verified for", _target_digest),
@@ -107,7 +114,7 @@ TRAINING = (
 STAGES = (
     Stage(
         "quantize", "quantized", "edgepeft.quant.stage:quantize",
-        ("model", "format", "embedding_format", "double_quant", "solver"), outside=("model",),
+        ("model", "format", "embedding_format", "double_quant", "solver", "size"), outside=("model", "calibration"),
     ),
     Stage(
         "train", "adapter", "edgepeft.train.loop:train",
@@ -185,7 +192,8 @@ def _check(stage: Stage, config: Config, run: Run, now: Mapping[str, str]) -> No
         raise ArtifactError(f"{folder}: {what}. {advice}")
     for name, digest in zip(stage.outside, digests, strict=False):
         if now[name] not in ("", digest):
-            raise ArtifactError(f"{getattr(config, name)}: expected {OUTSIDE[name].words}, found other. {advice}")
+            where = getattr(config, name) or config.data
+            raise ArtifactError(f"{where}: expected {OUTSIDE[name].words}, found other. {advice}")
 
 
 def run_stage(stage: Stage, config: Config, run: Run) -> dict[str, Any]:

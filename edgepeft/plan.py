@@ -3,20 +3,25 @@
 Sizes are computed from the shapes in the checkpoint's header and the table of formats, so nothing is loaded:
 
     packed  = sum over weights of codes and scales       adapter = 2 bytes x R x (K + N) over the adapted linears
+
+Formats that --size chooses are measured when the model is quantized: once that was done they are read from the run
+folder, before it sizes are those of --format and --embedding-format.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepeft.artifact import Run
+from edgepeft.artifact import Run, read_json
 from edgepeft.config import Config
 from edgepeft.console import table
 from edgepeft.errors import ArtifactError
 from edgepeft.pipeline import STAGES, Stage, stage_key
+from edgepeft.quant.formats import TIED_FORMATS
 
 if TYPE_CHECKING:
     from edgepeft.backbone.families import Family
@@ -45,15 +50,40 @@ def plan_text(config: Config) -> str:
         f"data    {counts}" + (f"; {len(data.labels)} labels" if data.labels else ""),
         f"target  {target.name}: {target.description}",
         "\nsizes in MB (1e6 bytes)",
-        table(sizes(config, source, family)),
+        table(sizes(config, source, family, known := chosen_formats(config))),
+        *(
+            []
+            if known or not config.size
+            else [f"--size {config.size}: formats are chosen when quantizing; not known yet"]
+        ),
         "\nstages",
         table([{"stage": stage.name, "state": _state(stage, config)} for stage in STAGES]),
     ]
     return "\n".join(lines)
 
 
-def sizes(config: Config, source: ModelSource, family: Family) -> list[dict[str, Any]]:
-    """Return float and packed megabytes of each kind of tensor, of the adapter, and their sum."""
+def chosen_formats(config: Config) -> dict[str, str]:
+    """Return {module: format} that --size chose, where the run folder holds what the settings give."""
+    stage, run = STAGES[0], Run(Path(config.output))
+    if not config.size or _state(stage, config) != "up to date":
+        return {}
+    about = read_json(run.path(stage.folder) / "quantized.json")
+    back = {tiled: tag for tag, tiled in TIED_FORMATS.items()}  # a tied embedding is named as it is stored
+    return {
+        layer["name"]: back[layer["format"]] if layer["kind"] == "embedding" and layer["layout"] == "tiles"
+        else layer["format"]
+        for layer in about["layers"]
+        if "tied_to" not in layer
+    }  # fmt: skip
+
+
+def sizes(
+    config: Config, source: ModelSource, family: Family, chosen: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Return float and packed megabytes of each kind of tensor, of the adapter, and their sum.
+
+    chosen: {module: format} of those that have one of their own.
+    """
     from edgepeft.backbone.checkpoint import backbone_names, tensor_shapes
     from edgepeft.quant.stage import format_for
 
@@ -63,7 +93,7 @@ def sizes(config: Config, source: ModelSource, family: Family) -> list[dict[str,
     for old, name in backbone_names(source, family).items():
         kind, shape = kinds[name], shapes[old]
         size = math.prod(shape) * FLOAT_BYTES
-        fmt, _ = format_for(config, kind, shape, tied)
+        fmt, _ = format_for(config, kind, shape, tied, (chosen or {}).get(name.removesuffix(".weight")))
         row = rows.setdefault({"bias": "float", "norm": "float"}.get(kind, kind), [0, 0, 0])
         row[0], row[1], row[2] = row[0] + 1, row[1] + size, row[2] + (fmt.size_bytes(*shape) if fmt else size)
         adapter += HALF_BYTES * config.rank * sum(shape) if kind == "linear" else 0

@@ -85,8 +85,8 @@ def merge_module(
     fmt, (n, k) = FORMATS[layer["format"]], layer["shape"]
     before = Packed(fmt.tag, n, k, tensors[f"{module}.qweight"], tensors[f"{module}.qscale"])
     w_nk = native.dequantize(before)
-    solve = SOLVERS[about["solver"]]
-    after = solve(fmt, w_nk + delta_nk, about["double_quant"], known_nb=fmt.unpack(before)[1])
+    solver = SOLVERS[about["solver"]]
+    after = solver.round(fmt, w_nk + delta_nk, about["double_quant"], known_nb=fmt.unpack(before)[1])
     layer.update(describe(fmt, after, w_nk + delta_nk))
     return _figures(module, fmt.tag, native.dequantize(after) - w_nk, delta_nk), packed_tensors(module, after)
 

@@ -6,7 +6,7 @@ those of the checkpoint; `backbone_names` brings them to the task model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,15 +79,16 @@ def _raw(source: ModelSource, name: str) -> tuple[tuple[Any, ...], np.ndarray]:
     return (entry["dtype"], *shape), read_tensor(file, {**entry, "dtype": "U8", "shape": [end - start]}, base)
 
 
-def iter_tensors(source: ModelSource) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (name, array) one at a time: floats of any width as float32, others as they are.
+def iter_tensors(source: ModelSource, wanted: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name, array) one at a time, of all or of those wanted: floats of any width as float32, others as they are.
 
     Raises ModelError for a damaged file, and for NaN or infinite values with the name of the tensor.
     """
     for file in source.weight_files:
         entries, base = header(file)
         for name, entry in entries.items():
-            yield name, _tensor(file, name, entry, base)
+            if wanted is None or name in wanted:
+                yield name, _tensor(file, name, entry, base)
 
 
 def _tensor(file: Path, name: str, entry: Mapping[str, Any], base_bytes: int) -> np.ndarray:

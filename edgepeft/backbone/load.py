@@ -271,7 +271,7 @@ def quantized_model(folder: Path, labels: Sequence[str], config: Config) -> Any:
     about = read_json(folder / "quantized.json")
     family = FAMILIES[about["family"]]
     check_task(family, config.task, str(folder))
-    model = _empty_model(folder, labels, config)
+    model = empty_model(folder, labels, config)
     tied = {part["name"]: part["tied_to"] for part in (*about["layers"], *about["kept"]) if "tied_to" in part}
     for layer in about["layers"]:
         if layer["name"] not in tied:
@@ -285,7 +285,7 @@ def quantized_model(folder: Path, labels: Sequence[str], config: Config) -> Any:
     return model.eval()
 
 
-def _empty_model(folder: Path, labels: Sequence[str], config: Config) -> Any:
+def empty_model(folder: Path, labels: Sequence[str], config: Config) -> Any:
     """Build the transformers model with weights on the meta device; its own buffers are real."""
     import torch
     import transformers

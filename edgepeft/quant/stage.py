@@ -7,22 +7,25 @@ A weight that cannot take the format stays in float32 with the reason written do
 refused. A head that is tied to the word embedding is stored as that alone, in tiles as a linear needs them; its entry
 in quantized.json says so (`tied_to`, 0 bytes). Errors are measured on what the stored bits decode to:
 
-    relative_error = ‖W - Ŵ‖ / ‖W‖        max_error = max |W - Ŵ|
+    relative_error = ‖W - Ŵ‖ / ‖W‖        max_error = max |W - Ŵ|        output_error = ‖(W - Ŵ) X‖ / ‖W X‖
 
-Left out: calibration data (no solver reads any yet), formats chosen per layer.
+Solvers that look at calibration texts X, and formats chosen per layer for a size, go along the model (`walk`), one
+layer in memory at a time; the others tensor by tensor, in the order of the checkpoint. A model whose columns a solver
+scaled is a base of its own, with a digest of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepeft.artifact import Run, write_json, write_tensors
+from edgepeft.artifact import Run, key_of, write_json, write_tensors
 from edgepeft.backbone.check import check_model, fast_tokenizer
 from edgepeft.backbone.checkpoint import backbone_names, iter_tensors
 from edgepeft.backbone.families import Family, check_task
@@ -30,14 +33,19 @@ from edgepeft.backbone.load import ModelSource, resolve_model
 from edgepeft.config import Config
 from edgepeft.console import progress, say, table
 from edgepeft.errors import ModelError
+from edgepeft.quant.calibration import calibrated
 from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, TIED_FORMATS, TILE_ROWS, Packed, WeightFormat
 from edgepeft.quant.solvers import SOLVERS
+
+if TYPE_CHECKING:
+    from edgepeft.quant.statistics import Statistics
 
 FEWEST_ROWS = 16  # below, an embedding is smaller than one packed tile and not worth an error
 PACKED_KINDS = ("linear", "embedding", "head")
 PIECE = 1 << 22  # how many weights are decoded at a time to measure their error
 FRESH_DEVIATION = 0.02
 WORST_SHOWN = 5
+MIXED = "mixed"  # what is said of a model whose formats were chosen per layer
 
 
 def quantize(config: Config, run: Run, out: Path) -> dict[str, Any]:
@@ -50,17 +58,22 @@ def quantize(config: Config, run: Run, out: Path) -> dict[str, Any]:
     family = check_model(source)
     check_task(family, config.task, str(source.path))
     kinds = family.tensors(source.settings)
-    work = _Work(config, family, family.tied(source.settings))
-    for name, array in progress(_backbone(source, family, kinds), "quantize", len(kinds)):
-        work.add(name, kinds[name], array)
-    _tell(config, work)
+    work = Work(config, family, family.tied(source.settings))
+    if calibrated(config):
+        from edgepeft.quant.walk import calibrate
+
+        calibrate(source, work, kinds)
+    else:
+        for name, array in progress(_backbone(source, family, kinds), "quantize", len(kinds)):
+            work.add(name, kinds[name], array)
+    _tell(work)
     if not any(layer["kind"] == "linear" for layer in work.layers):
         reasons = "; ".join(f"{kept['name']}: {kept['reason']}" for kept in work.kept if kept["kind"] == "linear")
         raise ModelError(
             f"{source.path}: no linear layer can take the format {config.format}: {reasons}. Take another."
         )
     about = work.about(source)
-    meta = {"format": "pt", "edgepeft.base": source.digest, "edgepeft.format": config.format}
+    meta = {"format": "pt", "edgepeft.base": about["base_digest"], "edgepeft.format": about["format"]}
     write_tensors(out / "weights.safetensors", work.tensors, meta)
     write_json(out / "quantized.json", about)
     copy_model_files(source.path, source.tokenizer_files, out)
@@ -68,34 +81,46 @@ def quantize(config: Config, run: Run, out: Path) -> dict[str, Any]:
 
 
 @dataclasses.dataclass
-class _Work:
-    """What has been packed so far. tied: whether the word embedding is the head too."""
+class Work:
+    """What has been packed so far. tied: whether the word embedding is the head too.
+
+    chosen: {module: tag} of formats that are not the configured ones.  scaled: {linear: scales of its columns}.
+    """
 
     config: Config
     family: Family
     tied: bool = False
+    chosen: dict[str, str] = dataclasses.field(default_factory=dict)
+    scaled: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     layers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     kept: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
-    def add(self, name: str, kind: str, array: np.ndarray) -> None:
-        """Pack one tensor, or keep it in float32."""
+    def add(self, name: str, kind: str, array: np.ndarray, seen: Statistics | None = None) -> Packed | None:
+        """Pack one tensor, or keep it in float32 and return None. seen: what the inputs of a linear say."""
         module = name.removesuffix(".weight")
         if kind not in PACKED_KINDS:
             self.tensors[name] = array
-            return
-        fmt, reason = format_for(self.config, kind, array.shape, self.tied)
+            return None
+        fmt, reason = self.format(module, kind, array.shape)
         head = {"name": self.family.head, "kind": "head", "tied_to": module}
         if fmt is None:
             self.tensors[name] = array
             kept = {"name": module, "kind": kind, "shape": list(array.shape), "reason": reason}
             self.kept += [kept, {**kept, **head, "reason": f"tied to {module}"}] if self._is_tied(kind) else [kept]
-            return
-        double = self.config.double_quant and kind != "embedding"
-        packed = SOLVERS[self.config.solver](fmt, array, double)
+            return None
+        double, solver = self.config.double_quant and kind != "embedding", SOLVERS[self.config.solver]
+        packed = solver.round(fmt, array, double) if seen is None else solver.solve(fmt, array, double, seen)
         layer = {"name": module, "kind": kind, **describe(fmt, packed, array)}
+        if seen is not None:
+            layer["output_error"] = seen.output_error(array, fmt.dequantize(packed))
         self.layers += [layer, {**layer, **head, "bytes": 0}] if self._is_tied(kind) else [layer]
         self.tensors.update(packed_tensors(module, packed))
+        return packed
+
+    def format(self, module: str, kind: str, shape: Sequence[int]) -> tuple[WeightFormat | None, str]:
+        """Return the format that a tensor takes, or None and why it stays in float32."""
+        return format_for(self.config, kind, shape, self.tied, self.chosen.get(module))
 
     def _is_tied(self, kind: str) -> bool:
         return self.tied and kind == "embedding"
@@ -104,22 +129,24 @@ class _Work:
         """Return quantized.json."""
         config, family = self.config, self.family
         return {
-            "base_digest": source.digest,
+            "base_digest": key_of([source.digest, self.scaled]) if self.scaled else source.digest,
             "model": source.path.name if Path(config.model).exists() else config.model,
-            "family": family.tag, "prefix": family.prefix, "format": config.format,
+            "family": family.tag, "prefix": family.prefix, "format": MIXED if self.chosen else config.format,
             "embedding_format": config.embedding_format, "double_quant": config.double_quant, "solver": config.solver,
             "layers": self.layers, "kept": self.kept,
         }  # fmt: skip
 
 
-def format_for(config: Config, kind: str, shape: Sequence[int], tied: bool = False) -> tuple[WeightFormat | None, str]:
+def format_for(
+    config: Config, kind: str, shape: Sequence[int], tied: bool = False, chosen: str | None = None
+) -> tuple[WeightFormat | None, str]:
     """Return the format that a tensor of this kind and shape takes, or None and why it stays in float32.
 
-    tied: whether an embedding is the head too.
+    tied: whether an embedding is the head too.  chosen: a tag in place of the configured one.
     """
     if kind not in PACKED_KINDS:
         return None, "no matrix"
-    tag = config.embedding_format if kind == "embedding" else config.format
+    tag = chosen or (config.embedding_format if kind == "embedding" else config.format)
     if tag == "float":
         return None, "--embedding-format float"
     if kind == "embedding" and shape[0] < FEWEST_ROWS:
@@ -173,6 +200,11 @@ def _backbone(source: ModelSource, family: Family, kinds: Mapping[str, str]) -> 
     for old, array in iter_tensors(source):
         if (name := names.get(old)) is not None:
             yield name, array.astype(np.float32, copy=False)
+    yield from drawn(source, names, kinds)
+
+
+def drawn(source: ModelSource, names: Mapping[str, str], kinds: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name, array) of the parts that a checkpoint lacks, the same at every call."""
     missing = [name for name in kinds if name not in set(names.values())]
     hidden = int(source.settings["hidden_size"]) if missing else 0
     for name in missing:
@@ -193,22 +225,25 @@ def copy_model_files(folder: Path, tokenizer_files: Sequence[Path], out: Path) -
 # --- telling -------------------------------------------------------------------------------------------------------
 
 
-def _tell(config: Config, work: _Work) -> None:
+def _tell(work: Work) -> None:
     """Say what was packed, what was kept and why, and which layers lost most."""
     kinds = PACKED_KINDS if work.family.head else ("linear", "embedding")
     say("quantized " + ", ".join(_counts(work, kind) for kind in kinds) + _kept(work.kept))
     layers = [layer for layer in work.layers if "tied_to" not in layer]
     worst = sorted(layers, key=lambda layer: -layer["relative_error"])[:WORST_SHOWN]
-    columns = ("name", "format", "relative_error", "max_error")
+    columns = ("name", "format", "relative_error", "max_error", "output_error")
     if worst:
-        say(table([{column: layer[column] for column in columns} for layer in worst]))
+        shown = columns if any("output_error" in layer for layer in worst) else columns[:-1]
+        say(table([{column: layer.get(column) for column in shown} for layer in worst]))
 
 
-def _counts(work: _Work, kind: str) -> str:
+def _counts(work: Work, kind: str) -> str:
     done = [layer for layer in work.layers if layer["kind"] == kind]
     total = len(done) + sum(kept["kind"] == kind for kept in work.kept)
-    how = [layer["format"] + (f", tied to {layer['tied_to']}" if "tied_to" in layer else "") for layer in done]
-    return f"{len(done)} of {total} {kind}{'' if kind == 'head' else 's'}" + (f" ({how[0]})" if done else "")
+    tags = Counter(layer["format"] for layer in done)
+    how = ", ".join(tags) if len(tags) < 2 else ", ".join(f"{count} {tag}" for tag, count in tags.items())
+    how += "".join(f", tied to {layer['tied_to']}" for layer in done[:1] if "tied_to" in layer)
+    return f"{len(done)} of {total} {kind}{'' if kind == 'head' else 's'}" + (f" ({how})" if done else "")
 
 
 def _kept(kept: Sequence[Mapping[str, Any]]) -> str:
@@ -222,9 +257,11 @@ def _summary(about: Mapping[str, Any], weights: Path) -> dict[str, Any]:
     """Return the numbers of the stage for the run's record."""
     layers = {kind: [layer for layer in about["layers"] if layer["kind"] == kind] for kind in PACKED_KINDS}
     errors = [layer["relative_error"] for layer in layers["linear"]]
+    outputs = [layer["output_error"] for layer in layers["linear"] if "output_error" in layer]
     return {
         **{f"{kind}s": len(found) for kind, found in layers.items()}, "kept": len(about["kept"]),
         "format": about["format"], "embedding_format": about["embedding_format"], "bytes": weights.stat().st_size,
         **{f"{kind}_bytes": sum(layer["bytes"] for layer in found) for kind, found in layers.items()},
         "mean_relative_error": float(np.mean(errors)), "max_relative_error": max(errors),
+        **({"mean_output_error": float(np.mean(outputs))} if outputs else {}),
     }  # fmt: skip

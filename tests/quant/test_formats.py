@@ -210,7 +210,7 @@ def test_input_of_another_type_or_order_is_taken(fmt):
 @pytest.mark.parametrize("fmt", TILED, ids=[fmt.tag for fmt in TILED])
 def test_every_solver_gives_every_format(fmt, solver):
     w_nk = normal(20, fmt.k_multiple)
-    packed = SOLVERS[solver](fmt, w_nk)
+    packed = SOLVERS[solver].round(fmt, w_nk)
     assert isinstance(packed, Packed)
     assert packed[:3] == (fmt.tag, 20, fmt.k_multiple)
 
