@@ -40,7 +40,8 @@ def digest(config: Config) -> str:
         raise DataError(f"{config.calibration}: no such file. Give --calibration a text file or a data file.")
     is_text = config.calibration and path.suffix.lower() in TEXT_KINDS
     bytes_digest = file_digest(path) if is_text else data_digest(_source(config))
-    how = config.calibration_rows, config.calibration_tokens, config.seed, config.text_column, config.task
+    drawn = config.calibration_rows, config.calibration_tokens, config.max_length
+    how = *drawn, config.seed, config.text_column, config.label_column, config.task
     return key_of([bytes_digest, *how])
 
 
@@ -56,7 +57,7 @@ def rows(config: Config, folder: Path) -> list[list[int]]:
     path = Path(config.calibration).expanduser()
     if config.calibration and path.suffix.lower() in TEXT_KINDS:
         found = _of_text(path, tokenizer, config)
-    elif config.task == "text-generation":
+    elif config.task == "text-generation" or not config.calibration:
         found = _of_data(config, tokenizer)
     else:
         found = _of_column(config, tokenizer)
@@ -81,15 +82,16 @@ def _of_text(path: Path, tokenizer: Any, config: Config) -> list[list[int]]:
 
 
 def _of_data(config: Config, tokenizer: Any) -> list[list[int]]:
-    """Return the training rows of a data source for decoders, as training writes them."""
+    """Return the training rows of a data source, as training writes them."""
     from edgepeft.train.data import load_splits
 
-    examples = load_splits(_source(config)).train.encode(tokenizer, config.calibration_tokens)
+    limit = min(config.calibration_tokens, config.max_length)
+    examples = load_splits(_source(config)).train.encode(tokenizer, limit)
     return [example["input_ids"] for example in examples]
 
 
 def _of_column(config: Config, tokenizer: Any) -> list[list[int]]:
-    """Return the training texts of a data source for encoders; its labels may be missing."""
+    """Return the texts of a file for encoders; its labels may be missing."""
     from edgepeft.train.data import decoded, read_tables
 
     table = read_tables(_source(config))["train"]

