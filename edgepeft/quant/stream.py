@@ -35,7 +35,8 @@ class _Recorder(torch.nn.Module):
 
     def __init__(self, layer: torch.nn.Module, last: bool) -> None:
         super().__init__()
-        self.kept, self.last, self.calls = [layer], last, []  # in a list it is no part of this module
+        self.kept, self.last = [layer], last  # in a list it is no part of this module
+        self.calls: list[tuple[torch.Tensor, Any, Any]] = []
 
     def __getattr__(self, name: str) -> Any:
         try:
