@@ -95,7 +95,9 @@ def _stage_command(name: str, help_text: str) -> None:
         saved = pipeline.saved_settings(Path(told.get("output", Config.output)))
         config, stage = Config(**{**saved, **told}), pipeline.stage_named(name)
         if not stage.applies(config):
-            raise ConfigError(f"{name}: there is nothing to do with --adapter {config.adapter}. Give --adapter merged.")
+            raise ConfigError(
+                f"{name}: there is nothing to do with --adapter {config.adapter}. Give --adapter merged or auto."
+            )
         folder = pipeline.build(config, [stage])
         if leads():
             click.echo(folder)

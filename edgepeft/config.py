@@ -21,7 +21,7 @@ from edgepeft.errors import ConfigError, unknown
 
 
 def _adapter_forms() -> Iterable[str]:
-    return ("separate", "merged")
+    return ("separate", "merged", "auto")
 
 
 def _activations() -> Iterable[str]:
@@ -141,7 +141,12 @@ class Config:
     lesson_temperature: float = _field(2.0, "Temperature of both answers.", low=0.1, high=100, group="train")
     lesson_hidden: float = _field(0.0, "Weight of the teacher's hidden states.", low=0, group="train")
     seed: int = _field(0, "Seed of every random choice.", low=0, high=2**32 - 1, group="train")
-    adapter: str = _field("separate", "Ship the adapter beside the base or merged.", _adapter_forms, group="export")
+    adapter: str = _field(
+        "separate",
+        "Ship the adapter beside the base, merged, or merged where nothing is lost.",
+        _adapter_forms,
+        group="export",
+    )
     min_retention: float = _field(0.5, "Merged: least share of the adapter to survive.", low=0, high=1, group="export")
     max_metric_drop: float = _field(0.01, "Merged: most the validation metric may fall.", low=0, group="export")
     activation: str = _field("int8", "Activations of the fused op.", _activations, group="export")

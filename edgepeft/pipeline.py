@@ -121,8 +121,9 @@ STAGES = (
         ("data", *TRAINING), ("quantized",), ("data", "teacher"),
     ),
     Stage(
-        "merge", "merged", "edgepeft.adapt.merge:merge", ("data", "min_retention", "max_metric_drop"),
-        ("quantized", "adapter"), ("data",), applies=lambda config: config.adapter == "merged",
+        "merge", "merged", "edgepeft.adapt.merge:merge",
+        ("data", "adapter", "min_retention", "max_metric_drop"),
+        ("quantized", "adapter"), ("data",), applies=lambda config: config.adapter != "separate",
     ),
     Stage(
         "export", "export", "edgepeft.export.stage:export", ("adapter", "activation", "context", "task"),

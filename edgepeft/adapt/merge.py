@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepeft.adapt import peft_files
+from edgepeft.adapt import choice, peft_files
 from edgepeft.adapt.methods import METHODS, PREFIX
 from edgepeft.artifact import Run, read_json, read_tensors, write_json, write_tensors
 from edgepeft.console import progress, say, table
@@ -62,9 +62,12 @@ def merge(config: Config, run: Run, out: Path) -> dict[str, Any]:
     _write(quantized, out, tensors, {**about, "merged": True, "layers": list(layers.values())}, config)
     limits = {"min_retention": config.min_retention, "max_metric_drop": config.max_metric_drop}
     report = {"layers": rows, **overall(rows), "validation": _metrics(config, run, out), **limits}
+    _tell(report, len(rows) if config.adapter == choice.AUTO else WORST_SHOWN)
+    report |= choice.decide(report) if config.adapter == choice.AUTO else {}
     write_json(out / "merge.json", report)
-    _tell(report)
-    if problems := _problems(report):
+    if report.get("ships") == "separate":
+        (out / "weights.safetensors").unlink()
+    elif problems := _problems(report):
         advice = "Ship the adapter apart (--adapter separate) or take a finer --format such as i8c."
         raise VerifyError(" ".join([*problems, advice]))
     return {name: value for name, value in report.items() if name != "layers"}
@@ -131,7 +134,7 @@ def _metrics(config: Config, run: Run, out: Path) -> dict[str, Any]:
 
     from edgepeft.backbone.load import quantized_model
     from edgepeft.train.data import load_splits
-    from edgepeft.train.loop import evaluate, load_tokenizer
+    from edgepeft.train.loop import load_tokenizer, predict
     from edgepeft.train.tasks import TASKS
     from edgepeft.train.watch import quiet
 
@@ -144,8 +147,12 @@ def _metrics(config: Config, run: Run, out: Path) -> dict[str, Any]:
             quantized_model(run.path("quantized"), splits.labels, config), str(run.path("adapter"))
         )
         merged = merged_model(out, run.path("adapter"), splits.labels, config)
-    before, after = (evaluate(model, config, splits.validation, tokenizer)[task.select] for model in (apart, merged))
-    return {"metric": task.select, "separate": before, "merged": after, "drop": task.drop(before, after)}
+    labels = np.asarray(splits.validation.labels)
+    answers = [predict(model, config, splits.validation, tokenizer) for model in (apart, merged)]
+    before, after = (task.metrics(answer, labels)[task.select] for answer in answers)
+    noise = choice.noise(*(task.scores(answer, labels) for answer in answers))
+    found = {"metric": task.select, "separate": before, "merged": after, "drop": task.drop(before, after)}
+    return {**found, "noise": noise}
 
 
 def merged_model(folder: Path, adapter: Path, labels: Sequence[str], config: Config) -> Any:
@@ -195,8 +202,8 @@ def _write(
     shutil.copyfile(quantized / "config.json", out / "config.json")
 
 
-def _tell(report: Mapping[str, Any]) -> None:
-    rows = sorted(report["layers"], key=lambda row: row["retention"])[:WORST_SHOWN]
+def _tell(report: Mapping[str, Any], shown: int) -> None:
+    rows = sorted(report["layers"], key=lambda row: row["retention"])[:shown]
     say(f"merged {len(report['layers'])} linears: retention {report['retention']:.3f}, share {report['share']:.3f}")
     say(table([{name: row[name] for name in ("name", "format", "retention", "share")} for row in rows]))
     found = report["validation"]

@@ -183,6 +183,7 @@ def _describe(config: Config, run: Run, target: Target, training: Mapping[str, A
         "method": trained["method"],
         "rank": trained["rank"],
         "adapter": exported["adapter"],
+        **{n: v for n, v in exported.items() if n == "adapter_choice"},
         "activation": exported["activation"],
         "base_digest": quantized["base_digest"],
         "tokenizer_digest": sha256_file(run.path("export") / "tokenizer.json"),

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepeft.adapt import peft_files
+from edgepeft.adapt import choice, peft_files
 from edgepeft.adapt.merge import merged_heads, weight_shapes
 from edgepeft.adapt.methods import PREFIX
 from edgepeft.artifact import Run, read_json, write_json
@@ -39,6 +39,7 @@ def export(config: Config, run: Run, out: Path) -> dict[str, Any]:
 
     Raises ModelError for a model that would not come out exactly, ArtifactError for an adapter of another base.
     """
+    chosen, config = choice.record(config, run), choice.decided(config, run)
     training = read_json(run.path("adapter") / "training.json")
     weights = _weights(config, run)
     about = weights.about
@@ -48,7 +49,7 @@ def export(config: Config, run: Run, out: Path) -> dict[str, Any]:
     running = running_numbers(out, settings, config.context) if family.kind == "decoder" else {}
     graph = _graph(family, settings, weights, adapter, config.activation, running.get("context"))
     check(graph.save(out))
-    summary = {**_summary(graph, out, config, about), **running}
+    summary = {**_summary(graph, out, config, about), **running, **chosen}
     write_json(out / "export.json", summary)
     _tell(summary)
     return summary

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from edgepeft.adapt import choice
 from edgepeft.adapt.merge import merged_model
 from edgepeft.artifact import Run, read_json, read_tensors
 from edgepeft.errors import TargetError
@@ -55,7 +56,7 @@ class Subject:
         from edgepeft.train.loop import load_tokenizer
         from edgepeft.train.watch import quiet
 
-        splits = load_splits(config)
+        splits, config = load_splits(config), choice.decided(config, run)
         library, why = _library()
         with quiet():
             tokenizer, model = load_tokenizer(run.path("quantized")), _torch_model(config, run, splits.labels)

@@ -38,6 +38,7 @@ class Task:
     answering(model) -> a context in which the model's first output is what loss and metrics take.
     taught(model, lesson) -> a context in which a model that is given its rows' part of the lesson learns it too.
     loss(answers, labels) -> scalar tensor, mean over the labels of the batch.
+    scores(answers, labels) -> [M, 2], per row what adds up to the metric `select`, and how many labels it has.
     metrics(answers, labels) -> {name: float}; `select` names the one by which the best checkpoint is chosen: the
     highest, or the lowest where `lower`.
     packs: whether several examples may share a row.  eval_batch: rows to evaluate at a time, 0 as many as to train.
@@ -53,6 +54,7 @@ class Task:
     collate: Callable[[Sequence[Example], int], dict[str, torch.Tensor]]
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]]
+    scores: Callable[[np.ndarray, np.ndarray], np.ndarray]
     taught: Callable[[Any, Lesson], contextlib.AbstractContextManager[None]]
     answering: Callable[[Any], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     lower: bool = False
@@ -112,6 +114,13 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, 
     return {"accuracy": float(np.mean(found == labels)), "macro_f1": float(np.mean(scores)), "loss": float(loss)}
 
 
+def right_answers(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return [M, 2]: whether the likeliest label is the right one, and 1."""
+    import numpy as np
+
+    return np.stack([logits.argmax(-1) == labels, np.ones(len(logits))], axis=1).astype(np.float64)
+
+
 def learn_classes(model: Any, lesson: Lesson) -> contextlib.AbstractContextManager[None]:
     """Return the context in which a classifier learns from a teacher."""
     from edgepeft.train.lesson import taught_classes
@@ -167,6 +176,11 @@ def token_loss(figures: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return figures[:, 0].sum() / figures[:, 1].sum()
 
 
+def losses_and_targets(figures: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return [M, 2]: the sum of the losses of a row, and its targets."""
+    return figures[:, :2].astype("float64")
+
+
 def token_metrics(figures: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Mean loss per target, its perplexity e^loss, and the share of targets that were the likeliest token."""
     import math
@@ -183,13 +197,13 @@ TASKS: dict[str, Task] = {
         Task(
             tag="text-classification", auto_class="AutoModelForSequenceClassification", peft_type="SEQ_CLS",
             select="accuracy", answer="softmax", read=read_labelled, collate=pad, loss=cross_entropy,
-            metrics=classification_metrics, taught=learn_classes, eval_batch=64,
+            metrics=classification_metrics, scores=right_answers, taught=learn_classes, eval_batch=64,
             defaults={"epochs": 8, "batch_size": 32, "learning_rate": 2e-3, "max_length": 64},
         ),
         Task(
             tag="text-generation", auto_class="AutoModelForCausalLM", peft_type="CAUSAL_LM", select="loss", lower=True,
             answer="generate", read=read_chats, collate=pad_tokens, loss=token_loss, metrics=token_metrics,
-            taught=learn_tokens, answering=answer_without_logits, packs=True,
+            scores=losses_and_targets, taught=learn_tokens, answering=answer_without_logits, packs=True,
             defaults={"epochs": 3, "batch_size": 4, "learning_rate": 2e-4, "max_length": 512},
         ),
     )

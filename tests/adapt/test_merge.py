@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from builders import LABELS, tiny_bert, tiny_data
 
-from edgepeft.adapt import peft_files
+from edgepeft.adapt import choice, peft_files
 from edgepeft.adapt.merge import merge, merge_module, overall
 from edgepeft.adapt.methods import PREFIX
 from edgepeft.artifact import Run, read_json, read_tensors
@@ -185,13 +185,23 @@ def test_too_little_retention_stops_with_the_figures(made, capsys):
 
 
 def test_a_fallen_metric_stops_with_the_figures(made, monkeypatch):
-    import edgepeft.train.loop as loop
-
     config, run = made(min_retention=0.0)
-    found = iter([{"accuracy": 0.91}, {"accuracy": 0.89}])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: next(found))
-    with pytest.raises(VerifyError, match=r"lowers validation accuracy from 0\.9100 to 0\.8900; at most 0\.01"):
+    wrong = answer_wrongly(monkeypatch, config, 1)
+    with pytest.raises(VerifyError, match=rf"lowers validation accuracy from 1\.0000 to {wrong:.4f}; at most 0\.01"):
         merge(config, run, run.path("merged"))
+
+
+def answer_wrongly(monkeypatch, config, count):
+    """Let the separate model answer all validation texts rightly and the merged one not the first `count`."""
+    from edgepeft.train import loop
+    from edgepeft.train.data import load_splits
+
+    labels = np.asarray(load_splits(config).validation.labels)
+    right = np.eye(len(LABELS), dtype=np.float32)[labels]
+    wrong = np.concatenate([np.roll(right[:count], 1, axis=1), right[count:]])
+    found = iter([right, wrong])
+    monkeypatch.setattr(loop, "predict", lambda *_: next(found))
+    return 1 - count / len(labels)
 
 
 def test_an_adapter_of_another_base_is_refused(made):
@@ -200,3 +210,54 @@ def test_an_adapter_of_another_base_is_refused(made):
     write_adapter(run.path("adapter"), {**about, "base_digest": "0" * 64}, 0.5)
     with pytest.raises(ArtifactError, match="base"):
         merge(config, run, run.path("merged"))
+
+
+# --- --adapter auto -------------------------------------------------------------------------------------------------
+
+
+def test_a_small_change_that_the_grid_erases_is_shipped_apart(made, capsys):
+    config, run = made(strength=0.02)
+    config = config.replace(adapter="auto")
+    summary = merge(config, run, run.path("merged"))
+    assert summary["ships"] == "separate"
+    assert summary["retention"] < 0.5
+    assert any("of the adapter, less than 0.9" in why for why in summary["why"])
+    assert not (run.path("merged") / "weights.safetensors").exists()
+    told = capsys.readouterr().err
+    assert "--adapter auto: separate, as merging retains" in told
+    for row in read_json(run.path("merged") / "merge.json")["layers"]:
+        assert f"| {row['name']} " in told, "every layer is told"
+    assert choice.decided(config, run).adapter == "separate"
+    assert choice.record(config, run)["adapter_choice"]["why"] == summary["why"]
+
+
+def test_what_loses_nothing_is_merged(made):
+    config, run = made(strength=1.0, format="i8c")
+    config = config.replace(adapter="auto")
+    summary = merge(config, run, run.path("merged"))
+    assert (summary["ships"], summary["why"]) == ("merged", [])
+    assert (run.path("merged") / "weights.safetensors").exists()
+    assert choice.decided(config, run).adapter == "merged"
+    assert choice.record(config.replace(adapter="merged"), run) == {}
+
+
+@pytest.mark.parametrize(("count", "ships"), [(0, "merged"), (2, "separate")])
+def test_a_metric_that_falls_beyond_noise_is_a_loss(made, monkeypatch, count, ships):
+    config, run = made(strength=1.0, format="i8c", max_metric_drop=1.0)
+    config = config.replace(adapter="auto")
+    answer_wrongly(monkeypatch, config, count)
+    assert merge(config, run, run.path("merged"))["ships"] == ships
+
+
+def test_noise_is_the_standard_error_of_the_paired_change():
+    chance = np.random.default_rng(0)
+    before, after = (np.stack([chance.random(400) < p, np.ones(400)], axis=1).astype(float) for p in (0.8, 0.7))
+    apart = after[:, 0] - before[:, 0]
+    assert choice.noise(before, after) == pytest.approx(apart.std(ddof=1) / 20)
+    assert choice.noise(before, before) == 0.0
+    drawn = [
+        np.stack([n * 2 + chance.standard_normal(50) * n, n], 1) for n in [chance.integers(1, 9, 50).astype(float)] * 2
+    ]
+    draws = [chance.integers(0, 50, 50) for _ in range(4000)]
+    changes = [(drawn[1][i] - drawn[0][i])[:, 0].sum() / drawn[0][i][:, 1].sum() for i in draws]
+    assert choice.noise(*drawn) == pytest.approx(np.std(changes), rel=0.15)
