@@ -11,7 +11,8 @@ own scratch memory grows with it.
 int8 takes a quarter of the memory. The scales are constants of the graph, by `edgepeft verify` from the largest values
 that the texts of the data have under the exported adapter, and a quarter more; beyond that a value is cut off, which
 another adapter may have to bear. A token's keys and values are rounded before anything sees them, so whether they came
-in one run or many makes no difference. It is ONNX Runtime's own attention: 1.32 has it, 1.20 has not.
+in one run or many makes no difference. It is ONNX Runtime's own attention: 1.32 has it, 1.20 has not. Steps
+behind a long text are faster with it, but a long prompt is read more slowly.
 
 What a row holds is true for its adapter alone, since keys and values went through it. Idle caches wait in a Pool. A
 prompt of the same adapter that begins as one of them does goes on in it, or, where that would throw away more than half
