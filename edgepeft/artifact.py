@@ -11,6 +11,7 @@ runtime may need nothing more: 8 bytes little-endian header length, JSON header,
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -119,7 +120,8 @@ def staging(final: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in temporary.rglob("*"):
-            _sync(path)
+            if not path.is_symlink():
+                _sync(path)
         _swap(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -128,11 +130,21 @@ def staging(final: Path) -> Iterator[Path]:
 def _swap(new: Path, final: Path) -> None:
     """Put a folder in the place of another; the old one goes away only after the new one stands."""
     old = final.with_name(f".{final.name}.{uuid.uuid4().hex}.old.tmp")
-    if final.exists():
-        os.replace(final, old)
-    os.replace(new, final)
+    if final.exists() and _exchange(new, final):
+        old = new
+    else:
+        if final.exists():
+            os.replace(final, old)
+        os.replace(new, final)
     _sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step (Linux's renameat2); False where the system or its disk cannot."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return call is not None and call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 # --- tensors -----------------------------------------------------------------------------------------------------

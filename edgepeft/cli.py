@@ -207,6 +207,72 @@ def bench(bundle: Path, threads: Sequence[int], baseline: bool, json_file: Path 
     bench_cli(bundle, list(threads), baseline, json_file)
 
 
+BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+JSON = click.option("--json", "as_json", is_flag=True, help="As JSON.")
+
+
+@cli.group()
+def adapters() -> None:
+    """List, show, add and remove the adapters of a bundle; all share its one backbone.
+
+    \b
+    Examples:
+      edgepeft adapters add edgepeft-out/bundle ./other-out --name support
+      edgepeft run edgepeft-out/bundle --adapter support "my order never came"
+    """
+
+
+@adapters.command("list")
+@BUNDLE
+@JSON
+def adapters_list(bundle: Path, as_json: bool) -> None:
+    """List the adapters of a bundle."""
+    from edgepeft.deploy.adapters import list_cli
+
+    list_cli(bundle, as_json)
+
+
+@adapters.command("show")
+@BUNDLE
+@click.argument("name")
+@JSON
+def adapters_show(bundle: Path, name: str, as_json: bool) -> None:
+    """Show all that is known of one adapter."""
+    from edgepeft.deploy.adapters import show_cli
+
+    show_cli(bundle, name, as_json)
+
+
+@adapters.command("add")
+@BUNDLE
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--name", help="Name to take it by  [default: its folder's].")
+@click.option("--replace", is_flag=True, help="Put it in the place of the one of that name.")
+@click.option("--base", type=click.Path(path_type=Path), help="The model it was trained on, where it names none.")
+@click.option("--trust-base", is_flag=True, help="Believe that it was trained on this base, and in another format.")
+def adapters_add(bundle: Path, folder: Path, **options: Any) -> None:
+    """Put an adapter into a bundle, once it is proved to be of its base and to do something.
+
+    FOLDER is a build's output, its adapter, an adapter of another bundle (adapters/NAME) or a folder that Hugging Face
+    PEFT saved. Those of other tools are converted by `edgepeft doctor --convert` first.
+    """
+    from edgepeft.deploy.adapters import add
+
+    found = add(bundle, folder, **options)
+    say(f"added: {found['method']}, rank {found['rank']}, {found['bytes'] / 1e6:.2f} MB")
+    click.echo(found["name"])
+
+
+@adapters.command("remove")
+@BUNDLE
+@click.argument("name")
+def adapters_remove(bundle: Path, name: str) -> None:
+    """Take an adapter out of a bundle. The default one stays: the graph holds its values."""
+    from edgepeft.deploy.adapters import remove
+
+    remove(bundle, name)
+
+
 @cli.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("base", type=click.Path(path_type=Path), required=False)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepeft.adapt import peft_files
-from edgepeft.adapt.foreign import PREFIX, Foreign, some
+from edgepeft.adapt.foreign import ADAPTED, PREFIX, Foreign, some
 from edgepeft.adapt.foreign.identify import open_adapter
 from edgepeft.artifact import staging, write_json, write_tensors
 from edgepeft.errors import ArtifactError, EdgePeftError, unknown
@@ -133,12 +133,23 @@ def describe(adapter: Foreign) -> dict[str, Any]:
         "adapter": str(adapter.path), "tool": adapter.tool, "layout": adapter.layout, "method": method(settings),
         "rank": settings.get("r"), "alpha": settings.get("lora_alpha"), "scale": _scale(settings),
         "ranks": sorted({pair["A"].shape[0] for pair in adapter.pairs.values() if "A" in pair and pair["A"].ndim}),
-        "modules": list(adapter.pairs), "heads": sorted(n.removeprefix(PREFIX) for n in adapter.others),
+        "modules": modules(adapter), "heads": heads(adapter),
         "dtype": sorted({str(array.dtype) for array in adapter.tensors.values()}),
         "bytes": sum(array.nbytes for array in adapter.tensors.values()),
         "trained_on": settings.get("base_model_name_or_path"), "base_digest": adapter.metadata.get("edgepeft.base"),
         "format": adapter.metadata.get("edgepeft.format"),
     }  # fmt: skip
+
+
+def modules(adapter: Foreign) -> list[str]:
+    """Return the modules that an adapter adapts, of whatever kind it is."""
+    found = (ADAPTED.match(name) for name in adapter.tensors)
+    return sorted({match["module"] for match in found if match})
+
+
+def heads(adapter: Foreign) -> list[str]:
+    """Return the tensors that were trained whole: heads, norms, biases."""
+    return sorted(n.removeprefix(PREFIX) for n in adapter.tensors if n.startswith(PREFIX) and not ADAPTED.match(n))
 
 
 def method(settings: Mapping[str, Any]) -> str:
@@ -155,8 +166,9 @@ def _scale(settings: Mapping[str, Any]) -> float | None:
 
 
 def _modules_text(adapter: Foreign) -> str:
-    kinds = Counter(_kind(module) for module in adapter.pairs)
-    return f"{len(adapter.pairs)}: " + some((f"{kind} x {count}" for kind, count in kinds.items()), 8) if kinds else ""
+    found = modules(adapter)
+    kinds = Counter(map(_kind, found))
+    return f"{len(found)}: " + some((f"{kind} x {count}" for kind, count in kinds.items()), 8) if kinds else ""
 
 
 def _kind(module: str) -> str:
@@ -228,7 +240,7 @@ def check_effect(adapter: Foreign) -> Iterator[Finding]:
     if not idle:
         return
     names = some(f"{module} ({side})" for module, side in idle.items())
-    if len(idle) < len(adapter.pairs) or adapter.others:
+    if len(idle) < len(adapter.pairs) or heads(adapter):
         yield Finding(WARNING, f"zero in {len(idle)} of {len(adapter.pairs)} modules, which do nothing: {names}")
     else:
         advice = "B starts at zero: was it saved before training, or were other weights trained?"
@@ -282,7 +294,7 @@ CHECKS: tuple[Callable[[Foreign], Iterable[Finding]], ...] = (
 
 def fit(adapter: Foreign, base: Base) -> tuple[Foreign, list[Finding]]:
     """Return an adapter under the base's names, its rows in the base's order, and what had to be done."""
-    names, findings = matches(adapter.pairs, base.linears), []
+    names, findings = matches(modules(adapter), base.linears), []
     if names:
         old, new = next(iter(names.items()))
         what = f"{len(names)} modules have other names than in the base, such as {old} for {new}"
@@ -351,14 +363,18 @@ def check_modules(adapter: Foreign, base: Base) -> Iterator[Finding]:
     if not base.linears:
         yield Finding(ERROR, f"{base.path}: a merged bundle takes no adapters", "Build it with --adapter separate.")
         return
-    strange = [module for module in adapter.pairs if module not in base.linears]
+    found = modules(adapter)
+    places = {*base.linears, *(name.removesuffix(".weight") for name in base.tensors)}
+    strange = [module for module in found if module not in places]
     if strange:
         nearest = unknown("module", strange[0], base.linears).partition(" Known:")[0]
         kinds = some(sorted({_kind(module) for module in base.linears}), 9)
-        what = f"{len(strange)} of {len(adapter.pairs)} modules are not in the base: {some(strange)}"
+        what = f"{len(strange)} of {len(found)} modules are not in the base: {some(strange)}"
         yield Finding(ERROR, what, f"{nearest} The base has {kinds}. Is it for another model?")
-    there, adapted = Counter(map(_kind, base.linears)), Counter(map(_kind, adapter.pairs))
-    part = [f"{kind} in {n} of {there[kind]} layers" for kind, n in adapted.items() if n < there[kind]]
+    there, adapted = Counter(map(_kind, base.linears)), Counter(map(_kind, found))
+    part = [
+        f"{kind} in {n} of {there[kind]} layers" for kind, n in adapted.items() if kind in there and n < there[kind]
+    ]
     if part:
         yield Finding(NOTE, f"not in every layer: {some(part)}")
     if whole := [kind for kind in there if kind not in adapted]:

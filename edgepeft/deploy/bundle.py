@@ -17,18 +17,21 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepeft import OP_ABI, __version__, runtime
-from edgepeft.artifact import Run, digests, read_json, sha256_file, write_bytes, write_json
+from edgepeft.artifact import Run, read_json, sha256_file, write_json
 from edgepeft.console import say, table
+from edgepeft.deploy.adapter_source import ABOUT, about
 from edgepeft.errors import ArtifactError
 from edgepeft.export import genai
 from edgepeft.export.ops import DOMAIN, MINIMUM_ONNXRUNTIME
+from edgepeft.runtime import manifest as mf
+from edgepeft.runtime.adapters import DEFAULT
 from edgepeft.runtime.library import FILE_NAME
-from edgepeft.runtime.manifest import NAME, check_bundle, seal
+from edgepeft.runtime.manifest import check_bundle
 from edgepeft.runtime.session import CACHE_SCALES
 
 if TYPE_CHECKING:
@@ -39,13 +42,6 @@ __all__ = ["bundle", "check_bundle"]
 
 JINJA = "jinja2>=3.1.6"
 REQUIRED = ("model.onnx", "config.json", "tokenizer.json")
-PARTS = {
-    "weights": ("model.onnx",),
-    "adapters": ("adapters/",),
-    "tokenizer": ("tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "spiece", "chat_template"),
-    "libraries": ("lib/",),
-    "documents": ("",),
-}
 
 README = """# {name}: {what} for {target}
 
@@ -70,8 +66,9 @@ measure, install edgepeft beside it (`pip install --no-deps edgepeft`):
 
 ## More adapters
 
-An adapter trained on the same base in the same format goes into `adapters/NAME/` (the folder `export/adapters/default`
-of its build, whole) and is taken by {take} with no reload. Any other one is refused.
+An adapter trained on the same base in the same format is put in by `edgepeft adapters add . FOLDER --name NAME` (the
+output of its build, or a folder that Hugging Face PEFT saved) and taken by {take} with no reload. Any other one is
+refused.
 """
 
 CLASSIFY = """    from edgepeft.runtime import load
@@ -130,10 +127,12 @@ def bundle(config: Config, run: Run, out: Path) -> dict[str, Any]:
         shutil.copy(scales, out)
     _write_libraries(target, out)
     values = _describe(config, run, target, training)
+    if (adapter := out / "adapters" / DEFAULT).is_dir():
+        write_json(adapter / ABOUT, about(training))
     _write_documents(values, target, out)
-    sizes = part_sizes(out)
-    write_bytes(out / NAME, seal({**values, "files": file_entries(out), "sizes_bytes": sizes}))
+    mf.write(out, values, sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()))
     _try(out, values["task"])
+    sizes = mf.unseal(out / mf.NAME)["sizes_bytes"]
     say(f"requirements.txt: {', '.join(requirements(values, target))}\n  {why(target)}")
     say(table([{"part": part, "bytes": size, "MB": round(size / 1e6, 2)} for part, size in sizes.items()]))
     return {"sizes_bytes": sizes, "libraries": libraries(target), "target": target.name}
@@ -239,25 +238,6 @@ def _write_documents(values: Mapping[str, Any], target: Target, out: Path) -> No
 def requirements(values: Mapping[str, Any], target: Target) -> list[str]:
     """Return the lines of a bundle's requirements.txt; chat templates are written in Jinja."""
     return [*target.requirements, *([JINJA] if values["task"] == "text-generation" else [])]
-
-
-def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return {path: {"bytes", "sha256"}} of every file of a bundle but its manifest."""
-    found = {name: digest for name, digest in digests(folder).items() if name != NAME}
-    return {n: {"bytes": (folder / n).stat().st_size, "sha256": digest} for n, digest in found.items()}
-
-
-def part_sizes(folder: Path) -> dict[str, int]:
-    """Return the bytes of each part of a bundle (the first of PARTS that a path starts with), and their total."""
-    sizes = dict.fromkeys(PARTS, 0)
-    for path in _files(folder):
-        name = path.relative_to(folder).as_posix()
-        sizes[next(part for part, starts in PARTS.items() if name.startswith(starts))] += path.stat().st_size
-    return {**sizes, "total": sum(sizes.values())}
-
-
-def _files(folder: Path) -> Iterable[Path]:
-    return (path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
 
 
 def _try(out: Path, task: str) -> None:

@@ -11,7 +11,7 @@ which before it makes the model, as each of the languages can:
 Batches: prompts of unlike length are padded on the right with `pad_token_id`, as its Tokenizer.encode_batch does, and
 each row is then what it is alone. GenAI takes every such token for padding wherever it stands, so no prompt of a batch
 may hold one; where a model's padding also ends its turns, as in many chat templates, give it one row at a time.
-Adapters are its Adapters API's: `write_onnx_adapter` turns one into the file that it loads.
+Adapters are its Adapters API's: `edgepeft adapters add` writes the file that it loads beside each.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgepeft.adapt.peft_files import TENSORS
-from edgepeft.artifact import read_tensors
 from edgepeft.errors import ArtifactError
 
 NAME = "genai_config.json"
@@ -67,18 +65,18 @@ def genai_config(model_type: str, context: int, numbers: Mapping[str, Any], libr
     return {"model": model, "search": search}
 
 
-def write_onnx_adapter(folder: Path, path: Path) -> None:
-    """Write an exported adapter's tensors as the `.onnx_adapter` file of ONNX Runtime.
+def write_onnx_adapter(feeds: Mapping[str, Any], path: Path) -> None:
+    """Write what the runtime feeds for an adapter, {input of the graph: OrtValue}, as ONNX Runtime's `.onnx_adapter`.
 
+    Inputs that the adapter leaves alone are among them, neutral: those of the graph's own default would stay in else.
     Raises ArtifactError when ONNX Runtime cannot write it.
     """
     import onnxruntime
 
-    arrays = {name: array.copy() for name, array in read_tensors(folder / TENSORS).items()}  # alive until it is written
     adapter = onnxruntime.AdapterFormat()
     adapter.set_adapter_version(ADAPTER_VERSION)
     adapter.set_model_version(MODEL_VERSION)
-    adapter.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()})
+    adapter.set_parameters(dict(feeds))
     try:
         adapter.export_adapter(str(path))
     except Exception as error:  # ONNX Runtime's own exceptions share no base

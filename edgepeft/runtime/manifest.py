@@ -17,11 +17,11 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from edgepeft.artifact import sha256_file
+from edgepeft.artifact import sha256_file, write_bytes
 from edgepeft.errors import ArtifactError, unknown
 
 SCHEMA = 1
@@ -29,6 +29,13 @@ NAME = "manifest.json"
 FULL_CHECK_BYTES = 64 << 20
 SMALL_FILE_BYTES = 1 << 20
 CHECKS = ("auto", "full", "quick")
+PARTS = {  # of a bundle: the first whose beginnings a path has
+    "weights": ("model.onnx",),
+    "adapters": ("adapters/",),
+    "tokenizer": ("tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "spiece", "chat_template"),
+    "libraries": ("lib/",),
+    "documents": ("",),
+}
 AGAIN = "Copy or build the bundle again."
 _ZEROS = "0" * 64
 _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
@@ -59,6 +66,20 @@ def seal(values: Mapping[str, Any]) -> bytes:
     text = json.dumps({**values, "schema": SCHEMA, "digest": _ZEROS}, indent=2, sort_keys=True) + "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()
     return text.replace(f'"digest": "{_ZEROS}"', f'"digest": "{digest}"', 1).encode()
+
+
+def write(folder: Path, values: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Write manifest.json: the values, and size and digest of the files `names` as they are now."""
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names}
+    write_bytes(folder / NAME, seal({**values, "files": files, "sizes_bytes": part_sizes(files)}))
+
+
+def part_sizes(files: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Return the bytes of each part of a bundle (PARTS), and their total."""
+    sizes = dict.fromkeys(PARTS, 0)
+    for name, entry in files.items():
+        sizes[next(part for part, starts in PARTS.items() if name.startswith(starts))] += entry["bytes"]
+    return {**sizes, "total": sum(sizes.values())}
 
 
 def unseal(path: Path) -> dict[str, Any]:

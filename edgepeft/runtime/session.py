@@ -243,6 +243,16 @@ class Bundle:
         """Let an adapter be taken under a second name by which it is always fed, as benches compare the two ways."""
         self._loaded[new_name] = dataclasses.replace(self._get(name), name=new_name)
 
+    def feeds(self, name: str) -> Mapping[str, Any]:
+        """Return all that an adapter feeds, {input of the graph: OrtValue}."""
+        return self._get(name).feeds
+
+    def off(self, name: str) -> str:
+        """Let an adapter be taken turned off, under its own head, and return the name for that."""
+        adapter, base, off = self._get(name), self._get(ad.BASE), f"{name} off"
+        self._loaded[off] = dataclasses.replace(adapter, name=off, feeds={**adapter.feeds, **base.feeds})
+        return off
+
     def base(self) -> None:
         """Turn the adapter off: rank 0 everywhere, under the default adapter's head."""
         self.use(ad.BASE)

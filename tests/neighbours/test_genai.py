@@ -1,14 +1,14 @@
 """ONNX Runtime GenAI hosts a bundle: the same tokens as our runtime, also with another adapter swapped in."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
 
-from edgepeft.artifact import read_json, write_json
+from edgepeft.adapt.peft_files import TENSORS
+from edgepeft.artifact import read_json, read_tensors, tensor_header, write_json, write_tensors
+from edgepeft.deploy import adapters
 from edgepeft.deploy.bundle import bundle as collect
-from edgepeft.export.genai import write_onnx_adapter
 from edgepeft.runtime import load
 from tests.export.test_token_checks import make_run
 from tests.export.tiny_decoder import random_adapter
@@ -27,8 +27,11 @@ def bundle(request, tmp_path_factory):
     run.path("verify").mkdir()
     write_json(run.path("verify") / "report.json", {"checks": {}})
     run.make("bundle", "", lambda out: collect(config, run, out))
-    other = random_adapter(run.path("quantized"), folder / "other", rank=7, seed=5)
-    shutil.copytree(other, run.path("bundle") / "adapters" / "other")
+    random_adapter(run.path("quantized"), folder / "other", rank=7, seed=5)
+    path = folder / "other" / "trained" / TENSORS  # on part of the linears, so that the default's others must go
+    tensors = {name: np.array(array) for name, array in read_tensors(path).items() if ".mlp." not in name}
+    write_tensors(path, tensors, tensor_header(path)[1])
+    adapters.add(run.path("bundle"), path.parent, "other")
     return run.path("bundle")
 
 
@@ -41,9 +44,9 @@ def genai_tokens(folder, rows, adapter=None):
     pad = read_json(folder / "genai_config.json")["model"]["pad_token_id"]
     generator = og.Generator(model, parameters)
     if adapter:
-        adapters = og.Adapters(model)
-        adapters.load(str(adapter), "other")
-        generator.set_active_adapter(adapters, "other")
+        loaded = og.Adapters(model)
+        loaded.load(str(adapter), "other")
+        generator.set_active_adapter(loaded, "other")
     generator.append_tokens(np.array([[*ids, *[pad] * (length - len(ids))] for ids in rows], np.int32))
     while not generator.is_done():
         generator.generate_next_token()
@@ -61,12 +64,11 @@ def own_tokens(folder, ids, adapter):
     return ids[-TOKENS:]
 
 
-def test_it_writes_what_our_runtime_does_with_either_adapter(bundle, tmp_path):
+def test_it_writes_what_our_runtime_does_with_either_adapter(bundle):
     ids = load(bundle).encode([{"role": "user", "content": "turn on the lamp in the attic"}])
-    write_onnx_adapter(bundle / "adapters" / "other", tmp_path / "other.onnx_adapter")
     default, other = own_tokens(bundle, ids, "default"), own_tokens(bundle, ids, "other")
     assert genai_tokens(bundle, [ids]) == [default]
-    assert genai_tokens(bundle, [ids], tmp_path / "other.onnx_adapter") == [other]
+    assert genai_tokens(bundle, [ids], bundle / "adapters" / "other" / adapters.ONNX_ADAPTER) == [other]
     assert default != other
 
 

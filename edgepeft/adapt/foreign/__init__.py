@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 PAIR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
+ADAPTED = re.compile(  # a tensor of a module's adapter, of any kind that PEFT saves
+    re.escape(PREFIX)
+    + r"(?P<module>.+?)\.(?:lora_\w+|ia3_l|vera_lambda_\w|hada_\w+|lokr_\w+|gate|s_in|s_out)(?:\.\w+)?$"
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,8 @@ def read(path: Path) -> Foreign:
         ) from None
     tensors, strange, turned = {}, [], False
     for name, array in arrays.items():
+        if not array.size or (name.endswith(".gate") and (array == 1).all()):
+            continue  # there to switch off what a graph's own default would leave in
         if name.startswith(PREFIX):
             tensors[name] = array
         elif match := TENSOR.match(name):

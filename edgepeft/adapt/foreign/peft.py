@@ -18,6 +18,7 @@ SETTINGS, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", 
 TERMS = "terms.safetensors"
 NAMED = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$)\w+(?=\.|$)")
 COMPILED = "_orig_mod."
+WRAPPER = "base_model."
 
 
 def read(path: Path) -> Foreign:
@@ -68,7 +69,7 @@ def _canonical(name: str, changes: dict[str, None]) -> str:
     if NAMED.search(new):
         new = NAMED.sub(r"\1", new)
         changes["the adapter's own name in the names"] = None
-    if not new.startswith(PREFIX):
+    if not new.startswith(WRAPPER) and "." in new:  # what modules share lies beside the model: base_model.vera_A
         new = PREFIX + new
         changes[f"{PREFIX} missing in the names"] = None
     return new
