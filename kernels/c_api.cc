@@ -1,6 +1,6 @@
 // The plain C face of the library, for ctypes: training's dequantization, tests, fuzzing. See registry.cc for the two
 // functions that list and force kernels.
-#include "adapter_matmul.h"
+#include "functions.h"
 
 #define EP_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -26,22 +26,22 @@
 EP_EXPORT int edgepeft_abi() { return 2; }
 EP_EXPORT const char* edgepeft_build() { return "edgepeft 0.1.0 abi=2 " EP_OS "-" EP_ARCH; }
 
-// out[n,k] row-major. -1: unknown format, or a K that does not fit it.
+// out[n,k] row-major, by the kernel that picks an embedding's rows. -1: unknown format, or a K that does not fit it.
 EP_EXPORT int edgepeft_dequantize(const char* format, const uint8_t* w, const void* scale, int64_t n, int64_t k, float* out_nk) {
-  Format tag;
-  const FormatInfo* f = find_format(format, &tag);
+  FunctionJob job = {};
+  const FormatInfo* f = find_format(format, &job.format);
   if (!f || n < 0 || !columns_fit(*f, k)) return -1;
-  float table[256];
-  for (int c = 0; c < 256; c++) table[c] = f->nf4 ? kNf4[c & 15] : static_cast<float>(c - f->zero);
-  for (int64_t row = 0; row < n; row++) {
-    const uint8_t* w_tile = w + row / kTileRows * tile_bytes(*f, k);
-    const void* scale_tile = static_cast<const char*>(scale) + row / kTileRows * tile_scale_bytes(*f, k);
-    const int i = static_cast<int>(row % kTileRows);
-    float* out = out_nk + row * k;
-    for (int64_t u = 0; u < k / kUnit; u++, out += kUnit) {
-      const float s = scale_at(*f, scale_tile, i, f->block ? u * kUnit / f->block : 0);
-      for (int c = 0; c < kUnit; c++) out[c] = table[code_at(*f, w_tile, i, u * kUnit + c)] * s;
-    }
+  int64_t ids[kTileRows];
+  job.columns = k;
+  job.ids = ids;
+  job.w = w;
+  job.w_scale = scale;
+  const FunctionRow* row = select_function(Function::packed_embedding);
+  for (int64_t first = 0; first < n; first += kTileRows) {
+    job.rows = n - first < kTileRows ? n - first : kTileRows;
+    job.y = out_nk + first * k;
+    for (int64_t i = 0; i < job.rows; i++) ids[i] = first + i;
+    row->ops->run(job);
   }
   return 0;
 }

@@ -124,20 +124,47 @@ void tile_row(const uint8_t* w, const void* w_scale, int n, int64_t k, float* y)
   }
 }
 
+// All rows of a tile: units come as [32][16] and are turned.
+template <class V, Format F>
+void whole_tile(const uint8_t* w, const void* w_scale, int, int64_t k, float* y) {
+  constexpr FormatInfo f = info(F);
+  alignas(64) float unit[kUnit * kTileRows];
+  for (int64_t u = 0; u < k / kUnit; u++, w += unit_bytes(f), y += kUnit) {
+    dequantize_unit<V, F>(w, w_scale, f.block ? u * kUnit / f.block : 0, unit);
+    for (int n0 = 0; n0 < kTileRows; n0 += V::lanes)
+      for (int c0 = 0; c0 < kUnit; c0 += V::lanes) {
+        typename V::F v[V::lanes];
+        for (int c = 0; c < V::lanes; c++) v[c] = V::load(unit + (c0 + c) * kTileRows + n0);
+        V::transpose(v);
+        for (int n = 0; n < V::lanes; n++) V::store(y + (n0 + n) * k + c0, v[n]);
+      }
+  }
+}
+
+EP_INLINE bool are_a_tile(const int64_t* ids, int64_t count) {
+  if (count < kTileRows || ids[0] % kTileRows) return false;
+  for (int n = 1; n < kTileRows; n++) if (ids[n] != ids[0] + n) return false;
+  return true;
+}
+
 template <class V>
 void packed_embedding_of(const FunctionJob& job) {
-  static constexpr decltype(&tile_row<V, Format::i8c>) kTileRow[] = {
+  using Decode = decltype(&tile_row<V, Format::i8c>);
 #define EP_TILE_ROW(tag, ...) tile_row<V, Format::tag>,
-      EP_FORMATS(EP_TILE_ROW)
+  static constexpr Decode kTileRow[] = {EP_FORMATS(EP_TILE_ROW)};
 #undef EP_TILE_ROW
-  };
+#define EP_WHOLE_TILE(tag, ...) whole_tile<V, Format::tag>,
+  static constexpr Decode kWholeTile[] = {EP_FORMATS(EP_WHOLE_TILE)};
+#undef EP_WHOLE_TILE
   const FormatInfo& f = info(job.format);
   const int64_t k = job.columns;
-  for (int64_t i = 0; i < job.rows; i++) {
+  for (int64_t i = 0, done = 1; i < job.rows; i += done) {
+    const bool whole = are_a_tile(job.ids + i, job.rows - i);
     const int64_t tile = job.ids[i] / kTileRows;
     const void* scale = static_cast<const char*>(job.w_scale) + tile * tile_scale_bytes(f, k);
-    kTileRow[static_cast<int>(job.format)](job.w + tile * tile_bytes(f, k), scale, static_cast<int>(job.ids[i] % kTileRows),
-                                           k, job.y + i * k);
+    const Decode decode = (whole ? kWholeTile : kTileRow)[static_cast<int>(job.format)];
+    decode(job.w + tile * tile_bytes(f, k), scale, static_cast<int>(job.ids[i] % kTileRows), k, job.y + i * k);
+    done = whole ? kTileRows : 1;
   }
 }
 
