@@ -140,6 +140,10 @@ class Config:
     lesson_weight: float = _field(0.5, "Share of the teacher's answers in the loss.", low=0, high=1, group="train")
     lesson_temperature: float = _field(2.0, "Temperature of both answers.", low=0.1, high=100, group="train")
     lesson_hidden: float = _field(0.0, "Weight of the teacher's hidden states.", low=0, group="train")
+    train_activation: str = _field(
+        "float", "What packed linears multiply in training; int8 as the shipped op does.", _activations, group="train"
+    )
+    shard: bool = _field(False, "torchrun: each process keeps its share of the packed bits.", group="train")
     seed: int = _field(0, "Seed of every random choice.", low=0, high=2**32 - 1, group="train")
     adapter: str = _field(
         "separate",

@@ -108,8 +108,8 @@ class Stage:
 
 TRAINING = (
     "text_column", "label_column", "task", "method", "rank", "alpha", "dropout", "epochs", "batch_size", "accumulation",
-    "learning_rate", "max_length", "packing", "checkpointing", "precision", "seed", "teacher", "lesson_weight",
-    "lesson_temperature", "lesson_hidden", "start",
+    "learning_rate", "max_length", "packing", "checkpointing", "precision", "train_activation", "seed", "teacher",
+    "lesson_weight", "lesson_temperature", "lesson_hidden", "start",
 )  # fmt: skip
 STAGES = (
     Stage(

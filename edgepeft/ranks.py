@@ -3,12 +3,10 @@
     torchrun --nproc_per_node 2 -m edgepeft train ...
 
 The leader holds the run folder's lock, writes and speaks; the others compute their share of each batch and follow. The
-model stands in every process whole (DDP), its packed bits once per process: two processes halve the time of a step on
-two machines or sockets, not the memory.
+model stands in every process whole (DDP), so two processes on two machines or sockets halve the time of a step; with
+`--shard` each keeps its share of the packed bits alone (`train.shards`), and the memory is halved too.
 
 Who leads is read from torchrun's environment, so that a process which does not train needs no torch to know it.
-
-Left out: sharding the backbone. Its bits are buffers, which FSDP leaves whole in every process.
 """
 
 from __future__ import annotations

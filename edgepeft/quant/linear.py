@@ -8,6 +8,9 @@ dequantizes again; W itself gets no gradient; a head over a large vocabulary is 
 `qweight` and `qscale` are buffers in the layout of the format's table row, so `state_dict` holds what the export reads.
 Casting a model (`.half()`, `.to(dtype)`) never rounds scales: the bits trained against are the bits shipped.
 
+`activation` says how forward multiplies: "float", or "int8" as the op that ships does, by its kernel (`multiply_int8`).
+Backward is the same for both: what rounds x counts as the identity (straight through).
+
 An embedding that is the head of its model too lies in tiles, as the product wants it: `QuantEmbedding` picks rows out
 of them, and the head, a `TiedLinear`, holds no tensors but reads those of the embedding, wherever they move.
 
@@ -74,6 +77,8 @@ class _PackedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
         ctx.layer, ctx.x_dtype = layer, x.dtype
+        if layer.activation == "int8" and x.device.type == "cpu" and x.numel():
+            return layer.int8_product(x)
         y = None
         for rows, w_nk in layer.pieces():
             bias = None if layer.bias is None else layer.bias[rows].to(x.dtype)
@@ -125,6 +130,9 @@ class _PackedModule(torch.nn.Module):
 class QuantLinear(_PackedModule, torch.nn.Linear):
     """A frozen linear layer of packed bits: x [..., K] to y [..., N]. Buffers: qweight, qscale, bias."""
 
+    activation = "float"
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None  # makes the whole of a process's share of tiles
+
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, format: str = "i4b32", device: Any = None
     ) -> None:
@@ -144,18 +152,36 @@ class QuantLinear(_PackedModule, torch.nn.Linear):
             layer.register_buffer("bias", linear.bias.detach().float())
         return layer
 
+    def tiles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the packed codes and scales, whole."""
+        if self.gather is None:
+            return self.qweight, self.qscale
+        return self.gather(self.qweight), self.gather(self.qscale)
+
     def get_weight(self) -> torch.Tensor:
         """Return the weight as it multiplies: float32 [N, K], new memory."""
-        return dequantize(FORMATS[self.format], self.qweight, self.qscale, self.out_features, self.in_features)
+        return dequantize(FORMATS[self.format], *self.tiles(), self.out_features, self.in_features)
 
     def pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield (rows, float32 weight of these rows) of the whole weight, at most PIECE elements at a time."""
         step = max(PIECE // self.in_features // TILE_ROWS, 1) * TILE_ROWS
+        qweight, qscale = self.tiles()
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
             tiles = slice(start // TILE_ROWS, -(-rows.stop // TILE_ROWS))
-            w, scale = self.qweight[tiles], self.qscale[tiles]
+            w, scale = qweight[tiles], qscale[tiles]
             yield rows, dequantize(FORMATS[self.format], w, scale, rows.stop - start, self.in_features)
+
+    def int8_product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x Ŵᵀ + bias in the dtype of x, on the CPU, x rounded to 8 bits by row and block as the format says."""
+        x_mk = x.detach().reshape(-1, self.in_features).float().contiguous()
+        y_mn = torch.empty(len(x_mk), self.out_features)
+        w, scale = (tensor.numpy() for tensor in self.tiles())
+        threads = torch.get_num_threads()
+        native.matmul_into(self.format, w, scale, self.out_features, x_mk.numpy(), y_mn.numpy(), threads)
+        if self.bias is not None:
+            y_mn += self.bias
+        return y_mn.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def set_weight(self, w_nk: torch.Tensor) -> None:
         """Quantize a float [N, K] weight into this layer; `set_weight(get_weight())` changes no bit.
@@ -167,7 +193,7 @@ class QuantLinear(_PackedModule, torch.nn.Linear):
 
     def packed(self) -> Packed:
         """Return the packed weight, sharing this layer's memory when it is on the CPU."""
-        w, scale = self.qweight.cpu().numpy(), self.qscale.cpu().numpy()
+        w, scale = (tensor.cpu().numpy() for tensor in self.tiles())
         return Packed(self.format, self.out_features, self.in_features, w, scale)
 
     def set_packed(self, packed: Packed) -> None:
@@ -177,7 +203,7 @@ class QuantLinear(_PackedModule, torch.nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x Ŵᵀ + bias in the dtype of x."""
-        if x.is_cuda and FORMATS[self.format].codec == "nf4_block":
+        if x.is_cuda and FORMATS[self.format].codec == "nf4_block" and self.gather is None:
             return _bitsandbytes_matmul(self, x)
         return _PackedMatmul.apply(x, self)
 
@@ -293,6 +319,15 @@ class TiedLinear(QuantLinear):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TiedLinear:
         self._bitsandbytes = None
         return self
+
+
+def multiply_int8(model: torch.nn.Module) -> None:
+    """Let every packed linear of a model multiply as the shipped op does, where the host library is at hand."""
+    if not native.available():
+        return
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.activation = "int8"
 
 
 def _bitsandbytes_matmul(layer: QuantLinear, x: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,15 @@
-"""Dequantization by the host library, reached through ctypes: the same code that the kernels are tested against.
+"""Dequantization and the int8 product by the host library, reached through ctypes: the kernels that ship.
 
 `available` loads the library once; without one (no compiler at hand, another system) callers fall back to numpy or
-torch, which give the same bits.
+torch, which give the same bits. The product has no such substitute. Calls leave Python's lock, so rows of x are shared
+among threads; which thread computes a row does not change it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from edgepeft import OP_ABI
@@ -17,6 +19,8 @@ from edgepeft.quant.formats import FORMATS, Packed
 
 if TYPE_CHECKING:
     import numpy as np
+
+ROWS_PER_THREAD = 64  # fewer are not worth unpacking the weights again
 
 
 @functools.cache
@@ -31,6 +35,11 @@ def library() -> ctypes.CDLL | None:
         return None
     lib.edgepeft_dequantize.argtypes = [ctypes.c_char_p, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, ctypes.c_void_p]
     lib.edgepeft_dequantize.restype = ctypes.c_int
+    lib.edgepeft_matmul.argtypes = [
+        ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, ctypes.c_void_p,
+        ctypes.c_int64, ctypes.c_void_p,
+    ]  # fmt: skip
+    lib.edgepeft_matmul.restype = ctypes.c_int
     return lib if lib.edgepeft_abi() == OP_ABI else None
 
 
@@ -48,6 +57,32 @@ def dequantize_into(tag: str, w: np.ndarray, scale: np.ndarray, n: int, k: int, 
         raise ValueError("the host library takes C-contiguous arrays")
     if lib.edgepeft_dequantize(tag.encode(), w.ctypes.data, scale.ctypes.data, n, k, out_nk.ctypes.data) != 0:
         raise RuntimeError(f"the host library refused to dequantize format {tag!r} ({n} x {k})")
+
+
+def matmul_into(
+    tag: str, w: np.ndarray, scale: np.ndarray, n: int, x_mk: np.ndarray, y_mn: np.ndarray, threads: int = 1
+) -> None:
+    """Write x Ŵᵀ on int8 activations into `y_mn`, float32, as the shipped op multiplies. Raises RuntimeError."""
+    lib = library()
+    if lib is None:
+        raise RuntimeError("there is no host library: ask available() first")
+    if not all(array.flags.c_contiguous for array in (w, scale, x_mk, y_mn)):
+        raise ValueError("the host library takes C-contiguous arrays")
+
+    def part(rows: slice) -> None:
+        x, y, k = x_mk[rows], y_mn[rows], x_mk.shape[1]
+        weight = tag.encode(), None, 1, w.ctypes.data, scale.ctypes.data, n, k
+        if lib.edgepeft_matmul(*weight, x.ctypes.data, len(x), y.ctypes.data) != 0:
+            raise RuntimeError(f"the host library refused to multiply format {tag!r} ({len(x)} x {n} x {k})")
+
+    share = max(-(-len(x_mk) // threads), ROWS_PER_THREAD)
+    parts = [slice(start, start + share) for start in range(0, len(x_mk), share)]
+    list((_pool(threads).map if len(parts) > 1 else map)(part, parts))
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
 
 
 def dequantize(packed: Packed) -> np.ndarray:

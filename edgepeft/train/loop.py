@@ -14,7 +14,8 @@ Memory: packed bits, 16 bytes per trained parameter (itself, gradient, AdamW), a
 which `--batch-size` and `--max-length` bound; with `--checkpointing` those of one layer, for half as much time again.
 Logits over a vocabulary do not exist (`losses`). A teacher in float speaks before the first step (`teacher`).
 
-Left out: sharding a backbone that outgrows one machine; its bits are buffers, which FSDP leaves whole everywhere.
+Packed linears multiply float activations, or with `--train-activation int8` those the shipped op makes of them, by its
+kernel; gradients pass both alike. A backbone that outgrows one machine is shared among processes (`shards`).
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def fit(
     """Train a PEFT model on checked splits; leave it with the best checkpoint's weights and return all figures.
 
     work: checkpoints of this training alone, from which an interrupted one goes on.  Of several processes the leader
-    evaluates and returns the figures, the others return nothing.
+    evaluates, with all the others where they share the bits, and returns the figures; the others return nothing.
     """
     from edgepeft.train.teacher import NONE, lesson_for
     from edgepeft.train.watch import Progress, epoch_rows, frugal, peak_resident_bytes
@@ -117,7 +118,7 @@ def fit(
     with task.answering(model), taught, frugal() if config.checkpointing else contextlib.nullcontext():
         trainer = _trainer(model, tokenizer, examples, config, work, progress, logs, resumed, lesson)
         history = _run_trainer(trainer, work, resumed)
-    if not ranks.leads():
+    if not ranks.leads() and not config.shard:
         return {}
     best = checkpoints.best_step(history, task.select, task.lower)
     _load_adapter(model, checkpoints.place(work, best))
@@ -126,6 +127,8 @@ def fit(
     rows = epoch_rows(history)
     judged = [name for name in ("validation", "test") if len(getattr(splits, name))]
     figures = {name: evaluate(model, config, getattr(splits, name), tokenizer) for name in judged}
+    if not ranks.leads():
+        return {}
     steps = _steps_per_epoch(len(examples["train"]), config)
     result = {
         **figures, "best_epoch": next(round(row["epoch"]) for row in rows if row["step"] == best), "best_step": best,
@@ -205,9 +208,15 @@ def _packed_model(quantized: Path, splits: Splits, config: Config) -> Any:
     from transformers import set_seed
 
     from edgepeft.backbone.load import quantized_model
+    from edgepeft.quant.linear import multiply_int8
+    from edgepeft.train.shards import shard
 
     set_seed(config.seed)
     model = quantized_model(quantized, splits.labels, config)
+    if config.train_activation == "int8":
+        multiply_int8(model)
+    if config.shard:
+        shard(model)
     model.config.name_or_path = str(quantized)  # PEFT looks here, not on a hub, for the base's config.json
     return model
 

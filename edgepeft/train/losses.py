@@ -86,9 +86,12 @@ def head_logits(
     h_tk: torch.Tensor, head: Any, softcap: float, slope: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return float32 logits [T, V], and the slope of their softcap where one is asked for."""
-    z_tv = h_tk.new_empty(len(h_tk), head.out_features, dtype=torch.float32)
-    for rows, w_vk in _pieces(head):
-        z_tv[:, rows] = h_tk @ w_vk.to(h_tk.dtype).T
+    if getattr(head, "activation", "float") == "int8" and h_tk.device.type == "cpu":
+        z_tv = head.int8_product(h_tk).float()
+    else:
+        z_tv = h_tk.new_empty(len(h_tk), head.out_features, dtype=torch.float32)
+        for rows, w_vk in _pieces(head):
+            z_tv[:, rows] = h_tk @ w_vk.to(h_tk.dtype).T
     if not softcap:
         return z_tv, None
     tanh_tv = z_tv.div_(softcap).tanh_()

@@ -248,6 +248,50 @@ def test_a_large_weight_is_multiplied_in_pieces(tag, size, monkeypatch):
     torch.testing.assert_close(x.grad, whole, rtol=1e-5, atol=1e-6)
 
 
+def rounded(x, block):
+    """x as 8-bit integers and a scale per row and block stand for it."""
+    blocks = x.detach().view(len(x), -1, block)
+    top = blocks.abs().amax(-1, keepdim=True)
+    return ((blocks * (127 / top)).round() * (top / 127)).view_as(x)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 300])
+@pytest.mark.parametrize("bias", [True, False])
+@every_format
+def test_int8_activations_multiply_as_the_op_does_and_have_the_float_gradient(tag, bias, rows):
+    layer = packed_layer(tag, bias=bias)
+    x, seed = torch.randn(rows, K, requires_grad=True), torch.randn(rows, N)
+    (wanted,) = torch.autograd.grad(layer(x), x, seed)
+    layers.multiply_int8(torch.nn.Sequential(layer))
+    y = layer(x)
+    expected = torch.nn.functional.linear(rounded(x, FORMATS[tag].act_block), layer.get_weight(), layer.bias)
+    # NF4's 16 values are rounded to 8 bits as well: half of 1/127 of a block's absmax each.
+    slack = 1e-5 if tag != "nf4b64" else 0.5 / 127 * layer.qscale.max() * 4 * K**0.5
+    torch.testing.assert_close(y, expected, rtol=0, atol=float(slack))
+    assert not torch.equal(y, torch.nn.functional.linear(x, layer.get_weight(), layer.bias))
+    assert torch.equal(torch.autograd.grad(y, x, seed)[0], wanted)
+    torch.set_num_threads(2)
+    assert torch.equal(layer(x), y)
+    assert torch.equal(layer(x.view(1, rows, K))[0, -1], layer(x[-1:])[0])
+    assert layer(x[:0]).shape == (0, N)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_int8_activations_that_are_no_number_stay_so():
+    layer = packed_layer("i4b32")
+    layers.multiply_int8(layer)
+    x = torch.zeros(3, K)
+    x[1, 7] = float("nan")
+    assert layer(x).isnan().all(dim=1).tolist() == [False, True, False]
+
+
+def test_without_the_library_activations_stay_float(monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
+    layer = packed_layer("i4b32")
+    layers.multiply_int8(layer)
+    assert layer.activation == "float"
+
+
 class Net(torch.nn.Module):
     def __init__(self, tag):
         super().__init__()

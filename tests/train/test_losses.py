@@ -46,6 +46,17 @@ def test_it_is_the_cross_entropy_of_the_logits(chunks: None, softcap: float, tag
     assert torch.equal(hits, z.argmax(-1) == target)
 
 
+def test_a_head_on_int8_activations_gives_the_logits_that_ship(chunks: None) -> None:
+    torch.manual_seed(0)
+    head = QuantLinear.from_float(torch.nn.Linear(HIDDEN, VOCABULARY, bias=False), "i4b32")
+    h, target = torch.randn(TOKENS, HIDDEN), torch.randint(VOCABULARY, (TOKENS,))
+    plain, _ = losses.token_losses(h, head, target)
+    head.activation = "int8"
+    found, _ = losses.token_losses(h, head, target)
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(head(h), target, reduction="none"))
+    assert not torch.equal(found, plain)
+
+
 def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     real = losses.head_logits
