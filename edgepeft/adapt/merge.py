@@ -1,8 +1,8 @@
 """The stage `merge`: the adapter goes into the packed weights, and what survives is measured before anything ships.
 
-Per adapted linear the weight is dequantized, the adapter added, and the sum quantized again in the same format:
+Per adapted linear the weight is dequantized, what the adapter makes of it quantized again in the same format:
 
-    Ŵ' = quantize(Ŵ + ΔW)        ΔW = B·A (scale folded into B)        moved = Ŵ' - Ŵ
+    Ŵ' = quantize(Ŵ + ΔW)        ΔW = s_out ⊙ (Ŵ ⊙ s_in + B·A) - Ŵ        moved = Ŵ' - Ŵ
 
 A coarse grid swallows small changes, so two figures say what is left of ΔW, per layer and over all layers together:
 
@@ -13,10 +13,10 @@ Retention counts the rounding noise against the merge, share does not. The build
 below --min-retention, or when the validation metric of the merged model, read back from the files, falls more than
 --max-metric-drop below that of base and adapter apart. A linear kept in float takes ΔW exactly.
 
-Scales of blocks that serve best as they are stay, so a zero adapter changes no bit. The head is not merged: it lies in
-the adapter's file, in float.
+Scales of blocks that serve best as they are stay, so a zero adapter changes no bit. Biases and whole tensors of the
+adapter take the place of the base's, exactly; the head is not merged: it lies in the adapter's file, in float.
 
-Left out: calibrated merging, methods whose effect is no sum W + ΔW (`Method.deltas` refuses them).
+Left out: calibrated merging, and adapted embeddings, whose rows a grid would lose one by one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgepeft.adapt import choice, peft_files
-from edgepeft.adapt.methods import METHODS, PREFIX
+from edgepeft.adapt.base import Base
+from edgepeft.adapt.terms import Effect
 from edgepeft.artifact import Run, read_json, read_tensors, write_json, write_tensors
 from edgepeft.console import progress, say, table
 from edgepeft.errors import ArtifactError, VerifyError
@@ -52,13 +53,17 @@ def merge(config: Config, run: Run, out: Path) -> dict[str, Any]:
     """
     quantized, about = run.path("quantized"), read_json(run.path("quantized") / "quantized.json")
     tensors = read_tensors(quantized / "weights.safetensors")
-    shapes = weight_shapes(tensors, about)
-    deltas = METHODS[config.method].deltas(run.path("adapter"), base_digest=about["base_digest"], shapes=shapes)
+    base = Base(dict(tensors), about)
+    effect = peft_files.read(run.path("adapter"), base=base).effect(base)
+    check_mergeable(effect, base)
     rows, layers = [], {layer["name"]: dict(layer) for layer in about["layers"]}
-    for module, (b_nr, a_rk) in progress(deltas.items(), "merge", len(deltas)):
-        figures, changed = merge_module(module, b_nr @ a_rk, layers.get(module), tensors, about)
+    changes = {name: terms for name, terms in effect.modules.items() if set(terms.present) - {"bias"}}
+    for module, terms in progress(changes.items(), "merge", len(changes)):
+        delta_nk = terms.delta(base.weight(module))
+        figures, changed = merge_module(module, delta_nk, layers.get(module), tensors, about)
         tensors.update(changed)
         rows.append(figures)
+    tensors.update(whole_tensors(effect, base))
     _write(quantized, out, tensors, {**about, "merged": True, "layers": list(layers.values())}, config)
     limits = {"min_retention": config.min_retention, "max_metric_drop": config.max_metric_drop}
     report = {"layers": rows, **overall(rows), "validation": _metrics(config, run, out), **limits}
@@ -71,6 +76,24 @@ def merge(config: Config, run: Run, out: Path) -> dict[str, Any]:
         advice = "Ship the adapter apart (--adapter separate) or take a finer --format such as i8c."
         raise VerifyError(" ".join([*problems, advice]))
     return {name: value for name, value in report.items() if name != "layers"}
+
+
+def check_mergeable(effect: Effect, base: Base) -> None:
+    """Raise ArtifactError, naming each, for parts of an effect that cannot go into the weights."""
+    problems = [f"{name} is an embedding" for name in effect.modules if name in base.embeddings]
+    tied = [name for name in effect.modules if name in base.linears and base.stored(name) != name]
+    problems += [f"{name} is the word embedding too, which would change as well" for name in tied]
+    biases = [name for name, terms in effect.modules.items() if terms.bias is not None and base.bias(name) is None]
+    problems += [f"{name} has no bias in the model, and the adapter gives it one" for name in biases]
+    if problems:
+        raise ArtifactError(f"cannot be merged: {'; '.join(problems)}. Ship the adapter apart (--adapter separate).")
+
+
+def whole_tensors(effect: Effect, base: Base) -> dict[str, np.ndarray]:
+    """Return the biases and other float tensors that take the place of the base's, heads left out."""
+    biases = {f"{name}.bias": terms.bias for name, terms in effect.modules.items() if terms.bias is not None}
+    whole = {name: value for name, value in effect.replaced.items() if name.split(".")[0] not in base.heads}
+    return {**biases, **whole}
 
 
 def merge_module(
@@ -92,13 +115,6 @@ def merge_module(
     after = solver.round(fmt, w_nk + delta_nk, about["double_quant"], known_nb=fmt.unpack(before)[1])
     layer.update(describe(fmt, after, w_nk + delta_nk))
     return _figures(module, fmt.tag, native.dequantize(after) - w_nk, delta_nk), packed_tensors(module, after)
-
-
-def weight_shapes(tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Return {module: (N, K)} of all linears of a packed folder, packed or float."""
-    shapes = {layer["name"]: tuple(layer["shape"]) for layer in about["layers"] if layer["kind"] == "linear"}
-    floats = [kept["name"] for kept in about["kept"] if kept["kind"] == "linear"]
-    return {**shapes, **{name: tensors[f"{name}.weight"].shape for name in floats}}
 
 
 # --- figures -------------------------------------------------------------------------------------------------------
@@ -162,14 +178,15 @@ def merged_model(folder: Path, adapter: Path, labels: Sequence[str], config: Con
     from edgepeft.backbone.load import quantized_model
 
     model = quantized_model(folder, labels, config)
-    heads = {name: torch.from_numpy(value.copy()) for name, value in merged_heads(adapter).items()}
+    heads = {name: torch.from_numpy(value.copy()) for name, value in merged_heads(adapter, Base.open(folder)).items()}
     model.load_state_dict(heads, strict=False)
     return model
 
 
-def merged_heads(adapter: Path) -> dict[str, np.ndarray]:
+def merged_heads(adapter: Path, base: Base) -> dict[str, np.ndarray]:
     """Return the tensors of the trained head under their names in the task model."""
-    return {name.removeprefix(PREFIX): value for name, value in peft_files.read(adapter).heads.items()}
+    whole = peft_files.read(adapter).whole
+    return {name: value for name, value in whole.items() if name.split(".")[0] in base.heads}
 
 
 def _problems(report: Mapping[str, Any]) -> list[str]:

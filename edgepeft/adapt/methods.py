@@ -1,14 +1,14 @@
-"""The adapter methods: one row each. A method is its place in the one equation of an adapted linear layer,
+"""The adapter methods that can be trained: one row each, and how Hugging Face PEFT is told to train it.
 
-    y = s_out ⊙ ( W·(s_in ⊙ x) + B·( gate ⊙ (A·x) ) ) + bias          A: R x K;  B: N x R
+A method exists only until its training ends: what it saved is a PEFT folder of some kind (`kinds`), and every later
+stage knows the terms of the one equation alone (`terms`):
 
-A row says how training builds the Hugging Face PEFT configuration, and how a saved PEFT folder becomes `Terms` per
-module: the arrays a, b, gate, s_in, s_out, each absent when neutral. Everything after training (what the device
-receives, what a merge adds to W) follows from the terms alone, so no later stage knows a method by name.
+    y = s_out ⊙ ( W·(s_in ⊙ x) + B·( gate ⊙ (A·x) ) ) + bias
 
-New rows and where they enter: DoRA sets s_out = magnitude / ‖W + BA‖ (its reader needs the row norms of W); VeRA sets
-gate and s_out around a shared a and b; IA3 sets s_out or s_in and has no a, b; a mixture of LoRAs stacks its experts'
-a and b along R and gates per token. What cannot be written in these terms gets no row.
+A row builds the PEFT configuration and may say more: what is done to the model before PEFT sees it (`prepare`) and
+after (`attach`), with which optimizer (`optimizer`), and what happens when training begins and after each of its steps
+(`begin`, `step`); those live in `training`. A method whose effect is not on a linear (prompts, prefixes, bottlenecks)
+is a row as well: its hooks put it into the model.
 
 The table is named by the command line, so this module imports neither numpy, torch nor peft at its top.
 """
@@ -16,119 +16,144 @@ The table is named by the command line, so this module imports neither numpy, to
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+import importlib
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from edgepeft.errors import ArtifactError
+from edgepeft.adapt.terms import PREFIX, Terms
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from edgepeft.adapt.peft_files import Adapter
     from edgepeft.config import Config
 
-PREFIX = "base_model.model."
-
-
-@dataclasses.dataclass(frozen=True)
-class Terms:
-    """The terms of one adapted module, float32, scale folded into b; None is neutral.
-
-    a_rk [R, K], b_nr [N, R], gate [R], s_in [K], s_out [N].
-    """
-
-    a_rk: np.ndarray | None = None
-    b_nr: np.ndarray | None = None
-    gate: np.ndarray | None = None
-    s_in: np.ndarray | None = None
-    s_out: np.ndarray | None = None
+__all__ = ["METHODS", "PREFIX", "Method", "Terms"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
     """One adapter method.
 
-    peft_type: how adapter_config.json names it.  tensors: term -> what follows the module's name in a PEFT file.
+    peft_type: how adapter_config.json names what is saved.  words: what it is, for the documentation.
+    hooks: {moment: name of a function in `edgepeft.adapt.training`}; moments are "prepare", "attach", "optimizer",
+    "begin" and "step".  trains_base: it trains tensors of the base that stay in float (biases).
     """
 
     tag: str
     peft_type: str
-    tensors: Mapping[str, str]
+    words: str
     _peft_config: Callable[..., Any]
-    _terms: Callable[[Adapter, str], Terms]
+    hooks: dict[str, str] = dataclasses.field(default_factory=dict)
+    trains_base: bool = False
 
     def peft_config(self, config: Config, modules: Iterable[str], heads: Iterable[str], task_type: str) -> Any:
         """Return the PEFT configuration that adapts the linears `modules` and trains the modules `heads` in full."""
         return self._peft_config(config, sorted(modules), sorted(heads), task_type)
 
-    def terms(self, folder: Path, **expected: Any) -> dict[str, Terms]:
-        """Return {module: Terms} of a PEFT folder, sorted by module; `expected` goes to `peft_files.read`."""
-        from edgepeft.adapt.peft_files import read
-
-        adapter = read(folder, **expected)
-        return {module: self._terms(adapter, module) for module in adapter.modules}
-
-    def half_terms(self, adapter: Adapter) -> dict[str, np.ndarray]:
-        """Return the terms of an adapter that was read, as float16 under PEFT's names."""
-        result = {}
-        for module in adapter.modules:
-            terms = self._terms(adapter, module)
-            for term, ending in self.tensors.items():
-                if (value := getattr(terms, term)) is not None:
-                    result[f"{PREFIX}{module}.{ending}"] = _half(value, module, term)
-        return result
-
-    def deltas(self, folder: Path, **expected: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Return {module: (b_nr with the scale folded in, a_rk)}: W + b @ a is the merged weight.
-
-        Raises ArtifactError for a module that has other terms than a and b, which a sum cannot hold.
-        """
-        return {module: _low_rank(terms, module) for module, terms in self.terms(folder, **expected).items()}
+    def at(self, moment: str, *arguments: Any) -> Any:
+        """Do what the row has for a moment of training; None where it has nothing."""
+        if moment not in self.hooks:
+            return None
+        return getattr(importlib.import_module("edgepeft.adapt.training"), self.hooks[moment])(*arguments)
 
 
-def _half(value: np.ndarray, module: str, term: str) -> np.ndarray:
-    """Round to float16; refuse what would become infinite."""
-    import numpy as np
-
-    largest = float(np.abs(value).max(initial=0.0))
-    if largest > float(np.finfo(np.float16).max):
-        raise ArtifactError(
-            f"{module}: {term} reaches {largest:.3g}; float16 ends at 65504. Train with a lower learning rate or alpha."
-        )
-    return value.astype(np.float16)
-
-
-def _low_rank(terms: Terms, module: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (b, a) of a module whose other terms are neutral."""
-    others = [name for name in ("gate", "s_in", "s_out") if getattr(terms, name) is not None]
-    if others or terms.a_rk is None or terms.b_nr is None:
-        raise ArtifactError(f"{module}: {', '.join(others) or 'no a and b'}: not a sum W + BA. Ship it unmerged.")
-    return terms.b_nr, terms.a_rk
-
-
-# --- LoRA: a = lora_A, b = scale * lora_B, scale = alpha / r (rsLoRA: alpha / sqrt(r)), per module by the patterns ----
-
-
-def _lora_config(config: Config, modules: list[str], heads: list[str], task_type: str) -> Any:
+def _lora(config: Config, modules: list[str], heads: list[str], task_type: str, **more: Any) -> Any:
     from peft import LoraConfig
 
     # PEFT takes any real alpha; its annotation says int.
     alpha: Any = config.alpha
     return LoraConfig(
-        r=config.rank, lora_alpha=alpha, lora_dropout=config.dropout, target_modules=modules,
-        modules_to_save=heads, bias="none", task_type=task_type,
+        **{
+            "r": config.rank, "lora_alpha": alpha, "lora_dropout": config.dropout, "target_modules": modules,
+            "modules_to_save": heads, "bias": "none", "task_type": task_type, **more,
+        }
     )  # fmt: skip
 
 
-def _lora_terms(adapter: Adapter, module: str) -> Terms:
-    import numpy as np
-
-    a_rk = adapter.tensors[f"{PREFIX}{module}.lora_A.weight"].astype(np.float32)
-    b_nr = adapter.tensors[f"{PREFIX}{module}.lora_B.weight"].astype(np.float32)
-    return Terms(a_rk=a_rk, b_nr=b_nr * np.float32(adapter.scale(module)))
+def _rslora(*given: Any) -> Any:
+    return _lora(*given, use_rslora=True)
 
 
-LORA = Method("lora", "LORA", {"a_rk": "lora_A.weight", "b_nr": "lora_B.weight"}, _lora_config, _lora_terms)
+def _dora(*given: Any) -> Any:
+    return _lora(*given, use_dora=True)
 
-METHODS: dict[str, Method] = {row.tag: row for row in (LORA,)}
+
+def _bitfit(config: Config, modules: list[str], heads: list[str], task_type: str) -> Any:
+    """Train biases; PEFT knows them only beside a LoRA, so one linear carries the smallest one, frozen at zero."""
+    return _lora(config, modules[:1], heads, task_type, r=1, lora_alpha=1, lora_dropout=0.0, bias="all")
+
+
+def _adalora(config: Config, modules: list[str], heads: list[str], task_type: str) -> Any:
+    from peft import AdaLoraConfig
+
+    # Half as many ranks again to choose from. The steps become known when training begins.
+    start, alpha = config.rank + (config.rank + 1) // 2, config.alpha
+    return AdaLoraConfig(
+        init_r=start, target_r=config.rank, lora_alpha=alpha * start / config.rank,  # type: ignore[arg-type]
+        lora_dropout=config.dropout, target_modules=modules, modules_to_save=heads, total_step=3, tinit=0, tfinal=1,
+        task_type=task_type,
+    )  # fmt: skip
+
+
+def _vera(config: Config, modules: list[str], heads: list[str], task_type: str) -> Any:
+    from peft import VeraConfig
+
+    return VeraConfig(
+        r=config.rank, target_modules=modules, modules_to_save=heads, vera_dropout=config.dropout,
+        projection_prng_key=config.seed, save_projection=True, task_type=task_type,
+    )  # fmt: skip
+
+
+def _ia3(config: Config, modules: list[str], heads: list[str], task_type: str) -> Any:
+    from peft import IA3Config
+
+    # The paper's places: the keys, the values, and what goes into the second linear of the feed-forward.
+    down = [name for name in modules if name.endswith(("mlp.down_proj", "output.dense")) and "attention" not in name]
+    scaled = [name for name in modules if name.endswith(("key", "value", "k_proj", "v_proj", "qkv_proj"))]
+    return IA3Config(
+        target_modules=sorted({*down, *scaled}), feedforward_modules=down, modules_to_save=heads, task_type=task_type
+    )
+
+
+def _loha(config: Config, modules: list[str], heads: list[str], task_type: str) -> Any:
+    from peft import LoHaConfig
+
+    alpha: Any = config.alpha
+    return LoHaConfig(
+        r=config.rank, alpha=alpha, target_modules=modules, modules_to_save=heads, rank_dropout=config.dropout,
+        task_type=task_type,
+    )  # fmt: skip
+
+
+def _lokr(config: Config, modules: list[str], heads: list[str], task_type: str) -> Any:
+    from peft import LoKrConfig
+
+    alpha: Any = config.alpha
+    return LoKrConfig(
+        r=config.rank, alpha=alpha, target_modules=modules, modules_to_save=heads, rank_dropout=config.dropout,
+        task_type=task_type,
+    )  # fmt: skip
+
+
+ROWS = (
+    Method("lora", "LORA", "B·A beside each linear", _lora),
+    Method("rslora", "LORA", "LoRA scaled by alpha/√rank", _rslora),
+    Method("loraplus", "LORA", "LoRA whose B learns faster (--lora-plus-ratio)", _lora, {"optimizer": "loraplus"}),
+    Method("dora", "LORA", "LoRA beside a magnitude for each row of W", _dora),
+    Method(
+        "adalora", "ADALORA", "ranks given, while training, to the linears that need them", _adalora,
+        {"begin": "adalora_begin", "step": "adalora_step"},
+    ),
+    Method("vera", "VERA", "two random matrices for all linears, vectors of each", _vera, {"attach": "vera_halves"}),
+    Method("share-layers", "LORA", "one A, B for a role in all layers", _lora, {"attach": "share_layers"}),
+    Method(
+        "share-groups", "LORA", "one A, B for a role in a group of layers (--share-groups)", _lora,
+        {"attach": "share_groups"},
+    ),
+    Method("ia3", "IA3", "scales of keys, values and the feed-forward", _ia3),
+    Method("loha", "LOHA", "the product, number by number, of two low-rank matrices", _loha),
+    Method("lokr", "LOKR", "a Kronecker product of two small matrices", _lokr),
+    Method(
+        "bitfit", "LORA", "the biases and nothing else", _bitfit, {"prepare": "free_biases", "attach": "only_biases"},
+        trains_base=True,
+    ),
+)  # fmt: skip
+METHODS: dict[str, Method] = {row.tag: row for row in ROWS}

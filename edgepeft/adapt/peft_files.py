@@ -1,41 +1,44 @@
-"""PEFT adapter folders: adapter_config.json + adapter_model.safetensors, read exactly or refused, written for both.
+"""PEFT adapter folders: adapter_config.json + adapter_model.safetensors, read exactly or refused.
 
 Reading checks everything at once: each setting that changes the result is understood or off, each tensor belongs to a
-module, shapes agree with rank and base, values are finite, and the base is the one the adapter was trained on.
-Settings understood: r, lora_alpha, use_rslora, rank_pattern, alpha_pattern, modules_to_save. Any other setting that is
-switched on is refused, also one this version has never heard of: a converter that skips it would be wrong silently.
+module, shapes agree with rank and base, values are finite, and the base is the one the adapter was trained on. What a
+kind of adapter understands stands in its row (`kinds`). Any other setting that is switched on is refused, also one this
+version has never heard of: a converter that skips it would be wrong silently.
 
-Writing gives equal bytes for equal content. The device form has its scale folded into lora_B and alpha == r (through
-rank_pattern too), so PEFT, which multiplies by alpha / r = 1, and the device compute the same from one file.
+Besides the terms of modules an adapter may bring whole tensors: those of modules_to_save and, with bias "all" or
+"..._only", biases. A linear's bias becomes a term, all other tensors take the place of the base's own.
 
-The safetensors metadata names the base: {"format": "pt", "edgepeft.base": sha256, "edgepeft.format": tag}.
+Writing gives equal bytes for equal content; `device` writes what a device reads. The safetensors metadata names the
+base: {"format": "pt", "edgepeft.base": sha256, "edgepeft.format": tag}.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepeft.adapt.methods import METHODS, PREFIX
+import numpy as np
+
+from edgepeft.adapt.kinds import KINDS, WITHOUT_EFFECT, Kind, Module, lora_rank, lora_scale, vera_projections
+from edgepeft.adapt.terms import PREFIX, Effect, Terms
 from edgepeft.artifact import read_json, read_tensor, tensor_header, write_json, write_tensors
 from edgepeft.errors import ArtifactError
 
 if TYPE_CHECKING:
-    import numpy as np
+    from edgepeft.adapt.base import Base
 
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-UNDERSTOOD = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "peft_type"}
-WITHOUT_EFFECT = {  # where and how it was trained; the tensors carry the outcome
-    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "target_modules",
-    "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern", "megatron_core", "eva_config",
-    "qalora_group_size", "runtime_config", "peft_version", "init_lora_weights", "bias",
-}  # fmt: skip
 INITS_OF_A_AND_B = {True, False, "gaussian", "orthogonal", "eva"}  # the others change the base weights too
-LORA_TENSOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
+SHADOWS = (".original_module.", ".modules_to_save.")  # PEFT's own copies of what stands under its plain name as well
+COPIES = tuple(f".base_layer.{part}" for part in ("weight", "qweight", "qscale"))  # of adapted embeddings and heads
+SAME_ERROR = 1e-3
+RANKS = ("r", "init_r")
+ALPHAS = ("lora_alpha", "alpha")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,32 +50,79 @@ class Adapter:
     metadata: Mapping[str, str]
 
     @property
+    def kind(self) -> Kind:
+        """The row of its kind."""
+        return KINDS[self.settings["peft_type"]]
+
+    @functools.cached_property
+    def _by_module(self) -> dict[str, dict[str, np.ndarray]]:
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for name, value in self.tensors.items():
+            if match := self.kind.match(name.removeprefix(PREFIX)):
+                found.setdefault(match[0], {})[match[1]] = value
+        return dict(sorted(found.items()))
+
+    @property
     def modules(self) -> list[str]:
         """The adapted modules, under the base model's own names, sorted."""
-        return sorted({match["module"] for name in self.tensors if (match := LORA_TENSOR.match(name))})
+        return list(self._by_module)
+
+    def module(self, name: str) -> Module:
+        """Return one adapted module."""
+        named = {key: self.tensors.get(f"base_model.{key}") for key in self.kind.common}
+        common = {key: value for key, value in named.items() if value is not None}
+        return Module(name, self._by_module[name], self.settings, common)
 
     @property
     def heads(self) -> dict[str, np.ndarray]:
-        """The tensors trained in full, float32, under PEFT's names."""
-        return {n: t.astype("float32") for n, t in self.tensors.items() if not LORA_TENSOR.match(n)}
+        """The tensors trained in full, float32, under PEFT's names; biases of linears among them."""
+        return {f"{PREFIX}{name}": value for name, value in self.whole.items()}
+
+    @property
+    def whole(self) -> dict[str, np.ndarray]:
+        """The tensors trained in full, float32, under the base's names."""
+        found = {}
+        for name, value in self.tensors.items():
+            inner = name.removeprefix(PREFIX)
+            if not self.kind.match(inner) and name.startswith(PREFIX):
+                found[inner.replace(".base_layer.", ".")] = value.astype(np.float32)
+        return found
 
     def rank(self, module: str) -> int:
-        """Return R as the settings state it."""
-        return _by_pattern(self.settings.get("rank_pattern"), module, self.settings.get("r", 8))
+        """Return R of a LoRA as the settings state it."""
+        return lora_rank(self.module(module))
 
     def scale(self, module: str) -> float:
         """Return what lora_B·lora_A is multiplied by."""
-        alpha = _by_pattern(self.settings.get("alpha_pattern"), module, self.settings.get("lora_alpha", 8))
-        rank = self.rank(module)
-        return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+        return lora_scale(self.module(module))
+
+    def effect(self, base: Base | None = None) -> Effect:
+        """Return the terms and whole tensors. `base` has to be there for kinds whose terms depend on its weights."""
+        found = {name: self.kind.terms(self.module(name), base) for name in self.modules}
+        modules = {name: terms for name, terms in found.items() if not _idle(terms)}
+        replaced = self.whole
+        for name in [name for name in replaced if name.endswith(".bias")]:
+            module = name.removesuffix(".bias")
+            if module in modules or (base is not None and module in base.linears):
+                modules[module] = _with_bias(modules.get(module, Terms()), module, replaced.pop(name), self, base)
+        return Effect(dict(sorted(modules.items())), replaced)
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """Return the value of the first pattern that ends the module's name, as PEFT resolves it."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _idle(terms: Terms) -> bool:
+    """Tell whether terms add nothing: no rank was left, or one side is zero, as in what only carries biases."""
+    if terms.present != ["a_rk", "b_nr"]:
+        return False
+    return not (np.any(terms.a_rk) and np.any(terms.b_nr))
+
+
+def _with_bias(terms: Terms, module: str, bias: np.ndarray, adapter: Adapter, base: Base | None) -> Terms:
+    """Return the terms with a bias that was trained in place of the base's."""
+    if terms.bias is None:
+        return dataclasses.replace(terms, bias=bias)
+    own = base.bias(module) if base is not None else None
+    if terms.s_out is not None:  # IA3 scales the bias too
+        return dataclasses.replace(terms, bias=bias * terms.s_out)
+    return dataclasses.replace(terms, bias=terms.bias + (bias if own is None else bias - own))
 
 
 def read(
@@ -80,25 +130,49 @@ def read(
     base_digest: str | None = None,
     shapes: Mapping[str, tuple[int, int]] | None = None,
     heads: Iterable[str] = (),
+    base: Base | None = None,
+    foreign: bool = False,
 ) -> Adapter:
     """Read and check an adapter folder.
 
     base_digest: the base it has to belong to.  shapes: {module: (N, K)} of the base's linears.  heads: modules whose
-    trained weights it has to hold. Raises ArtifactError that lists every reason against using it.
+    trained weights it has to hold.  base: all of that in one.  foreign: it may name no base, as one that PEFT saved.
+    Raises ArtifactError that lists every reason against using it.
     """
     settings = read_json(folder / SETTINGS)
     if not isinstance(settings, dict):
         raise ArtifactError(f"{folder / SETTINGS}: expected a JSON object, found {type(settings).__name__}.")
-    header, metadata, base = tensor_header(folder / TENSORS)
-    tensors = {name: read_tensor(folder / TENSORS, entry, base) for name, entry in header.items()}
+    tensors, metadata = _tensors(folder)
+    copies = {name: tensors.pop(name) for name in list(tensors) if name.endswith(COPIES)}
+    if base is not None:
+        base_digest, shapes, heads = base.digest, {**base.linears, **base.embeddings}, heads or base.heads
     adapter = Adapter(settings, tensors, metadata)
-    problems = _base_problems(metadata, base_digest) + _setting_problems(settings)
-    problems += _tensor_problems(tensors, settings) + _head_problems(adapter, heads)
+    problems = _base_problems(metadata, None if foreign and "edgepeft.base" not in metadata else base_digest)
+    if settings.get("peft_type") not in KINDS:
+        known = ", ".join(sorted(KINDS))
+        problems.append(f"peft_type {settings.get('peft_type')!r} is not supported; known: {known}.")
+        raise ArtifactError("\n".join(f"{folder}: {problem}" for problem in problems))
+    problems += _setting_problems(settings) + _tensor_problems(adapter) + _head_problems(adapter, heads)
     if not problems:
+        adapter = _with_common(adapter, shapes)
         problems = _shape_problems(adapter, shapes)
+    if not problems and base is not None:
+        problems = _whole_problems(adapter, base) + _copy_problems(copies, base)
     if problems:
         raise ArtifactError("\n".join(f"{folder}: {problem}" for problem in problems))
     return adapter
+
+
+def _tensors(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the tensors of a folder, bfloat16 widened, without PEFT's own copies; and the metadata."""
+    header, metadata, start = tensor_header(folder / TENSORS)
+    found = {}
+    for name, entry in header.items():
+        if not any(part in name for part in SHADOWS):
+            wide = entry["dtype"] == "BF16"
+            value = read_tensor(folder / TENSORS, {**entry, "dtype": "I16"} if wide else entry, start)
+            found[name] = (value.view(np.uint16).astype(np.uint32) << 16).view(np.float32) if wide else value
+    return found, metadata
 
 
 def _base_problems(metadata: Mapping[str, str], base_digest: str | None) -> list[str]:
@@ -110,35 +184,38 @@ def _base_problems(metadata: Mapping[str, str], base_digest: str | None) -> list
 
 
 def _setting_problems(settings: Mapping[str, Any]) -> list[str]:
-    """Name each setting that would change the result in a way the equation's row does not carry out."""
-    kinds = {row.peft_type for row in METHODS.values()}
-    problems = []
-    if settings.get("peft_type") not in kinds:
-        problems.append(f"peft_type {settings.get('peft_type')!r} is not supported; known: {', '.join(sorted(kinds))}.")
-    for name in sorted(set(settings) - UNDERSTOOD - WITHOUT_EFFECT):
+    """Name each setting that would change the result in a way the kind's row does not carry out."""
+    kind, problems = KINDS[settings["peft_type"]], []
+    for name in sorted(set(settings) - kind.understood - kind.training - WITHOUT_EFFECT):
+        if name == "bias" and settings[name] == "none":
+            continue
         if settings[name] not in (None, False) and settings[name] != {} and settings[name] != []:
             problems.append(f"{name} = {settings[name]!r} is not supported; train without it.")
-    if settings.get("bias", "none") != "none":
-        problems.append(f"bias = {settings['bias']!r}: trained biases are not supported; train with bias 'none'.")
-    if str(settings.get("init_lora_weights", True)) not in {str(value) for value in INITS_OF_A_AND_B}:
+    start = settings.get("init_lora_weights", True)
+    if "init_lora_weights" in kind.training and str(start) not in {str(value) for value in INITS_OF_A_AND_B}:
         problems.append(
-            f"init_lora_weights = {settings['init_lora_weights']!r} changed the base weights as well; convert it with "
-            "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
+            f"init_lora_weights = {start!r} changed the base weights as well; convert it with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...), or give the changed base as the model and "
+            "set init_lora_weights to true."
         )
+    if settings.get("use_dora") and settings.get("lora_bias"):
+        problems.append("use_dora with lora_bias: PEFT leaves that bias out, so it says two things; train with one.")
     return problems + _number_problems(settings)
 
 
 def _number_problems(settings: Mapping[str, Any]) -> list[str]:
-    """Check r, lora_alpha and the two patterns."""
+    """Check ranks, alpha and their two patterns."""
     problems = []
-    for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+    ranks, alphas = ([name for name in names if name in settings] for names in (RANKS, ALPHAS))
+    patterns = (("rank_pattern", ranks), ("alpha_pattern", alphas)) if settings["peft_type"] != "ADALORA" else ()
+    for name in {*ranks, *alphas}:
+        problems += _not_above_zero(name, settings[name], settings["peft_type"] == "ADALORA")
+    for pattern, _ in patterns:
         table = settings.get(pattern) or {}
         if not isinstance(table, dict):
             return [f"{pattern} should be an object, found {table!r}."]
-        for key, value in {name: settings.get(name, 8), **table}.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0 or not math.isfinite(value):
-                problems.append(f"{key} should be a number above 0, found {value!r}.")
-        for key in table:
+        for key, value in table.items():
+            problems += _not_above_zero(key, value)
             try:
                 re.compile(key)
             except re.error as error:
@@ -146,28 +223,53 @@ def _number_problems(settings: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _tensor_problems(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> list[str]:
-    """Each tensor is one side of a pair or belongs to a head; all are finite floats; pairs are complete."""
-    import numpy as np
+def _not_above_zero(name: str, value: Any, zero: bool = False) -> list[str]:
+    number = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    fine = number and (value > 0 or (zero and value >= 0))
+    return [] if fine else [f"{name} should be a number above 0, found {value!r}."]
 
-    saved = tuple(f"{PREFIX}{name}." for name in settings.get("modules_to_save") or ())
-    sides: dict[str, set[str]] = {}
+
+def _saved(inner: str, settings: Mapping[str, Any]) -> bool:
+    """Tell whether a tensor below the prefix belongs to a module of modules_to_save, which PEFT finds by its ending."""
+    return any(f"{name}." in inner for name in settings.get("modules_to_save") or ())
+
+
+def _tensor_problems(adapter: Adapter) -> list[str]:
+    """Each tensor belongs to a module, to a head or is a bias; all are finite floats; modules are complete."""
+    settings, kind = adapter.settings, adapter.kind
+    with_bias = settings.get("bias", "none") != "none"
+    common = {f"base_model.{name}" for name in kind.common}
     strange, broken = [], []
-    for name, value in sorted(tensors.items()):
-        if match := LORA_TENSOR.match(name):
-            sides.setdefault(match["module"], set()).add(match["side"])
-        elif not (saved and name.startswith(saved)):
+    for name, value in sorted(adapter.tensors.items()):
+        inner = name.removeprefix(PREFIX)
+        biased = with_bias and inner.endswith(".bias")
+        if not (kind.match(inner) or name in common or _saved(inner, settings) or biased):
             strange.append(name)
         if value.dtype.kind != "f" or not np.isfinite(value).all():
             broken.append(f"{name} ({value.dtype})")
-    half = {module: "B" if side == {"A"} else "A" for module, side in sides.items() if len(side) < 2}
-    problems = [f"{module}: lora_{side} is missing." for module, side in half.items()]
+    problems = _incomplete(adapter)
     if strange:
         problems.append(f"{len(strange)} tensors belong to nothing that is supported: {_some(strange)}.")
     if broken:
         problems.append(f"{len(broken)} tensors hold NaN, infinity or no floats: {_some(broken)}. Train again.")
-    if not sides:
-        problems.append("no LoRA tensors: it would load and do nothing.")
+    if not adapter.modules and not adapter.whole:
+        problems.append(f"no {settings['peft_type']} tensors: it would load and do nothing.")
+    return problems
+
+
+def _incomplete(adapter: Adapter) -> list[str]:
+    """Return what modules lack, and which of their tensors the settings do not mention."""
+    problems = []
+    for name in adapter.modules:
+        tensors = adapter.module(name).tensors
+        if missing := adapter.kind.missing(tensors):
+            problems.append(f"{name}: {missing} is missing.")
+        for flag, ending in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
+            told = bool(adapter.settings.get(flag)) and adapter.kind.peft_type == "LORA"
+            if told and flag == "use_dora" and "lora_embedding_A" in tensors:
+                problems.append(f"{name}: DoRA on an embedding is not supported; leave it out of target_modules.")
+            elif told != (ending in tensors):
+                problems.append(f"{name}: {ending} belongs to {flag} = true, which is {told} here.")
     return problems
 
 
@@ -176,18 +278,119 @@ def _head_problems(adapter: Adapter, heads: Iterable[str]) -> list[str]:
     return [f"the trained head {head!r} is missing; train with modules_to_save=[{head!r}]." for head in missing]
 
 
+def _with_common(adapter: Adapter, shapes: Mapping[str, tuple[int, int]] | None) -> Adapter:
+    """Return a VeRA with its shared matrices, drawn anew where the file leaves them out."""
+    if adapter.kind.peft_type != "VERA" or "base_model.vera_A" in adapter.tensors or shapes is None:
+        return adapter
+    largest = [max((shapes[name][axis] for name in adapter.modules if name in shapes), default=1) for axis in (0, 1)]
+    drawn = {f"base_model.{name}": value for name, value in vera_projections(adapter.settings, *largest).items()}
+    return dataclasses.replace(adapter, tensors={**adapter.tensors, **drawn})
+
+
 def _shape_problems(adapter: Adapter, shapes: Mapping[str, tuple[int, int]] | None) -> list[str]:
-    """Compare A [R, K] and B [N, R] with the settings' rank and the base's linears."""
+    """Compare the shapes of a module's tensors with the settings' rank and the base's modules."""
     problems = []
-    for module in adapter.modules:
-        a, b = (adapter.tensors[f"{PREFIX}{module}.lora_{side}.weight"].shape for side in "AB")
-        rank = adapter.rank(module)
+    for name in adapter.modules:
+        tensors = {ending: list(value.shape) for ending, value in adapter.module(name).tensors.items()}
+        if shapes is not None and name not in shapes:
+            problems.append(f"{name}: the base has no such linear.")
+        elif wrong := _wrong_shape(adapter, name, tensors, shapes):
+            problems.append(f"{name}: {wrong}")
+    return problems
+
+
+def _wrong_shape(
+    adapter: Adapter, name: str, tensors: Mapping[str, list[int]], shapes: Mapping[str, tuple[int, int]] | None
+) -> str:
+    """Return what is wrong with a module's shapes, or nothing."""
+    wanted = None if shapes is None else list(shapes[name])
+    turned = "lora_embedding_A" in tensors
+    if "lora_A.weight" in tensors or turned:
+        sides = ("lora_embedding_A", "lora_embedding_B") if turned else ("lora_A.weight", "lora_B.weight")
+        a, b = (tensors[side] for side in sides)
+        rank = adapter.rank(name)
         if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
-            problems.append(f"{module}: expected lora_A [{rank}, K], lora_B [N, {rank}], found {list(a)}, {list(b)}.")
-        elif shapes is not None and module not in shapes:
-            problems.append(f"{module}: the base has no such linear.")
-        elif shapes is not None and (b[0], a[1]) != tuple(shapes[module]):
-            problems.append(f"{module}: the base's linear is {list(shapes[module])}, the adapter's {[b[0], a[1]]}.")
+            return f"expected lora_A [{rank}, K], lora_B [N, {rank}], found {a}, {b}."
+    found = _implied_shape(adapter.kind.peft_type, tensors)
+    if found is None:
+        return f"its tensors do not go together: {tensors}."
+    if wanted is not None and any(f and f != w for f, w in zip(found, wanted[::-1] if turned else wanted, strict=True)):
+        return f"the base's linear is {wanted}, the adapter's {found}."
+    vectors = [e for e in ("lora_magnitude_vector", "lora_B.bias") if e in tensors and tensors[e] != [found[0]]]
+    return f"{vectors[0]} is {tensors[vectors[0]]}, expected [{found[0]}]." if vectors else ""
+
+
+def _implied_shape(peft_type: str, shapes: Mapping[str, list[int]]) -> list[int] | None:
+    """Return [N, K] of the linear that a module's tensors fit, 0 where they do not say, or None when they clash."""
+    try:
+        if peft_type == "LORA":
+            names = sorted(name for name in shapes if name.startswith(("lora_A", "lora_B.w", "lora_emb")))
+            a, b = (shapes[name] for name in names)
+            return [b[0], a[1]] if a[0] == b[1] else None
+        if peft_type == "ADALORA":
+            a, b, e = shapes["lora_A"], shapes["lora_B"], shapes["lora_E"]
+            return [b[0], a[1]] if a[0] == b[1] == e[0] and e[1] == 1 else None
+        if peft_type == "VERA":
+            return [shapes["vera_lambda_b"][0], 0]
+        if peft_type == "IA3":
+            rows, columns = shapes["ia3_l"]
+            return [0, columns] if rows == 1 else ([rows, 0] if columns == 1 else None)
+        if peft_type == "LOHA":
+            (n, _), (_, k) = shapes["hada_w1_a"], shapes["hada_w1_b"]
+            same = shapes["hada_w2_a"][0] == n and shapes["hada_w2_b"][1] == k
+            return [n, k] if same else None
+        sides = [_product_shape(shapes, name) for name in ("lokr_w1", "lokr_w2")]
+        return [sides[0][0] * sides[1][0], sides[0][1] * sides[1][1]]
+    except (ValueError, IndexError, KeyError):
+        return None
+
+
+def _product_shape(shapes: Mapping[str, list[int]], name: str) -> list[int]:
+    return shapes[name] if name in shapes else [shapes[f"{name}_a"][0], shapes[f"{name}_b"][1]]
+
+
+def _whole_problems(adapter: Adapter, base: Base) -> list[str]:
+    """Each whole tensor has a place: a head's, a bias of a linear, or a tensor that the base holds in float."""
+    floats, problems = base.floats(), []
+    tied = {base.stored(name) for name in base.linears if base.stored(name) != name}
+    for name, value in adapter.whole.items():
+        module = name.rpartition(".")[0]
+        linear = name.endswith(".bias") and module in base.linears
+        if name.split(".")[0] in base.heads or (linear and value.shape == base.linears[module][:1]):
+            continue
+        if module in tied:
+            problems.append(f"{name} replaces an embedding that is the head too, which would change; adapt it by LoRA.")
+        elif name not in floats:
+            problems.append(
+                f"{name} is packed in the base, so a whole new one cannot take its place; adapt it by LoRA "
+                "(target_modules in place of modules_to_save), or quantize with it kept in float."
+            )
+        elif value.shape != floats[name]:
+            problems.append(f"{name}: expected {list(floats[name])}, found {list(value.shape)}.")
+    return problems
+
+
+def _copy_problems(copies: Mapping[str, np.ndarray], base: Base) -> list[str]:
+    """PEFT saves an adapted embedding's own weight too; it has to be the base's, as far as a packed one can tell.
+
+    A float weight is the one that was packed when its distance from the packed one is the one measured at packing.
+    """
+    problems = []
+    for name, value in copies.items():
+        module, _, part = name.removeprefix(PREFIX).partition(".base_layer.")
+        if module not in {**base.linears, **base.embeddings}:
+            same = False
+        elif part != "weight":
+            same = np.array_equal(base.tensors[f"{base.stored(module)}.{part}"], value)
+        else:
+            wanted, measured = base.weight(module), base.relative_error(module)
+            found = np.linalg.norm(value - wanted) / np.linalg.norm(value) if value.shape == wanted.shape else np.inf
+            same = abs(float(found) - measured) <= SAME_ERROR * max(measured, SAME_ERROR)
+        if not same:
+            problems.append(
+                f"{name} is not the base's own: the vocabulary was resized or the embedding trained. Give the model "
+                "with that embedding as the base."
+            )
     return problems
 
 
@@ -216,22 +419,8 @@ def _plain(value: Any) -> Any:
 
 
 def write_device(folder: Path, source: Path, **expected: Any) -> Adapter:
-    """Write the device form of the PEFT folder `source`: float16, scale in lora_B, alpha == r; return what was written.
+    """Write the device form of the PEFT folder `source` and return what PEFT reads of it; `expected` goes to `read`."""
+    from edgepeft.adapt.device import write_form
 
-    `expected` (base_digest, shapes, heads) goes to `read`.
-    """
     adapter = read(source, **expected)
-    row = next(row for row in METHODS.values() if row.peft_type == adapter.settings["peft_type"])
-    settings = device_settings(adapter)
-    tensors = {**row.half_terms(adapter), **adapter.heads}
-    digest, tag = (adapter.metadata.get(key, "") for key in ("edgepeft.base", "edgepeft.format"))
-    write(folder, settings, tensors, digest, tag)
-    return Adapter(settings, tensors, adapter.metadata)
-
-
-def device_settings(adapter: Adapter) -> dict[str, Any]:
-    """Return the settings under which PEFT scales by exactly 1 everywhere; patterns become one entry per module."""
-    rank = adapter.settings.get("r", 8)
-    ranks = {module: adapter.rank(module) for module in adapter.modules if adapter.rank(module) != rank}
-    own = {"lora_alpha": rank, "rank_pattern": ranks, "alpha_pattern": ranks, "use_rslora": False}
-    return {**adapter.settings, **own, "r": rank, "inference_mode": True, "lora_dropout": 0.0}
+    return write_form(folder, adapter, expected.get("base"))

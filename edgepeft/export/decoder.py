@@ -178,8 +178,15 @@ class _Emitter(Emitter):
 
     def norm_weight(self, module: str) -> Value:
         """Return a norm's weight as it multiplies."""
-        name = f"{module}.weight"
-        return self.graph.constant(name, self.weights[name] + np.float32(self.about.norm_offset))
+        name, offset = f"{module}.weight", np.float32(self.about.norm_offset)
+        own = self.adapter.replaced(name)
+        if own is None:
+            return self.graph.constant(name, self.weights[name] + offset)
+        own = self.fed(own, own.shape)
+        if not offset:
+            return own
+        plus = self.graph.constant("norm_offset", np.array(offset, np.float32))
+        return self.graph.node("Add", own, plus, shape=own.shape, name=f"{own.name}:offset")
 
     def norm(self, module: str, x: Value, name: str = "") -> Value:
         """Return the norm of x along its last axis."""

@@ -25,19 +25,18 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper
 
-from edgepeft.adapt.methods import METHODS, PREFIX
+from edgepeft.adapt.terms import ENDINGS, HALVES, PREFIX, TERMS_FILE, aliases
 from edgepeft.artifact import DTYPES, read_json, read_tensors, tensor_header
 from edgepeft.backbone.families import Family
 from edgepeft.errors import ModelError
 from edgepeft.export import ops
 from edgepeft.export.functions import FUNCTIONS
-from edgepeft.export.graph import FLOAT, Dims, Graph, Place, Value
+from edgepeft.export.graph import FLOAT, FLOAT16, Dims, Graph, Place, Value
 from edgepeft.quant.formats import EMBEDDING_FORMATS, TILE_ROWS
 
 BATCH, SEQUENCE = "batch", "sequence"
 ADAPTER_FILE = "adapters/default/adapter_model.safetensors"
 MICROSOFT = "com.microsoft"
-GATE = "gate"  # the ending of a gate's input
 
 
 class Weights:
@@ -62,29 +61,44 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFile:
-    """The adapter's tensors as values and places within its file; `path` is None for no adapter at all."""
+    """The adapter's tensors as values and places within its file. swappable: another may take its place at run time."""
 
     values: Mapping[str, Value]
     places: Mapping[str, Place]
-    endings: Mapping[str, str]
+    swappable: bool
 
     @classmethod
-    def read(cls, path: Path | None, method: str = "lora", location: str = ADAPTER_FILE) -> AdapterFile:
-        """Read the header of an adapter file that will lie at `location` beside the graph."""
+    def read(cls, path: Path | None, location: str = ADAPTER_FILE) -> AdapterFile:
+        """Read the header of a PEFT file that will lie at `location` beside the graph, or of the terms beside it.
+
+        None is no adapter at all, as in a merged model.
+        """
         if path is None:
-            return cls({}, {}, {})
-        header, _, base = tensor_header(path)
+            return cls({}, {}, swappable=False)
+        if (terms := path.with_name(TERMS_FILE)).exists():
+            path, location = terms, f"{location.rpartition('/')[0]}/{TERMS_FILE}"
+        header, metadata, base = tensor_header(path)
+        stored = {name: name for name in header} | aliases(metadata)
         values, places = {}, {}
-        for name, entry in header.items():
+        for name, source in stored.items():
+            entry = header[source]
             start, end = entry["data_offsets"]
             dtype = helper.np_dtype_to_tensor_dtype(np.dtype(DTYPES[entry["dtype"]]))
             values[name] = Value(name, dtype, tuple(entry["shape"]))
             places[name] = Place(location, base + start, end - start)
-        return cls(values, places, METHODS[method].tensors)
+        return cls(values, places, swappable=True)
 
     def term(self, module: str, term: str) -> Value | None:
         """Return the tensor that is one term of a module's adapter, or None."""
-        return self.values.get(f"{PREFIX}{module}.{self.endings[term]}") if term in self.endings else None
+        return self.values.get(f"{PREFIX}{module}.{ENDINGS[term]}")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return {input of the graph: shape of its default}."""
+        return {name: tuple(int(size) for size in value.shape) for name, value in self.values.items()}
+
+    def replaced(self, name: str) -> Value | None:
+        """Return the tensor that takes the place of one of the base's, or None."""
+        return self.values.get(f"{PREFIX}{name}")
 
 
 def parent(module: str) -> str:
@@ -98,6 +112,7 @@ class Emitter:
     def __init__(self, graph: Graph, family: Family, weights: Weights, adapter: AdapterFile, activation: str) -> None:
         self.graph, self.family, self.weights, self.adapter = graph, family, weights, adapter
         self.activation = activation
+        self._fed: dict[str, Value] = {}
 
     def module(self, role: str, layer: int | None = None) -> str:
         """Return the name of the module that plays a role."""
@@ -115,49 +130,58 @@ class Emitter:
     # --- constants and adapter inputs ---
 
     def weight(self, name: str, **as_what: Any) -> Value:
-        """Return a stored tensor as a constant."""
+        """Return a stored tensor as a constant, or what the adapter has in its place."""
+        own = self.adapter.replaced(name)
+        if own is not None:
+            return self.fed(own, own.shape)
         return self.graph.constant(name, self.weights[name], **as_what)
 
     def one(self) -> Value:
         """Return the neutral scale."""
         return self.graph.constant("one", np.ones(1, np.float32))
 
-    def empty(self, *shape: int) -> Value:
-        """Return the shared half of a rank-0 adapter."""
-        return self.graph.constant("empty_" + "x".join(map(str, shape)), np.zeros(shape, np.float16))
-
     def fed(self, value: Value, dims: Dims) -> Value:
         """Return an adapter tensor as an overridable input."""
-        return self.graph.overridable(value, self.adapter.places[value.name], dims)
+        if value.name not in self._fed:
+            self._fed[value.name] = self.graph.overridable(value, self.adapter.places.get(value.name), dims)
+        return self._fed[value.name]
+
+    def empty(self, module: str, term: str, shape: Dims, dims: Dims) -> Value:
+        """Return the rank-0 side of a module without an adapter: an input that another adapter may fill, or nothing."""
+        if self.adapter.swappable:
+            return self.fed(Value(f"{PREFIX}{module}.{ENDINGS[term]}", FLOAT16, shape), dims)
+        return self.graph.constant("empty_" + "x".join(map(str, shape)), np.zeros(shape, np.float16))  # type: ignore[arg-type]
 
     def term(self, module: str, term: str, neutral: Value, dims: Dims) -> Value:
-        """Return one term of a module's adapter; a and b keep their type, the others become float32."""
+        """Return one term of a module's adapter; a and b keep their type, the others are float32."""
         value = self.adapter.term(module, term)
         if value is None:
             return neutral
-        value = self.fed(value, dims)
-        if term in ("a_rk", "b_nr") or value.dtype == FLOAT:
-            return value
-        return self.graph.node("Cast", value, to=FLOAT, shape=value.shape, name=f"{value.name}:float32")
+        if term not in HALVES and value.dtype != FLOAT:
+            raise ModelError(f"{value.name}: expected float32. The adapter's folder was not written by edgepeft.")
+        return self.fed(value, dims)
+
+    def low_rank(self, module: str, n: int, k: int) -> list[Value]:
+        """Return a and b of a module; rank 0 where its adapter has none."""
+        found, rank = [], f"{module}.rank"
+        for term, shape, dims in (("a_rk", (0, k), (rank, k)), ("b_nr", (n, 0), (n, rank))):
+            value = self.adapter.term(module, term)
+            found.append(self.empty(module, term, shape, dims) if value is None else self.fed(value, dims))
+        return found
 
     def gate(self, module: str, leading: Dims) -> Value:
-        """Return a module's gate [1.., R] or [1.., 1], to be overridden by [*leading, R]; one where no rank is."""
+        """Return a module's gate [1.., R] or [1.., 1], to be overridden by [*leading, R]."""
         dims, ones = (*leading, f"{module}.gates"), (1,) * len(leading)
         if (own := self.adapter.term(module, "gate")) is not None:
             return self.graph.overridable(own._replace(shape=(*ones, *own.shape)), self.adapter.places[own.name], dims)
-        if self.adapter.term(module, "a_rk") is None:
+        if not self.adapter.swappable:
             return self.one()
-        return self.graph.optional(f"{PREFIX}{module}.{GATE}", np.ones((*ones, 1), np.float32), dims)
+        return self.graph.optional(f"{PREFIX}{module}.{ENDINGS['gate']}", np.ones((*ones, 1), np.float32), dims)
 
     def terms(self, module: str, n: int, k: int, leading: Dims) -> list[Value]:
         """Return a, b, gate and s_out of a module, neutral where its adapter has none."""
-        rank = f"{module}.rank"
-        return [
-            self.term(module, "a_rk", self.empty(0, k), (rank, k)),
-            self.term(module, "b_nr", self.empty(n, 0), (n, rank)),
-            self.gate(module, leading),
-            self.term(module, "s_out", self.one(), (n,)),
-        ]
+        gate, s_out = self.gate(module, leading), self.term(module, "s_out", self.one(), (n,))
+        return [*self.low_rank(module, n, k), gate, s_out]
 
     # --- modules ---
 
@@ -167,8 +191,26 @@ class Emitter:
         return self.graph.nodes_outputs(name, inputs, outputs, outputs[0].name, ops.DOMAIN, **attrs)
 
     def embedding(self, module: str, ids: Value, name: str = "") -> Value:
-        """Rows of a table [V, K] by ids, exactly as dequantized."""
-        tag, name = self.format(module), name or module
+        """Rows of a table [V, K] by ids, exactly as dequantized, and what the adapter adds to them."""
+        name = name or module
+        if self.adapter.term(module, "a_rk") is None:
+            return self.rows(module, ids, name)
+        rows, (v, k) = self.rows(module, ids, f"{name}:table"), self.shape_nk(module)
+        a, b = self.low_rank(module, k, v)
+        rank = a.shape[0]
+        picked = self.graph.node(
+            "Gather", a, ids, axis=1, dtype=a.dtype, shape=(rank, *ids.shape), name=f"{name}:a"
+        )  # fmt: skip
+        order = [*range(1, len(ids.shape) + 1), 0]
+        picked = self.graph.node(
+            "Transpose", self.float32(picked), perm=order, shape=(*ids.shape, rank), name=f"{name}:ranks"
+        )  # fmt: skip
+        added = self.matmul(picked, b, rows.shape, f"{name}:b")
+        return self.graph.node("Add", rows, added, shape=rows.shape, name=name)
+
+    def rows(self, module: str, ids: Value, name: str) -> Value:
+        """Rows of a table [V, K] by ids."""
+        tag = self.format(module)
         if tag is None:
             table = self.weight(f"{module}.weight")
             return self.graph.node("Gather", table, ids, shape=(*ids.shape, *table.shape[1:]), name=name)
@@ -242,18 +284,24 @@ class Emitter:
         s_in = self.term(modules[0], "s_in", self.one(), (k,))
         inputs = [x, *stacked, s_in]
         for module, n in zip(modules, rows, strict=True):
-            inputs += [*self.terms(module, n, k, x.shape[:-1]), self.bias(module)]
+            inputs += [*self.terms(module, n, k, x.shape[:-1]), self.bias(module, n)]
         outputs = [Value(m, FLOAT, (*x.shape[:-1], n)) for m, n in zip(modules, rows, strict=True)]
         kind = ops.op_type(tag, len(modules))
         graph.function(kind, lambda: ops.function_proto(tag, len(modules)))
         attrs = ops.attributes(k, rows, self.activation)
         return list(graph.nodes_outputs(kind, inputs, outputs, together, ops.DOMAIN, **attrs))
 
-    def bias(self, module: str) -> Value:
+    def bias(self, module: str, n: int) -> Value:
         """Return the bias of a module's linear, the neutral zero where it has none."""
-        if f"{module}.bias" in self.weights.tensors:
-            return self.weight(f"{module}.bias")
-        return self.graph.constant("zero", np.zeros(1, np.float32))
+        own = self.own_bias(module, n)
+        return self.graph.constant("zero", np.zeros(1, np.float32)) if own is None else own
+
+    def own_bias(self, module: str, n: int) -> Value | None:
+        """Return the bias of a module, its adapter's where it has one, or None."""
+        value = self.adapter.term(module, "bias")
+        if value is not None:
+            return self.fed(value, (n,))
+        return self.weight(f"{module}.bias") if f"{module}.bias" in self.weights.tensors else None
 
     def float_linear(self, module: str, x: Value) -> Value:
         """The same equation in float, for a weight that was kept."""
@@ -262,22 +310,26 @@ class Emitter:
         scaled = self.times(x, self.term(module, "s_in", self.one(), (k,)), f"{module}:s_in")
         y = self.matmul(scaled, self.weight(f"{self.stored(module)}.weight"), out, f"{module}:base")
         a, b, gate, s_out = self.terms(module, n, k, x.shape[:-1])
-        if self.adapter.term(module, "a_rk") is not None:
+        if self.adapter.swappable:
             t = self.times(self.matmul(x, a, low, f"{module}:a"), gate, f"{module}:gate")
             y = graph.node("Add", y, self.matmul(t, b, out, f"{module}:b"), shape=out, name=f"{module}:sum")
         y = self.times(y, s_out, f"{module}:s_out")
-        if f"{module}.bias" not in self.weights.tensors:
+        if (bias := self.own_bias(module, n)) is None:
             return graph.node("Identity", y, shape=out, name=module)
-        return graph.node("Add", y, self.weight(f"{module}.bias"), shape=out, name=module)
+        return graph.node("Add", y, bias, shape=out, name=module)
 
     def times(self, x: Value, factor: Value, name: str) -> Value:
         """x * factor, or x where the factor is the neutral one."""
         return x if factor == self.one() else self.graph.node("Mul", x, factor, shape=x.shape, name=name)
 
+    def float32(self, value: Value) -> Value:
+        """Return a value as float32."""
+        if value.dtype == FLOAT:
+            return value
+        return self.graph.node("Cast", value, to=FLOAT, shape=value.shape, name=f"{value.name}:float32")
+
     def matmul(self, x: Value, matrix: Value, shape: Dims, name: str) -> Value:
         """x matrix^T in float32."""
-        if matrix.dtype != FLOAT:
-            matrix = self.graph.node("Cast", matrix, to=FLOAT, shape=matrix.shape, name=f"{matrix.name}:float32")
-        flipped = matrix.shape[::-1]
+        matrix, flipped = self.float32(matrix), matrix.shape[::-1]
         turned = self.graph.node("Transpose", matrix, perm=[1, 0], shape=flipped, name=f"{name}:transposed")
         return self.graph.node("MatMul", x, turned, shape=shape, name=name)

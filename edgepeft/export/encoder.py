@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 
-from edgepeft.adapt.methods import PREFIX
 from edgepeft.backbone.families import Family
 from edgepeft.errors import ModelError
 from edgepeft.export.emitter import BATCH, MICROSOFT, SEQUENCE, AdapterFile, Emitter, Weights, parent
@@ -162,5 +161,5 @@ class _Emitter(Emitter):
         return self.graph.node("Gemm", pooled, weight, bias, transB=1, shape=(BATCH, LABELS), name="logits")
 
     def head(self, name: str, dims: Dims) -> Value:
-        value = self.adapter.values.get(f"{PREFIX}{name}")
+        value = self.adapter.replaced(name)
         return self.fed(value, dims) if value is not None else self.weight(name)

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from edgepeft.adapt.methods import PREFIX
+from edgepeft.adapt.terms import BASE_FILE, PREFIX
+from edgepeft.artifact import read_tensors
 from edgepeft.console import table
 from edgepeft.errors import VerifyError
 from edgepeft.export import ops
@@ -41,6 +42,7 @@ PAST, PRESENT, KEEP = "past_key_values.", "present.", "logits_to_keep"
 KINDS = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 PIECE_ROWS = 4096
 NEIGHBOURS = 3
+SCALES = (".gate", ".s_in", ".s_out")  # neutral at 1
 
 
 class OnnxModel:
@@ -60,6 +62,7 @@ class OnnxModel:
     ) -> None:
         import onnxruntime
 
+        self.folder = folder
         self.name = "stock ONNX Runtime" if library is None else "the op library"
         proto = load(folder, activation)
         self.layers = _expose(proto) if traced else [LOGITS]
@@ -127,14 +130,17 @@ class OnnxModel:
         return dict(zip(self._beginning, self.session.run(names, self.feeds(batch)), strict=True))
 
     def without_adapter(self) -> dict[str, np.ndarray]:
-        """Return the feeds that give every adapter pair rank 0."""
-        feeds = {}
+        """Return the feeds that leave the base: rank 0, scales of 1, the base's own biases and norms."""
+        own = read_tensors(base) if (base := self.folder / "adapters" / BASE_FILE).exists() else {}
+        feeds: dict[str, np.ndarray] = dict(own)
         for name, item in self.adapter_shapes.items():
             dtype = np.float16 if "float16" in item.type else np.float32
             if name.endswith("lora_A.weight"):
                 feeds[name] = np.zeros((0, item.shape[1]), dtype)
             elif name.endswith("lora_B.weight"):
                 feeds[name] = np.zeros((item.shape[0], 0), dtype)
+            elif name.endswith(SCALES):
+                feeds[name] = np.ones([size if isinstance(size, int) else 1 for size in item.shape], dtype)
         return feeds
 
 
@@ -228,23 +234,6 @@ def _rounded_weight(layer: Any) -> Iterator[np.ndarray]:
         values_nk, scale_nb = ops.codes_and_scales(layer.format, w[part], scale[part], activation="int8")
         blocks = values_nk.reshape(len(values_nk), scale_nb.shape[1], -1) * scale_nb[:, :, None]
         yield blocks.reshape(values_nk.shape).astype(np.float32)
-
-
-@contextlib.contextmanager
-def half_adapter(model: Any, adapter: str) -> Iterator[None]:
-    """Let one adapter of a PEFT model have the values it has on the device: A and scale * B as float16."""
-    layers = [module for module in model.modules() if adapter in getattr(module, "lora_A", {})]
-    kept = []
-    for layer in layers:
-        for side, scale in (("lora_A", 1.0), ("lora_B", layer.scaling[adapter])):
-            weight = getattr(layer, side)[adapter].weight
-            kept.append((weight, weight.data))
-            weight.data = (weight.data * scale).half().float() / scale
-    try:
-        yield
-    finally:
-        for weight, data in kept:
-            weight.data = data
 
 
 # --- comparing ---------------------------------------------------------------------------------------------------

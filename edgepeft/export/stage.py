@@ -1,11 +1,13 @@
 """The export stage: one folder that stock ONNX Runtime, our library, optimum and PEFT can each read.
 
     model.onnx  model.onnx.data          the graph, and the frozen weights as they were trained against
-    adapters/default/                    PEFT folder: A, B as float16 with the scale in B, heads as float32; labels.json
+    adapters/default/                    PEFT folder, terms.safetensors where its tensors are others, labels.json
+    adapters/base.safetensors            the base's own of the tensors that the adapter replaces, if it does
     config.json  tokenizer files         as Hugging Face has them, with this model's labels
     export.json                          what was written, with sizes; of a decoder, what running it takes
 
-The adapter's tensors exist once: the graph's defaults are byte ranges of the adapter's own file. A merged model has no
+The graph's defaults are byte ranges of the adapter's own file. Every linear has inputs for A and B, of rank 0 where the
+adapter has none, so that another adapter may adapt others. A merged model has no
 adapters folder and no adapter inputs; its head is a constant. A decoder's context is --context, or what the model has.
 """
 
@@ -17,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepeft.adapt import choice, peft_files
-from edgepeft.adapt.merge import merged_heads, weight_shapes
-from edgepeft.adapt.methods import PREFIX
-from edgepeft.artifact import Run, read_json, write_json
+from edgepeft.adapt.base import Base
+from edgepeft.adapt.device import neutral_values
+from edgepeft.adapt.merge import merged_heads
+from edgepeft.adapt.terms import BASE_FILE, PREFIX
+from edgepeft.artifact import Run, read_json, write_json, write_tensors
 from edgepeft.backbone.families import FAMILIES, Family
 from edgepeft.console import say
 from edgepeft.errors import VerifyError
@@ -95,7 +99,7 @@ def _weights(config: Config, run: Run) -> Weights:
 
     if config.adapter != "merged":
         return Weights(run.path("quantized"))
-    return Weights(run.path("merged"), merged_heads(run.path("adapter")))
+    return Weights(run.path("merged"), merged_heads(run.path("adapter"), Base.open(run.path("merged"))))
 
 
 def _adapter(config: Config, run: Run, out: Path, weights: Weights, training: Mapping[str, Any]) -> AdapterFile:
@@ -105,12 +109,15 @@ def _adapter(config: Config, run: Run, out: Path, weights: Weights, training: Ma
     if config.adapter == "merged":
         return AdapterFile.read(None)
     folder = (out / ADAPTER_FILE).parent
-    about, shapes = weights.about, weight_shapes(weights.tensors, weights.about)
-    expected = {"base_digest": about["base_digest"], "shapes": shapes, "heads": FAMILIES[about["family"]].heads}
-    peft_files.write_device(folder, run.path("adapter"), **expected)
+    base = Base(weights.tensors, weights.about)
+    peft_files.write_device(folder, run.path("adapter"), base=base)
     if training["labels"]:
         write_json(folder / "labels.json", training["labels"])
-    return AdapterFile.read(out / ADAPTER_FILE, training["config"]["method"])
+    adapter = AdapterFile.read(out / ADAPTER_FILE)
+    if own := neutral_values(adapter.shapes(), base):
+        metadata = {"format": "pt", "edgepeft.base": base.digest, "edgepeft.format": base.about["format"]}
+        write_tensors(folder.parent / BASE_FILE, own, metadata)
+    return adapter
 
 
 def write_settings(source: Path, out: Path, labels: list[str], auto_class: str, family: Family) -> dict[str, Any]:

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from edgepeft.adapt import choice
+from edgepeft.adapt import choice, peft_files
+from edgepeft.adapt.base import Base
+from edgepeft.adapt.device import write_form
 from edgepeft.adapt.merge import merged_model
-from edgepeft.artifact import Run, read_json, read_tensors
+from edgepeft.adapt.terms import TERMS_FILE, aliases
+from edgepeft.artifact import Run, read_json, read_tensors, tensor_header
 from edgepeft.errors import TargetError
 from edgepeft.export import parity
 from edgepeft.export.emitter import ADAPTER_FILE
@@ -37,16 +40,21 @@ class Skipped(Exception):  # noqa: N818 - not an error
 
 @dataclasses.dataclass
 class Subject:
-    """One export and the PyTorch model it came from. `trained` and `exported` put that adapter in place first."""
+    """One export and the PyTorch models it came from.
+
+    adapters: {name: PyTorch model}, "trained" as PEFT saved it and "exported" as PEFT loads the exported folder; of a
+    merged model the same under both names. `model` is the one that `adapter` chose.
+    """
 
     config: Config
     run: Run
     out: Path
     splits: Splits
     tokenizer: Any
-    model: Any
+    adapters: dict[str, Any]
     library: Path | None
     why_no_library: str
+    chosen: str = "exported"
     models: dict[tuple[bool, str | None, bool], OnnxModel] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -59,8 +67,8 @@ class Subject:
         splits, config = load_splits(config), choice.decided(config, run)
         library, why = _library()
         with quiet():
-            tokenizer, model = load_tokenizer(run.path("quantized")), _torch_model(config, run, splits.labels)
-        return cls(config, run, out, splits, tokenizer, model, library, why)
+            tokenizer, adapters = load_tokenizer(run.path("quantized")), _torch_models(config, run, splits.labels)
+        return cls(config, run, out, splits, tokenizer, adapters, library, why)
 
     def sample(self, count: int) -> dict[str, np.ndarray]:
         """Return `count` inputs to compare layers on: arrays that graph and PyTorch both take."""
@@ -105,16 +113,27 @@ class Subject:
         """The model as a device runs it, or on stock ONNX Runtime where there is no library."""
         return self.onnx(self.library is not None)
 
+    @property
+    def model(self) -> Any:
+        """The PyTorch model with the adapter that was chosen."""
+        return self.adapters[self.chosen]
+
     def adapter(self, name: str) -> None:
         """Put an adapter in place: "trained" or "exported"; nothing to choose in a merged model."""
-        if not self.merged:
-            self.model.set_adapter(name)
+        self.chosen = name
 
     @functools.cached_property
     def float_trace(self) -> Trace:
         """PyTorch's layers under the exported adapter, in float."""
         self.adapter("exported")
         return parity.torch_trace(self.model, self.sample(TRACED), self.layers)
+
+    def device_form(self, folder: Path, exact: bool) -> Trace:
+        """Write the device form of the trained adapter below `folder`, `exact` in float32; return PyTorch's layers."""
+        base = Base.open(self.run.path("quantized"))
+        write_form(folder, peft_files.read(self.run.path("adapter"), base=base), base, exact)
+        model = adapted_model(self.config, self.run, self.splits.labels, folder)
+        return parity.torch_trace(model, self.sample(TRACED), self.layers)
 
     @functools.cached_property
     def layers(self) -> list[str]:
@@ -123,8 +142,13 @@ class Subject:
 
     @functools.cached_property
     def tensors(self) -> dict[str, np.ndarray]:
-        """The exported adapter's tensors, mapped."""
-        return read_tensors(self.folder / ADAPTER_FILE)
+        """The exported adapter's tensors as the graph names them, mapped."""
+        file = self.folder / ADAPTER_FILE
+        terms = file.with_name(TERMS_FILE)
+        if not terms.exists():
+            return read_tensors(file)
+        stored = read_tensors(terms)
+        return {**stored, **{name: stored[source] for name, source in aliases(tensor_header(terms)[1]).items()}}
 
 
 class Labelled(Subject):
@@ -207,19 +231,25 @@ def _library() -> tuple[Path | None, str]:
         return None, f"no op library for this machine: {error}"
 
 
-def _torch_model(config: Config, run: Run, labels: Sequence[str]) -> Any:
-    """Return the packed model in PyTorch with the adapters "trained" and "exported", or merged with its head."""
+def _torch_models(config: Config, run: Run, labels: Sequence[str]) -> dict[str, Any]:
+    """Return the packed model in PyTorch with the trained and the exported adapter, or merged with its head."""
     import torch
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.adapter == "merged":
+        return dict.fromkeys(
+            ("trained", "exported"), merged_model(run.path("merged"), run.path("adapter"), labels, config).eval()
+        )
+    folders = {"trained": run.path("adapter"), "exported": (run.path("export") / ADAPTER_FILE).parent}
+    return {name: adapted_model(config, run, labels, folder) for name, folder in folders.items()}
+
+
+def adapted_model(config: Config, run: Run, labels: Sequence[str], folder: Path) -> Any:
+    """Return the packed model in PyTorch with an adapter as PEFT loads it."""
     from peft import PeftModel
 
     from edgepeft.backbone.load import quantized_model
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    if config.adapter != "merged":
-        model = quantized_model(run.path("quantized"), labels, config)
-        model = PeftModel.from_pretrained(model, str(run.path("adapter")), adapter_name="trained")
-        exported = (run.path("export") / ADAPTER_FILE).parent
-        model.load_adapter(str(exported), adapter_name="exported")
-        return model.eval()
-    return merged_model(run.path("merged"), run.path("adapter"), labels, config).eval()
+    model = quantized_model(run.path("quantized"), labels, config)
+    return PeftModel.from_pretrained(model, str(folder)).eval()

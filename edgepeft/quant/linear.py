@@ -2,11 +2,12 @@
 
     y = x Ŵᵀ + bias        dx = dy Ŵ        Ŵ[n, k] = value(code[n, k]) * scale[n, k // block]
 
-`QuantLinear` is a `torch.nn.Linear` whose `weight` is None, so PEFT injects adapters on it as on any other linear, and
-a method reaches the weight by `get_weight` / `set_weight` alone. Forward dequantizes, multiplies and forgets; backward
-dequantizes again; W itself gets no gradient; a head over a large vocabulary is multiplied PIECE weights at a time.
-`qweight` and `qscale` are buffers in the layout of the format's table row, so `state_dict` holds what the export reads.
-Casting a model (`.half()`, `.to(dtype)`) never rounds scales: the bits trained against are the bits shipped.
+`QuantLinear` is a `torch.nn.Linear` whose `weight` has a shape and no numbers (NaN), so PEFT injects adapters on it as
+on any other linear, and a method reaches the weight by `get_weight` / `set_weight` alone (PEFT: by `dequantize`).
+Forward dequantizes, multiplies and forgets; backward dequantizes again; W itself gets no gradient, a bias that is a
+parameter does; a head over a large vocabulary is multiplied PIECE weights at a time. `qweight` and `qscale` are buffers
+in the layout of the format's table row, so `state_dict` holds what the export reads. Casting a model (`.half()`,
+`.to(dtype)`) never rounds scales: the bits trained against are the bits shipped.
 
 `activation` says how forward multiplies: "float", or "int8" as the op that ships does, by its kernel (`multiply_int8`).
 Backward is the same for both: what rounds x counts as the identity (straight through).
@@ -75,13 +76,13 @@ class _PackedMatmul(torch.autograd.Function):
     """y = x Ŵᵀ that keeps the packed tensors for backward, not Ŵ."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, layer: QuantLinear, bias_n: torch.Tensor | None) -> torch.Tensor:
         ctx.layer, ctx.x_dtype = layer, x.dtype
         if layer.activation == "int8" and x.device.type == "cpu" and x.numel():
             return layer.int8_product(x)
         y = None
         for rows, w_nk in layer.pieces():
-            bias = None if layer.bias is None else layer.bias[rows].to(x.dtype)
+            bias = None if bias_n is None else bias_n[rows].to(x.dtype)
             part = torch.nn.functional.linear(x, w_nk.to(x.dtype), bias)
             if len(w_nk) == layer.out_features:
                 return part
@@ -92,11 +93,12 @@ class _PackedMatmul(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None]:
+        dbias = dy.flatten(0, -2).sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         if not ctx.needs_input_grad[0]:
-            return None, None
+            return None, None, dbias
         parts = (dy[..., rows] @ w_nk.to(dy.dtype) for rows, w_nk in ctx.layer.pieces())
-        return functools.reduce(torch.Tensor.add_, parts).to(ctx.x_dtype), None
+        return functools.reduce(torch.Tensor.add_, parts).to(ctx.x_dtype), None, dbias
 
 
 class _PackedModule(torch.nn.Module):
@@ -104,6 +106,15 @@ class _PackedModule(torch.nn.Module):
 
     qweight: torch.Tensor
     qscale: torch.Tensor
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What PEFT asks for shape, type and device: NaN everywhere, one number in memory."""
+        return torch.full((1, 1), torch.nan, device=self.qweight.device).expand(self._sizes())
+
+    def _sizes(self) -> tuple[int, int]:
+        """Return the shape of the weight."""
+        raise NotImplementedError
 
     def _register(self, fmt: WeightFormat, n: int, k: int, device: Any) -> None:
         w_shape, scale_shape = fmt.packed_shapes(n, k)
@@ -127,7 +138,7 @@ class _PackedModule(torch.nn.Module):
         self.qscale = torch.from_numpy(packed.scale).to(self.qscale.device)
 
 
-class QuantLinear(_PackedModule, torch.nn.Linear):
+class QuantLinear(_PackedModule, torch.nn.Linear):  # type: ignore[override]  # weight is a parameter there
     """A frozen linear layer of packed bits: x [..., K] to y [..., N]. Buffers: qweight, qscale, bias."""
 
     activation = "float"
@@ -138,7 +149,6 @@ class QuantLinear(_PackedModule, torch.nn.Linear):
     ) -> None:
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features, self.format = in_features, out_features, format
-        self.register_parameter("weight", None)
         self._register(FORMATS[format], out_features, in_features, device)
         self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
         self._bitsandbytes: Any = None
@@ -157,6 +167,15 @@ class QuantLinear(_PackedModule, torch.nn.Linear):
         if self.gather is None:
             return self.qweight, self.qscale
         return self.gather(self.qweight), self.gather(self.qscale)
+
+    @property
+    def W_q(self) -> torch.Tensor:  # noqa: N802 - by this name PEFT knows that it has to call `dequantize`
+        """The packed codes."""
+        return self.qweight
+
+    def dequantize(self) -> torch.Tensor:
+        """Return the weight, as PEFT asks for it (DoRA)."""
+        return self.get_weight()
 
     def get_weight(self) -> torch.Tensor:
         """Return the weight as it multiplies: float32 [N, K], new memory."""
@@ -205,18 +224,21 @@ class QuantLinear(_PackedModule, torch.nn.Linear):
         """Return x Ŵᵀ + bias in the dtype of x."""
         if x.is_cuda and FORMATS[self.format].codec == "nf4_block" and self.gather is None:
             return _bitsandbytes_matmul(self, x)
-        return _PackedMatmul.apply(x, self)
+        return _PackedMatmul.apply(x, self, self.bias)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self._bitsandbytes = None
         return super()._apply(fn, recurse)
+
+    def _sizes(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
     def extra_repr(self) -> str:
         """Say the sizes and the format."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, format={self.format}"
 
 
-class QuantEmbedding(_PackedModule, torch.nn.Embedding):
+class QuantEmbedding(_PackedModule, torch.nn.Embedding):  # type: ignore[override]  # weight is a parameter there
     """A frozen embedding of packed rows: ids [...] to [..., K]. Only the rows asked for are dequantized.
 
     Rows come in `dtype`, which follows the casts of the model.  layout: "rows" for a format of EMBEDDING_FORMATS,
@@ -237,7 +259,6 @@ class QuantEmbedding(_PackedModule, torch.nn.Embedding):
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.format, self.layout, self.embed_scale, self.dtype = format, layout, embed_scale, torch.float32
-        self.register_parameter("weight", None)
         self._register(self._format, num_embeddings, embedding_dim, device)
 
     @classmethod
@@ -287,6 +308,9 @@ class QuantEmbedding(_PackedModule, torch.nn.Embedding):
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(fn, recurse)
 
+    def _sizes(self) -> tuple[int, int]:
+        return self.num_embeddings, self.embedding_dim
+
     def extra_repr(self) -> str:
         """Say the sizes and the format."""
         return f"{self.num_embeddings}, {self.embedding_dim}, format={self.format}, layout={self.layout}"
@@ -300,7 +324,6 @@ class TiedLinear(QuantLinear):
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.format, self._bitsandbytes = embedding.format, None
         self._embedding = (embedding,)  # in a tuple it is no part of this layer
-        self.register_parameter("weight", None)
         self.register_buffer("bias", None)
 
     @property
@@ -335,7 +358,7 @@ def _bitsandbytes_matmul(layer: QuantLinear, x: torch.Tensor) -> torch.Tensor:
     try:
         import bitsandbytes
     except ImportError:
-        return _PackedMatmul.apply(x, layer)
+        return _PackedMatmul.apply(x, layer, layer.bias)
     if layer._bitsandbytes is None:
         layer._bitsandbytes = bitsandbytes_state(layer)
     w, state = layer._bitsandbytes

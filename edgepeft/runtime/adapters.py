@@ -6,17 +6,21 @@ An adapter's tensors are overridable inputs of the graph, so swapping is feeding
     …lora_A.weight  [R, K]      (not fed)            [0, K]          its view, or [0, K] where it has none
     …lora_B.weight  [N, R]      (not fed)            [N, 0]          its view, or [N, 0] where it has none
     …gate           [.., R]     (not fed)            [.., 1]         its view, or one 1 where it has none
-    anything else (the head)    (not fed)            (not fed)       its view; must be there
+    …s_in, s_out    [K], [N]    (not fed)            ones            its view, or ones where it has none
+    a bias, a norm              (not fed)            the base's      its view, or the base's where it has none
+    the head                    (not fed)            (not fed)       its view; must be there
 
-The default adapter is what the initializers hold, so nothing is fed for it. What cannot be represented exactly is
-refused: an adapter of another base or weight format, a tensor the graph has no place for, a scale that was not folded
-into B.
+The default adapter is what the initializers hold, so nothing is fed for it. The base's own of what it replaces lies in
+adapters/base.safetensors. An adapter is read from terms.safetensors where it has one, else from its PEFT file; a tensor
+that several inputs share (metadata edgepeft.alias) becomes one OrtValue. What cannot be represented exactly is refused:
+an adapter of another base or weight format, a tensor the graph has no place for, a scale that was not folded into B.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +34,9 @@ from edgepeft.errors import ArtifactError, unknown
 DEFAULT = "default"
 BASE = "none"
 TENSORS = "adapter_model.safetensors"
+TERMS = "terms.safetensors"  # as in edgepeft.adapt.terms, which the device has not
+OWN = "base.safetensors"
+ALIAS = "edgepeft.alias"
 NOT_TENSORS = ("logits_to_keep",)  # overridable too, but a setting of the run
 DOWN, UP, GATE = "lora_A.weight", "lora_B.weight", "gate"
 LABELS = "labels"  # the dimension of a head
@@ -61,6 +68,11 @@ class Slot:
         return self.name.endswith(f".{GATE}")
 
     @property
+    def scale(self) -> bool:
+        """Tell whether this is a scale of inputs or outputs, which are 1 where an adapter has none."""
+        return self.name.endswith((".s_in", ".s_out"))
+
+    @property
     def head(self) -> bool:
         """Tell whether this is part of a head: it has a row for every label."""
         return self.shape[:1] == (LABELS,)
@@ -76,9 +88,11 @@ class Slot:
         return name.removesuffix(DOWN).removesuffix(UP) + GATE
 
     def empty(self) -> np.ndarray:
-        """Return the rank-0 tensor of a low-rank slot, and the neutral one of a gate."""
+        """Return the rank-0 tensor of a low-rank slot, and the neutral one of a gate or a scale."""
         if self.gate:
             return _filled(1, (1,) * len(self.shape), self.dtype)
+        if self.scale:
+            return _filled(1, tuple(int(size or 1) for size in self.shape), self.dtype)
         rank_axis = 0 if self.name.endswith(DOWN) else 1
         shape = (0 if axis == rank_axis else int(size or 0) for axis, size in enumerate(self.shape))
         return _filled(0, tuple(shape), self.dtype)
@@ -129,15 +143,27 @@ def check_base(path: Path, base_digest: str, weight_format: str) -> None:
 
 
 def _map(path: Path) -> dict[str, np.ndarray]:
-    """Map a file once and return a view per tensor."""
-    header, _, base = tensor_header(path)
+    """Map a file once and return a view per tensor; names of one stored tensor have the same view."""
+    header, metadata, base = tensor_header(path)
     raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # views of a plain array are a third as large
     views = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]
         kind = DTYPES.get(entry["dtype"], "|u1")
         views[name] = raw[base + start : base + end].view(kind).reshape(entry["shape"])
-    return views
+    return {**views, **{name: views[stored] for name, stored in _aliases(path, metadata, views).items()}}
+
+
+def _aliases(path: Path, metadata: Mapping[str, str], stored: Mapping[str, Any]) -> dict[str, str]:
+    """Return {name: name of the tensor that it is} of a file's metadata."""
+    try:
+        found = json.loads(metadata.get(ALIAS, "{}"))
+        missing = [name for name in found.values() if name not in stored]
+    except (ValueError, AttributeError, TypeError):
+        found, missing = {}, [ALIAS]
+    if missing:
+        raise ArtifactError(f"{path}: {missing[0]} is not in it. The file is damaged: copy the adapter again.")
+    return found
 
 
 def _check_config(folder: Path) -> None:
@@ -167,13 +193,15 @@ def _is_finite(array: np.ndarray) -> bool:
     return int((array.view(np.uint16) & 0x7FFF).max(initial=0)) < 0x7C00
 
 
-def _check_tensors(folder: Path, arrays: Mapping[str, np.ndarray], places: Mapping[str, Slot]) -> None:
+def _check_tensors(
+    folder: Path, arrays: Mapping[str, np.ndarray], places: Mapping[str, Slot], own: Mapping[str, np.ndarray]
+) -> None:
     """Raise ArtifactError, naming the tensors, unless each has a place and each place that must be filled is."""
     problems = [unknown("tensor", n, places) for n in arrays if n not in places][:1]
     for name, slot in places.items():
         array = arrays.get(name)
         if array is None:
-            if not (slot.low_rank or slot.gate):
+            if not (slot.low_rank or slot.gate or slot.scale or name in own):
                 problems.append(f"{name} is missing")
         elif not slot.fits(array):
             problems.append(f"{name} is {array.dtype}{list(array.shape)}, expected {slot.dtype}{list(slot.shape)}")
@@ -211,18 +239,34 @@ def load_adapter(
     folder: Path, places: Mapping[str, Slot], base_digest: str, weight_format: str, labels: list[str]
 ) -> Adapter:
     """Map an adapter and make its feeds. Raises ArtifactError when it does not belong to this model."""
-    check_base(folder / TENSORS, base_digest, weight_format)
-    _check_config(folder)
-    arrays = _map(folder / TENSORS)
-    _check_tensors(folder, arrays, places)
+    file = folder / (TERMS if (folder / TERMS).is_file() else TENSORS)
+    check_base(file, base_digest, weight_format)
+    if file.name == TENSORS:
+        _check_config(folder)
+    arrays, own = _map(file), _own(folder.parent, places)
+    _check_tensors(folder, arrays, places, own)
     rank = max((a.shape[0] for n, a in arrays.items() if n.endswith(DOWN)), default=0)
     fed = {
         n: a.reshape((1,) * (len(places[n].shape) - 1) + a.shape) if places[n].gate else a for n, a in arrays.items()
     }
-    empty = {n: s.empty() for n, s in places.items() if n not in arrays}
-    return Adapter(folder.name, read_labels(folder, labels), rank, _feeds({**fed, **empty}))
+    return Adapter(folder.name, read_labels(folder, labels), rank, _feeds({**_neutral(places, own), **fed}))
 
 
-def base_adapter(places: Mapping[str, Slot], labels: tuple[str, ...]) -> Adapter:
-    """Return the base: rank 0 everywhere, with the default adapter's head."""
-    return Adapter(BASE, labels, 0, _feeds({n: s.empty() for n, s in places.items() if s.low_rank or s.gate}))
+def _own(folder: Path, places: Mapping[str, Slot]) -> dict[str, np.ndarray]:
+    """Return the base's own of what the default adapter replaces; `folder` holds the adapters."""
+    path = folder / OWN
+    own = _map(path) if path.is_file() else {}
+    if wrong := [name for name, array in own.items() if name not in places or not places[name].fits(array)]:
+        raise ArtifactError(f"{path}: {wrong[0]} does not fit the model. Copy the bundle again.")
+    return own
+
+
+def _neutral(places: Mapping[str, Slot], own: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return what leaves the base as it is, by name; nothing for heads."""
+    found = {name: slot.empty() for name, slot in places.items() if slot.low_rank or slot.gate or slot.scale}
+    return {**found, **own}
+
+
+def base_adapter(places: Mapping[str, Slot], labels: tuple[str, ...], adapters: Path | None = None) -> Adapter:
+    """Return the base: rank 0 everywhere, with the default adapter's head; `adapters` is the folder of adapters."""
+    return Adapter(BASE, labels, 0, _feeds(_neutral(places, {} if adapters is None else _own(adapters, places))))

@@ -227,7 +227,7 @@ class Bundle:
         if not self._slots:
             raise ArtifactError(f"{self.manifest.folder}: merged at export, so it has no adapters to choose from.")
         if name == ad.BASE:
-            return ad.base_adapter(self._slots, self._get(ad.DEFAULT).labels)
+            return ad.base_adapter(self._slots, self._get(ad.DEFAULT).labels, self.manifest.folder / "adapters")
         if name not in self._folders:
             self._folders = ad.adapter_folders(self.manifest.folder)
         if name not in self._folders:

@@ -234,10 +234,13 @@ def adapted(model: Any, config: Config) -> Any:
     family, kind = _family(model), TASKS[config.task].peft_type
     linears = [name for name, module in model.named_modules() if isinstance(module, _torch().nn.Linear)]
     modules = [name for name in linears if name.startswith(f"{family.prefix}.")]
+    method = METHODS[config.method]
+    method.at("prepare", model, config)
     own = {id(p) for p in model.parameters()}
-    peft = get_peft_model(model, METHODS[config.method].peft_config(config, modules, family.heads, kind))
+    peft = get_peft_model(model, method.peft_config(config, modules, family.heads, kind))
+    method.at("attach", peft, config)
     loose = [name for name, p in peft.named_parameters() if p.requires_grad and id(p) in own]
-    if loose:
+    if loose and not method.trains_base:
         raise RuntimeError(f"parameters of the backbone would be trained: {', '.join(loose[:4])}")
     if config.start != "default":
         starts.begin(peft, config)
@@ -266,8 +269,9 @@ def _load_adapter(model: Any, folder: Path) -> None:
 def _settings(model: Any, config: Config, heads: Iterable[str]) -> dict[str, Any]:
     """Return adapter_config.json: what differs from PEFT's defaults, the base by name, no path of this machine."""
     peft_config = model.peft_config["default"]
-    settings, defaults = peft_config.to_dict(), type(peft_config)().to_dict()
-    always = {"peft_type", "task_type", "peft_version", "r", "lora_alpha", "bias"}
+    needed = {"total_step": 1} if hasattr(peft_config, "total_step") else {}
+    settings, defaults = peft_config.to_dict(), type(peft_config)(**needed).to_dict()
+    always = {"peft_type", "task_type", "peft_version", "r", "lora_alpha", "bias", "init_r", "total_step"}
     kept = {name: value for name, value in settings.items() if name in always or value != defaults.get(name)}
     base = Path(config.model)
     own = {"base_model_name_or_path": base.name if base.exists() else config.model, "inference_mode": True}
@@ -326,7 +330,7 @@ def _trainer(
 ) -> Any:  # fmt: skip
     from transformers import PrinterCallback, Trainer
 
-    from edgepeft.train.watch import GuardedLoss, Sealer, tensorboard
+    from edgepeft.train.watch import GuardedLoss, MethodSteps, Sealer, tensorboard
 
     collate = lesson.collate if lesson else TASKS[config.task].collate
 
@@ -341,18 +345,25 @@ def _trainer(
             loader = _torch().utils.data.DataLoader
             return loader(examples["train"], batch_sampler=batches, collate_fn=self.data_collator)
 
-    task = TASKS[config.task]
+    task, method = TASKS[config.task], METHODS[config.method]
+    steps = _steps_per_epoch(len(examples["train"]), config)
+    method.at("begin", model, steps * config.epochs)
     if logs is not None and resumed is None and ranks.leads():
         shutil.rmtree(logs, ignore_errors=True)
     trainer = BatchedTrainer(
         model=model,
-        args=_arguments(config, work, _steps_per_epoch(len(examples["train"]), config)),
+        args=_arguments(config, work, steps),
+        optimizers=(method.at("optimizer", model, config, WEIGHT_DECAY), None),
         train_dataset=examples["train"],
         eval_dataset=sorted(examples["validation"], key=lambda row: len(row["input_ids"])),
         data_collator=lambda rows: collate(rows, tokenizer.pad_token_id or 0),
         compute_loss_func=GuardedLoss(task, config, lambda: trainer.state.global_step, lesson),
         compute_metrics=lambda found: task.metrics(np.asarray(found.predictions), np.asarray(found.label_ids)),
-        callbacks=[Sealer(work, task), *([progress, *(tensorboard(logs) if logs else [])] if ranks.leads() else [])],
+        callbacks=[
+            MethodSteps(method, model),
+            Sealer(work, task),
+            *([progress, *(tensorboard(logs) if logs else [])] if ranks.leads() else []),
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -23,6 +23,7 @@ from edgepeft.train import checkpoints
 if TYPE_CHECKING:
     import torch
 
+    from edgepeft.adapt.methods import Method
     from edgepeft.config import Config
     from edgepeft.train.lesson import Lesson
     from edgepeft.train.tasks import Task
@@ -76,6 +77,17 @@ class Progress(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Close the bar."""
         self._bar.close()
+
+
+class MethodSteps(TrainerCallback):
+    """Lets a method do its part after each step of the optimizer, while the gradients are there."""
+
+    def __init__(self, method: Method, model: Any) -> None:
+        self.method, self.model = method, model
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Call the method with the number of the step."""
+        self.method.at("step", self.model, state.global_step + 1)
 
 
 class Sealer(TrainerCallback):

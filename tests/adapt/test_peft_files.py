@@ -9,7 +9,7 @@ import pytest
 from builders import tiny_bert
 
 from edgepeft.adapt import peft_files
-from edgepeft.adapt.methods import METHODS, PREFIX
+from edgepeft.adapt.methods import PREFIX
 from edgepeft.artifact import read_tensors, tensor_header, write_json, write_tensors
 from edgepeft.errors import ArtifactError
 
@@ -64,10 +64,14 @@ def test_the_scale_is_pefts(tmp_path: Path, settings: dict[str, Any], expected: 
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "another method": ({"peft_type": "IA3"}, "peft_type 'IA3'"),
-    "DoRA": ({"use_dora": True}, "use_dora = True"),
-    "bias of B": ({"lora_bias": True}, "lora_bias = True"),
-    "trained biases": ({"bias": "all"}, "bias = 'all'"),
+    "another method": ({"peft_type": "OFT"}, "peft_type 'OFT'"),
+    "another kind's tensors": ({"peft_type": "IA3"}, "belong to nothing"),
+    "DoRA without magnitudes": ({"use_dora": True}, "lora_magnitude_vector belongs to use_dora = true, which is True"),
+    "bias of B that is not there": ({"lora_bias": True}, "lora_B.bias belongs to lora_bias = true"),
+    "DoRA and a bias of B": ({"use_dora": True, "lora_bias": True}, "use_dora with lora_bias"),
+    "an activated LoRA": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+    "repeated layers": ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    "QA-LoRA": ({"use_qalora": True}, "use_qalora"),
     "trained tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     "a setting nobody knows": ({"use_something_new": 3}, "use_something_new = 3"),
     "PiSSA unconverted": ({"init_lora_weights": "pissa"}, "changed the base weights"),
@@ -92,6 +96,11 @@ DAMAGED: dict[str, tuple[dict[str, Any], str]] = {
     "infinity in the head": ({f"{PREFIX}classifier.bias": np.full(3, np.inf, np.float32)}, "hold NaN, infinity"),
     "integers": ({A: np.ones((4, 64), np.int32)}, "no floats"),
     "another's tensor": ({f"{PREFIX}layer.0.query.lora_magnitude": np.ones(32, np.float32)}, "belong to nothing"),
+    "a magnitude nobody uses": (
+        {f"{PREFIX}layer.0.query.lora_magnitude_vector": np.ones(32, np.float32)},
+        "which is False here",
+    ),
+    "a bias nobody trained": ({f"{PREFIX}layer.0.query.base_layer.bias": np.ones(32, np.float32)}, "belong to nothing"),
     "half a pair": ({f"{PREFIX}layer.1.query.lora_A.weight": np.ones((4, 64), np.float32)}, "lora_B is missing"),
     "a shape": ({B: np.ones((32, 5), np.float32)}, "found [4, 64], [32, 5]"),
 }
@@ -106,10 +115,10 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, case: str) -> None:
 
 
 def test_all_reasons_come_at_once(tmp_path: Path) -> None:
-    folder = adapter(tmp_path, use_dora=True, lora_bias=True, tensors={A: np.full((4, 64), np.nan, np.float32)})
+    folder = adapter(tmp_path, use_dora=True, use_qalora=True, tensors={A: np.full((4, 64), np.nan, np.float32)})
     with pytest.raises(ArtifactError) as caught:
         peft_files.read(folder, "cd" * 32)
-    assert [word for word in ("use_dora", "lora_bias", "NaN", "another base") if word not in str(caught.value)] == []
+    assert [word for word in ("use_dora", "use_qalora", "NaN", "another base") if word not in str(caught.value)] == []
 
 
 @pytest.mark.parametrize(
@@ -191,10 +200,10 @@ def test_peft_loads_the_device_form_and_computes_the_same(tmp_path: Path, settin
     for name, module in loaded.named_modules():
         if isinstance(getattr(module, "scaling", None), dict):
             assert module.scaling["default"] == 1.0, name
-    deltas = METHODS["lora"].deltas(folder)
-    for name, (b_nr, a_rk) in deltas.items():
+    for name, terms in peft_files.read(folder).effect().modules.items():
         layer = model.get_submodule(f"base_model.model.{name}")
-        assert np.allclose(b_nr @ a_rk, layer.get_delta_weight("default").detach().numpy(), atol=1e-5), name
+        delta = terms.delta(np.zeros((layer.out_features, layer.in_features), np.float32))
+        assert np.allclose(delta, layer.get_delta_weight("default").detach().numpy(), atol=1e-5), name
 
 
 def test_the_device_form_names_the_base(tmp_path: Path) -> None:
@@ -204,3 +213,21 @@ def test_the_device_form_names_the_base(tmp_path: Path) -> None:
     assert {name.split(".")[-2]: entry["dtype"] for name, entry in header.items()} == {
         "lora_A": "F16", "lora_B": "F16", "classifier": "F32",
     }  # fmt: skip
+
+
+def test_what_overflows_float16_is_refused(tmp_path: Path) -> None:
+    large = adapter(tmp_path / "a", tensors={B: np.full((32, 4), 1e5, np.float32)})
+    with pytest.raises(ArtifactError, match=r"layer.0.query: b_nr reaches .*65504"):
+        peft_files.write_device(tmp_path / "device", large)
+    assert not (tmp_path / "device").exists()
+
+
+def test_bfloat16_is_widened(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = adapter(tmp_path)
+    tensors = {name: t.to(torch.bfloat16) for name, t in load_file(folder / peft_files.TENSORS).items()}
+    save_file(tensors, folder / peft_files.TENSORS)
+    found = peft_files.read(folder).tensors
+    assert all(np.array_equal(found[name], t.float().numpy()) for name, t in tensors.items())

@@ -11,7 +11,6 @@ import pytest
 from builders import tiny_data, write_rows
 
 from edgepeft.adapt import peft_files
-from edgepeft.adapt.methods import METHODS
 from edgepeft.artifact import Run, read_json, read_tensors
 from edgepeft.config import Config
 from edgepeft.errors import ConfigError, EdgePeftError
@@ -64,8 +63,7 @@ def test_the_folder_is_a_peft_adapter_of_every_linear(new_run: Callable[..., Run
     assert json.loads(text)["lora_alpha"] == 8.0
     assert str(run.folder) not in text
     assert str(Path(tiny_config.model).parent) not in text
-    deltas = METHODS[tiny_config.method].deltas(folder)
-    assert all(np.abs(b_nr @ a_rk).max() > 0 for b_nr, a_rk in deltas.values())
+    assert sorted(adapter.effect().modules) == adapter.modules, "none of them does nothing"
 
 
 def test_equal_seeds_give_equal_bytes_and_others_do_not(new_run: Callable[..., Run], tiny_config: Config) -> None:

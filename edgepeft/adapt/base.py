@@ -1,0 +1,96 @@
+"""The packed backbone as an adapter sees it: which modules there are, their sizes, weights and biases.
+
+Weights are read from the folder's mapped file and dequantized one at a time, when a term needs them (DoRA's norms) or
+a merge changes them. Left out: everything that is not in the folder, such as the heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from edgepeft.artifact import read_json, read_tensors
+from edgepeft.backbone.families import FAMILIES
+from edgepeft.quant import native
+from edgepeft.quant.formats import EMBEDDING_FORMATS, Packed
+
+LINEAR_KINDS = ("linear", "head")
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A folder of packed weights. tensors: as stored.  about: quantized.json."""
+
+    tensors: Mapping[str, np.ndarray]
+    about: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Map a folder that `quantize` or `merge` wrote."""
+        return cls(read_tensors(folder / "weights.safetensors"), read_json(folder / "quantized.json"))
+
+    @property
+    def digest(self) -> str:
+        """The digest of the model that was packed."""
+        return self.about["base_digest"]
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The modules that are trained in full with an adapter."""
+        return FAMILIES[self.about["family"]].heads
+
+    def _parts(self) -> dict[str, Mapping[str, Any]]:
+        return {part["name"]: part for part in (*self.about["layers"], *self.about["kept"])}
+
+    def _of_kind(self, kinds: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+        return {name: tuple(part["shape"]) for name, part in self._parts().items() if part["kind"] in kinds}
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """{module: (N, K)} of all linears, packed or float, the frozen head included."""
+        return self._of_kind(LINEAR_KINDS)
+
+    @property
+    def embeddings(self) -> dict[str, tuple[int, int]]:
+        """{module: (V, K)} of all embeddings."""
+        return self._of_kind(("embedding",))
+
+    def stored(self, module: str) -> str:
+        """Return the module under whose name a weight is stored."""
+        return self._parts()[module].get("tied_to", module)
+
+    def packed(self, module: str) -> Packed | None:
+        """Return a module's packed weight, or None where it was kept in float."""
+        name, part = self.stored(module), self._parts()[module]
+        if "format" not in part:
+            return None
+        n, k = part["shape"]
+        return Packed(part["format"], n, k, self.tensors[f"{name}.qweight"], self.tensors[f"{name}.qscale"])
+
+    def weight(self, module: str) -> np.ndarray:
+        """Return a linear's weight as it multiplies, float32 [N, K]."""
+        packed = self.packed(module)
+        if packed is None:
+            return np.asarray(self.tensors[f"{self.stored(module)}.weight"], np.float32)
+        rows = self._parts()[module].get("layout") == "rows"
+        return EMBEDDING_FORMATS[packed.format].dequantize(packed) if rows else native.dequantize(packed)
+
+    def relative_error(self, module: str) -> float:
+        """Return ‖W - Ŵ‖ / ‖W‖ as measured when a module was packed; 0 where it was kept in float."""
+        return float(self._parts()[module].get("relative_error", 0.0))
+
+    def bias(self, module: str) -> np.ndarray | None:
+        """Return a linear's bias, float32 [N], or None."""
+        bias = self.tensors.get(f"{module}.bias")
+        return None if bias is None else np.asarray(bias, np.float32)[: self._parts()[module]["shape"][0]]
+
+    def floats(self) -> dict[str, tuple[int, ...]]:
+        """Return {tensor name: shape} of what is kept in float, biases of linears left out."""
+        biases = {f"{name}.bias" for name in self.linears}
+        packed = ("qweight", "qscale", "absmax_")
+        floats = {name: t for name, t in self.tensors.items() if not name.rpartition(".")[2].startswith(packed)}
+        return {name: t.shape for name, t in floats.items() if name not in biases}

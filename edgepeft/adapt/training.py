@@ -1,0 +1,138 @@
+"""What methods do to a model besides their PEFT configuration: the hooks that rows of METHODS name.
+
+`model` is the transformers model before injection, `peft` the PEFT model after it.
+
+Sharing makes several adapters one: the modules hold the same `Parameter`, so its gradient is the sum of theirs, the
+optimizer sees it once, and a saved file repeats it, as PEFT expects.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from edgepeft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edgepeft.config import Config
+
+LAYER = re.compile(r"\.(\d+)\.")
+
+
+# --- parameter sharing -------------------------------------------------------------------------------------------
+
+
+def _pairs(peft: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (name, layer) of every LoRA layer."""
+    for name, module in peft.named_modules():
+        if getattr(module, "lora_A", None) and "default" in module.lora_A:
+            yield name, module
+
+
+def _share(peft: Any, group_size: int) -> None:
+    """Let layers of one role hold one A and one B, in groups of `group_size` neighbours."""
+    first: dict[tuple[str, int, tuple[int, ...]], Any] = {}
+    for name, layer in _pairs(peft):
+        number = LAYER.search(name)
+        shape = (layer.in_features, layer.out_features)
+        key = (LAYER.sub(".*.", name, count=1), int(number[1]) // group_size if number else 0, shape)
+        source = first.setdefault(key, layer)
+        for side in ("lora_A", "lora_B"):
+            getattr(layer, side)["default"].weight = getattr(source, side)["default"].weight
+
+
+def share_layers(peft: Any, config: Config) -> None:
+    """One A, B for each role."""
+    _share(peft, peft.config.num_hidden_layers)
+
+
+def share_groups(peft: Any, config: Config) -> None:
+    """One A, B for each role in each of --share-groups groups of layers."""
+    layers = peft.config.num_hidden_layers
+    if not 1 <= config.share_groups <= layers:
+        raise ConfigError(f"--share-groups: expected 1 to {layers}, the model's layers, found {config.share_groups}.")
+    _share(peft, -(-layers // config.share_groups))
+
+
+# --- VeRA ----------------------------------------------------------------------------------------------------------
+
+
+def vera_halves(peft: Any, config: Config) -> None:
+    """Round the shared A to values of float16, so that the device has the very matrix that was trained with."""
+    with torch.no_grad():
+        shared = peft.base_model.vera_A["default"]
+        shared.copy_(shared.half().float())
+
+
+# --- LoRA+ ---------------------------------------------------------------------------------------------------------
+
+
+def loraplus(peft: Any, config: Config, weight_decay: float) -> Any:
+    """Return AdamW whose learning rate for B is --lora-plus-ratio times that of everything else."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    return create_loraplus_optimizer(
+        peft, torch.optim.AdamW, lr=config.learning_rate, loraplus_lr_ratio=config.lora_plus_ratio,
+        loraplus_weight_decay=weight_decay,
+    )  # fmt: skip
+
+
+# --- AdaLoRA -------------------------------------------------------------------------------------------------------
+
+
+def adalora_begin(peft: Any, steps: int) -> None:
+    """Plan the allocation: a tenth of the steps as they are, ranks given away until a third is left, then fixed."""
+    settings = peft.peft_config["default"]
+    settings.total_step = steps
+    settings.tinit, settings.tfinal = steps // 10, max(1, steps // 3)
+    settings.deltaT = max(1, steps // 100)
+
+
+def adalora_step(peft: Any, step: int) -> None:
+    """Move ranks after an optimizer's step, while its gradients are there.
+
+    The chosen ranks stay a mask (their singular values are zero elsewhere), so that sizes never change under the
+    optimizer, and a checkpoint goes on as it was; what the device gets leaves the empty ones out.
+    """
+    tuner, settings = peft.base_model, peft.peft_config["default"]
+    last = settings.total_step - settings.tfinal
+    if step <= last:
+        tuner.update_and_allocate(step)
+        settings.rank_pattern = None
+        return
+    with torch.no_grad():
+        for name, values in _singular_values(peft):
+            mask = tuner.__dict__.setdefault("_kept_ranks", {})
+            kept = mask.setdefault(name, (values != 0).clone())
+            values.mul_(kept)
+
+
+def _singular_values(peft: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in peft.named_parameters():
+        if ".lora_E." in name:
+            yield name, parameter
+
+
+# --- BitFit --------------------------------------------------------------------------------------------------------
+
+
+def free_biases(model: Any, config: Config) -> None:
+    """Make the packed linears' biases parameters, as every other bias is one."""
+    from edgepeft.quant.linear import QuantLinear
+
+    for module in model.modules():
+        if isinstance(module, QuantLinear) and (bias := module._buffers.get("bias")) is not None:
+            del module._buffers["bias"]
+            module.register_parameter("bias", torch.nn.Parameter(bias.clone(), requires_grad=False))
+    if not any(name.endswith(".bias") and not name.startswith("classifier") for name, _ in model.named_parameters()):
+        raise ConfigError("--method bitfit: this model has no biases to train. Take --method ia3 or lora.")
+
+
+def only_biases(peft: Any, config: Config) -> None:
+    """Freeze the LoRA that carries the biases; its B is zero and stays so."""
+    for _, layer in _pairs(peft):
+        for side in (layer.lora_A, layer.lora_B):
+            side["default"].weight.requires_grad_(False)

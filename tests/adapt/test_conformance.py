@@ -1,0 +1,108 @@
+"""Every setting that PEFT can save, and every method, is exact on the device or refused with its reason."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgepeft.adapt.methods import METHODS
+from edgepeft.adapt.terms import TERMS_FILE
+from edgepeft.errors import EdgePeftError
+from edgepeft.export.emitter import ADAPTER_FILE
+from edgepeft.quant.formats import FORMATS
+from tests.adapt.conformance import FLOAT, HALF, KINDS_OF_MODELS, Subject, cell, merged, separate, table
+from tests.adapt.foreign_settings import DECODER_SETTINGS, LORA_SETTINGS
+
+TAGS = ("i4b32", "i8c", "nf4b64")
+EACH = {**dict.fromkeys(METHODS), **LORA_SETTINGS}
+CELLS = [
+    *(("bert", name) for name in EACH),
+    *(("llama", name) for name in {**EACH, **DECODER_SETTINGS} if name != "bitfit"),
+    *(("tied", name) for name in DECODER_SETTINGS),
+]
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Subject]:
+    """A function that gives the packed model of a kind and a format, made once."""
+    made: dict[tuple[str, str], Subject] = {}
+
+    def get(kind: str, tag: str) -> Subject:
+        if (kind, tag) not in made:
+            place = tmp_path_factory.mktemp(f"{kind}-{tag}")
+            tied = kind == "tied"
+            made[kind, tag] = Subject(place, "llama" if tied else kind, tag, "llama3" if tied else "")
+        return made[kind, tag]
+
+    return get
+
+
+@pytest.mark.parametrize(("kind", "name"), CELLS)
+def test_the_graph_gives_what_peft_gives(subjects: Callable, kind: str, name: str) -> None:
+    tag = TAGS[[pair[1] for pair in CELLS].index(name) % len(TAGS)]
+    found = separate(subjects(kind, tag), name)
+    assert found["graph"] <= FLOAT
+    assert found["layers"] <= FLOAT
+    assert found["float16"] <= HALF
+    assert found["effect"] > 0.05, "the adapter should matter"
+
+
+@pytest.mark.parametrize("form", ["separate", "merged"])
+def test_what_cannot_be_is_refused(subjects: Callable, form: str) -> None:
+    assert "no biases to train" in cell(subjects("llama", "i4b32"), "bitfit", form)
+    with pytest.raises(EdgePeftError, match="is an embedding"):
+        merged(subjects("llama", "i4b32"), "embeddings")
+
+
+def test_shared_tensors_are_stored_once(subjects: Callable) -> None:
+    from edgepeft.adapt.terms import aliases
+    from edgepeft.artifact import tensor_header
+
+    subject = subjects("bert", "i4b32")
+    out = subject.export(subject.made("share-layers"))
+    header, metadata, _ = tensor_header((out / ADAPTER_FILE).with_name(TERMS_FILE))
+    alias = aliases(metadata)
+    assert len(alias) == 12, "all but the pooler's two and the head's, in a model of two layers"
+    assert set(alias.values()) <= set(header)
+    assert not set(alias) & set(header)
+    peft = json.loads((out / ADAPTER_FILE).with_name("adapter_config.json").read_text())
+    assert len(peft["target_modules"]) == 13, "PEFT's own file repeats them"
+
+
+def test_a_changed_embedding_is_not_taken_for_the_base(subjects: Callable, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    subject = subjects("llama", "i4b32")
+    folder = subject.made("embeddings")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("embed_tokens.base_layer.qscale"))
+    tensors[name] = tensors[name] * 2
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(EdgePeftError, match="the vocabulary was resized"):
+        subject.adapter(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tag", FORMATS)
+@pytest.mark.parametrize("kind", KINDS_OF_MODELS.values())
+def test_every_method_in_every_format(tmp_path: Path, kind: str, tag: str) -> None:
+    subject = Subject(tmp_path, kind, tag)
+    odd = {name: found for name in METHODS if (found := cell(subject, name, "separate")) != "exact"}
+    assert set(odd) <= {"bitfit"}
+
+
+@pytest.mark.slow
+def test_the_readme_holds_the_table_of_this_run() -> None:
+    assert table() in README.read_text()
+
+
+def test_terms_and_rounding_are_not_lost_in_numpy(subjects: Callable) -> None:
+    subject = subjects("bert", "i4b32")
+    effect = subject.adapter(subject.made("lokr")).effect(subject.base)
+    for terms in effect.modules.values():
+        halves = [value.astype(np.float16).astype(np.float32) for value in (terms.a_rk, terms.b_nr)]
+        for value, half in zip((terms.a_rk, terms.b_nr), halves, strict=True):
+            assert np.allclose(value, half, rtol=1e-3, atol=1e-4 * np.abs(value).max())
