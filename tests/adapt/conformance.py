@@ -1,4 +1,4 @@
-"""Every method and setting against PEFT, on the same packed bits; run as a module, the table that the README holds.
+"""Every method and setting against PEFT, on the same packed bits; run as a module, it prints the table of all of them.
 
     python -m tests.adapt.conformance          (from the root of the sources)
 
@@ -167,7 +167,7 @@ def cell(subject: Subject, name: str, form: str) -> str:
 
 
 def table() -> str:
-    """Return the table method x kind of model x form over all formats, as the README holds it."""
+    """Return the table method x kind of model x form over all formats."""
     columns = [(kind, form) for kind in KINDS_OF_MODELS for form in ("separate", "merged")]
     found: dict[str, dict[tuple[str, str], set[str]]] = {tag: {column: set() for column in columns} for tag in METHODS}
     for kind, form in columns:

@@ -12,7 +12,7 @@ from edgepeft.adapt.terms import TERMS_FILE
 from edgepeft.errors import EdgePeftError
 from edgepeft.export.emitter import ADAPTER_FILE
 from edgepeft.quant.formats import FORMATS
-from tests.adapt.conformance import FLOAT, HALF, KINDS_OF_MODELS, Subject, cell, merged, separate, table
+from tests.adapt.conformance import FLOAT, HALF, KINDS_OF_MODELS, Subject, cell, merged, separate
 from tests.adapt.foreign_settings import DECODER_SETTINGS, LORA_SETTINGS
 
 TAGS = ("i4b32", "i8c", "nf4b64")
@@ -22,7 +22,6 @@ CELLS = [
     *(("llama", name) for name in {**EACH, **DECODER_SETTINGS} if name != "bitfit"),
     *(("tied", name) for name in DECODER_SETTINGS),
 ]
-README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +91,6 @@ def test_every_method_in_every_format(tmp_path: Path, kind: str, tag: str) -> No
     subject = Subject(tmp_path, kind, tag)
     odd = {name: found for name in METHODS if (found := cell(subject, name, "separate")) != "exact"}
     assert set(odd) <= {"bitfit"}
-
-
-@pytest.mark.slow
-def test_the_readme_holds_the_table_of_this_run() -> None:
-    assert table() in README.read_text()
 
 
 def test_terms_and_rounding_are_not_lost_in_numpy(subjects: Callable) -> None:
