@@ -140,7 +140,7 @@ ROWS = (
     Method("dora", "LORA", "LoRA beside a magnitude for each row of W", _dora),
     Method(
         "adalora", "ADALORA", "ranks given, while training, to the linears that need them", _adalora,
-        {"begin": "adalora_begin", "step": "adalora_step"},
+        {"attach": "adalora_apart", "begin": "adalora_begin", "step": "adalora_step"},
     ),
     Method("vera", "VERA", "two random matrices for all linears, vectors of each", _vera, {"attach": "vera_halves"}),
     Method("share-layers", "LORA", "one A, B for a role in all layers", _lora, {"attach": "share_layers"}),

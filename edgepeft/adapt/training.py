@@ -83,6 +83,13 @@ def loraplus(peft: Any, config: Config, weight_decay: float) -> Any:
 # --- AdaLoRA -------------------------------------------------------------------------------------------------------
 
 
+def adalora_apart(peft: Any, config: Config) -> None:
+    """Give PEFT outputs it may add to in place, which autograd forbids for those of a packed linear."""
+    for name, module in peft.named_modules():
+        if name.endswith(".base_layer"):
+            module.register_forward_hook(lambda _module, _inputs, output: output.clone())
+
+
 def adalora_begin(peft: Any, steps: int) -> None:
     """Plan the allocation: a tenth of the steps as they are, ranks given away until a third is left, then fixed."""
     settings = peft.peft_config["default"]
