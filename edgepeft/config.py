@@ -128,6 +128,7 @@ class Config:
     checkpointing: bool = _field(
         False, "Compute activations twice instead of keeping them: less memory.", group="train"
     )
+    experts: int = _field(4, "--method experts: LoRA experts of each linear.", low=2, high=64, group="train")
     precision: str = _field(
         "float32", "Arithmetic of training; bfloat16 where it is native.", _precisions, group="train"
     )

@@ -8,6 +8,8 @@ rank_pattern too), so that PEFT, which multiplies by alpha / r = 1, and the devi
 numbers. s_out beside a and b is a DoRA whose magnitude is s_out·‖W + BA‖; s_in, or s_out alone, an IA3; biases are a
 LoRA with bias "all". Rounding to float16 happens once, before either file is written.
 
+A kind of our own (experts, bottlenecks) stays what it is: PEFT does not load it, `layers.load` does.
+
 terms.safetensors is there when the graph's tensors are others than PEFT's (s_in, s_out, embeddings, biases), or when
 several modules share one, which PEFT's file repeats. Left out: sums beside s_in, which PEFT has no name for.
 """
@@ -24,7 +26,7 @@ import numpy as np
 
 from edgepeft.adapt import peft_files
 from edgepeft.adapt.kinds import row_norms
-from edgepeft.adapt.terms import ALIAS, ENDINGS, PREFIX, TERMS_FILE, Effect, Terms, shared
+from edgepeft.adapt.terms import ALIAS, BESIDE, ENDINGS, PREFIX, TERMS_FILE, Effect, Terms, shared
 from edgepeft.artifact import write_tensors
 from edgepeft.errors import ArtifactError
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 HALVES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 KEPT_SETTINGS = ("base_model_name_or_path", "revision", "task_type", "peft_version")
+OWN_SETTINGS = ("peft_type", "experts")  # of the kinds that PEFT does not load
 
 
 def write_form(folder: Path, adapter: peft_files.Adapter, base: Base | None, exact: bool = False) -> peft_files.Adapter:
@@ -42,7 +45,8 @@ def write_form(folder: Path, adapter: peft_files.Adapter, base: Base | None, exa
     """
     effect = adapter.effect(base)
     effect = effect if exact else effect.rounded()
-    settings, tensors = peft_form(effect, adapter.settings, base)
+    ours = any(terms.beside for terms in effect.modules.values())
+    settings, tensors = own_form(effect, adapter.settings) if ours else peft_form(effect, adapter.settings, base)
     if not exact:
         halves = [name for name in tensors if name.endswith(HALVES)]
         tensors.update({name: tensors[name].astype(np.float16) for name in halves})
@@ -56,6 +60,15 @@ def write_form(folder: Path, adapter: peft_files.Adapter, base: Base | None, exa
         metadata = {"format": "pt", "edgepeft.base": digest, "edgepeft.format": tag}
         write_tensors(folder / TERMS_FILE, stored, {**metadata, ALIAS: json.dumps(alias, sort_keys=True)})
     return peft_files.Adapter(settings, tensors, adapter.metadata)
+
+
+def own_form(effect: Effect, source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the settings and tensors (float32) of a kind of our own: what it was, with the scale folded in."""
+    kept = {name: source[name] for name in (*KEPT_SETTINGS, *OWN_SETTINGS) if source.get(name) is not None}
+    whole = sorted({name.rpartition(".")[0] for name in effect.replaced})
+    given = {"r": source["r"], "lora_alpha": source["r"], "modules_to_save": whole or None, "inference_mode": True}
+    settings = {**kept, **given, "target_modules": sorted(effect.modules), "bias": "none"}
+    return settings, effect.tensors("float32")
 
 
 def peft_form(
@@ -161,7 +174,7 @@ def neutral_values(inputs: Mapping[str, tuple[int, ...]], base: Base) -> dict[st
     inputs: {input of the graph: shape}. Scales are neutral at 1 and heads have no value of the base, so neither
     is among them.
     """
-    low = tuple(f".{ENDINGS[term]}" for term in ("a_rk", "b_nr", "gate", "s_in", "s_out"))
+    low = tuple(f".{ENDINGS[term]}" for term in ("a_rk", "b_nr", "gate", "s_in", "s_out")) + BESIDE
     found = {}
     for name, shape in inputs.items():
         inner = name.removeprefix(PREFIX)

@@ -11,6 +11,11 @@
 | LOHA      | scale·((w1a w1b) ⊙ (w2a w2b)) x                  | a, b of rank r²: products of rows (Khatri-Rao)        |
 | LOKR      | scale·(w1 ⊗ w2) x, either of them factored       | b = P1 ⊗ P2, a = Q1 ⊗ Q2 for w1 = P1 Q1, w2 = P2 Q2   |
 
+Kinds of our own, which PEFT does not load (`layers`):
+
+| EXPERTS   | Σ_e p_e·scale·B_e A_e x, p = softmax(router x)  | a = A, b = scale·B of all experts, router beside      |
+| BOTTLENECK, PARALLEL | scale·(U·gelu(D·h + d) + u)          | D, d, scale·U, scale·u beside                         |
+
 A rank above min(N, K) is written as the matrix itself and an identity, which is the smaller form of the same. Products
 are balanced between a and b by powers of two, which changes nothing but what float16 can hold.
 
@@ -27,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepeft.adapt.terms import Terms
+from edgepeft.adapt.terms import BOTTLENECK, PARALLEL, ROUTER, Terms
 from edgepeft.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -231,6 +236,18 @@ def _lokr(module: Module, base: Base | None) -> Terms:
     return smallest(np.kron(p1, p2) * _lycoris_scale(module), np.kron(q1, q2))
 
 
+# --- beside the linear -----------------------------------------------------------------------------------------------
+
+
+def _experts(module: Module, base: Base | None) -> Terms:
+    return dataclasses.replace(_lora(module, base), beside={ROUTER: module[ROUTER]})
+
+
+def _bottleneck(module: Module, base: Base | None) -> Terms:
+    scale = np.float32(lora_scale(module))
+    return Terms(beside={e: module[e] * scale if "_up." in e else module[e] for e in module.tensors})
+
+
 def _row(peft_type: str, understood: str, training: set[str], required: list[str], terms: Any, **more: Any) -> Kind:
     """Make a row; each of `required` is one complete set of a module's tensors, the optional ones come by keyword."""
     groups = tuple(tuple(group.split()) for group in required)
@@ -271,6 +288,14 @@ KINDS: dict[str, Kind] = {
             ["lokr_w1 lokr_w2", "lokr_w1_a lokr_w1_b lokr_w2", "lokr_w1 lokr_w2_a lokr_w2_b",
              "lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b"],
             _lokr,
+        ),
+        _row(
+            "EXPERTS", "r lora_alpha experts bias", LORA_TRAINING, [f"lora_A.weight lora_B.weight {ROUTER}"],
+            _experts,
+        ),
+        *(
+            _row(kind, "r lora_alpha bias", LORA_TRAINING, [" ".join(endings)], _bottleneck)
+            for kind, endings in (("BOTTLENECK", BOTTLENECK), ("PARALLEL", PARALLEL))
         ),
     )
 }  # fmt: skip

@@ -83,6 +83,7 @@ def check_mergeable(effect: Effect, base: Base) -> None:
     problems = [f"{name} is an embedding" for name in effect.modules if name in base.embeddings]
     tied = [name for name in effect.modules if name in base.linears and base.stored(name) != name]
     problems += [f"{name} is the word embedding too, which would change as well" for name in tied]
+    problems += [f"{name} has a branch beside its weight" for name, terms in effect.modules.items() if terms.beside]
     biases = [name for name, terms in effect.modules.items() if terms.bias is not None and base.bias(name) is None]
     problems += [f"{name} has no bias in the model, and the adapter gives it one" for name in biases]
     if problems:

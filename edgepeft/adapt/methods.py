@@ -16,11 +16,14 @@ The table is named by the command line, so this module imports neither numpy, to
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from edgepeft.adapt.terms import PREFIX, Terms
+from edgepeft.backbone.families import FAMILIES
 
 if TYPE_CHECKING:
     from edgepeft.config import Config
@@ -133,6 +136,29 @@ def _lokr(config: Config, modules: list[str], heads: list[str], task_type: str) 
     )  # fmt: skip
 
 
+def _in_roles(modules: list[str], *roles: str) -> list[str]:
+    """Return the modules that play one of these roles in a family of models."""
+    names = {family.linears[role] for family in FAMILIES.values() for role in roles if role in family.linears}
+    ends = re.compile(r"(.*\.)?(" + "|".join(re.escape(name).replace(r"\{i\}", r"\d+") for name in names) + ")")
+    return [module for module in modules if ends.fullmatch(module)]
+
+
+def _ours(kind: str, config: Config, modules: list[str], heads: list[str], task_type: str, **more: Any) -> Any:
+    from edgepeft.adapt.layers import OwnConfig
+
+    given = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout, **more}
+    return OwnConfig(kind=kind, target_modules=modules, modules_to_save=heads, task_type=task_type, **given)
+
+
+def _experts(config: Config, *given: Any) -> Any:
+    experts = config.experts
+    return _ours("EXPERTS", config, *given, experts=experts, r=config.rank * experts, lora_alpha=config.alpha * experts)
+
+
+def _bottleneck(peft_type: str, roles: tuple[str, ...], config: Config, modules: list[str], *given: Any) -> Any:
+    return _ours(peft_type, config, _in_roles(modules, *roles), *given)
+
+
 ROWS = (
     Method("lora", "LORA", "B·A beside each linear", _lora),
     Method("rslora", "LORA", "LoRA scaled by alpha/√rank", _rslora),
@@ -154,6 +180,19 @@ ROWS = (
     Method(
         "bitfit", "LORA", "the biases and nothing else", _bitfit, {"prepare": "free_biases", "attach": "only_biases"},
         trains_base=True,
+    ),
+    Method("experts", "EXPERTS", "LoRA experts, mixed anew for each token (--experts)", _experts),
+    Method(
+        "houlsby", "BOTTLENECK", "bottlenecks behind attention and feed-forward",
+        functools.partial(_bottleneck, "BOTTLENECK", ("o", "down")),
+    ),
+    Method(
+        "pfeiffer", "BOTTLENECK", "bottlenecks behind the feed-forward",
+        functools.partial(_bottleneck, "BOTTLENECK", ("down",)),
+    ),
+    Method(
+        "parallel", "PARALLEL", "bottlenecks beside the feed-forward",
+        functools.partial(_bottleneck, "PARALLEL", ("down",)), {"attach": "connect"},
     ),
 )  # fmt: skip
 METHODS: dict[str, Method] = {row.tag: row for row in ROWS}

@@ -323,10 +323,13 @@ def _wrong_shape(
 def _implied_shape(peft_type: str, shapes: Mapping[str, list[int]]) -> list[int] | None:
     """Return [N, K] of the linear that a module's tensors fit, 0 where they do not say, or None when they clash."""
     try:
-        if peft_type == "LORA":
+        if peft_type in ("LORA", "EXPERTS"):
             names = sorted(name for name in shapes if name.startswith(("lora_A", "lora_B.w", "lora_emb")))
             a, b = (shapes[name] for name in names)
             return [b[0], a[1]] if a[0] == b[1] else None
+        if peft_type in ("BOTTLENECK", "PARALLEL"):
+            down, d, up, u = (shapes[name] for name in sorted(shapes, key=lambda name: name.replace("bias", "zbias")))
+            return [up[0], 0] if down == up[::-1] and d == down[:1] and u == up[:1] else None
         if peft_type == "ADALORA":
             a, b, e = shapes["lora_A"], shapes["lora_B"], shapes["lora_E"]
             return [b[0], a[1]] if a[0] == b[1] == e[0] and e[1] == 1 else None

@@ -5,6 +5,9 @@
 `bias` is the whole bias of the linear, the base's included; every term that is absent is neutral. An embedding has a
 and b alone: its row i is E[i] + B·A[:, i]. `replaced` holds whole tensors by the base's names: trained heads, norms.
 
+What stands beside a linear and is no term of it is in `beside`, by the ending of its name: a router, whose shares are
+the gate of its experts, token by token, and bottlenecks (`layers` has their equations).
+
 Terms have one name each, whatever the method: that of the graph's input that takes them (`ENDINGS`). A tensor that is
 the same for several modules is stored once; the file's metadata tell under which names it is needed:
 
@@ -35,13 +38,17 @@ ENDINGS = {
     "a_rk": "lora_A.weight", "b_nr": "lora_B.weight", "gate": "gate", "s_in": "s_in", "s_out": "s_out", "bias": "bias",
 }  # fmt: skip
 HALVES = ("a_rk", "b_nr")  # kept as float16, the others as float32
+ROUTER = "lora_router.weight"
+BOTTLENECK = ("lora_down.weight", "lora_down.bias", "lora_up.weight", "lora_up.bias")
+PARALLEL = tuple(ending.replace("lora_", "lora_beside_") for ending in BOTTLENECK)
+BESIDE = (ROUTER, *BOTTLENECK, *PARALLEL)  # neutral: zeros, of one expert or of width 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
     """The terms of one adapted module, float32, scale folded into b; None is neutral.
 
-    a_rk [R, K], b_nr [N, R], gate [R], s_in [K], s_out [N], bias [N].
+    a_rk [R, K], b_nr [N, R], gate [R], s_in [K], s_out [N], bias [N].  beside: {ending: array}.
     """
 
     a_rk: np.ndarray | None = None
@@ -50,6 +57,7 @@ class Terms:
     s_in: np.ndarray | None = None
     s_out: np.ndarray | None = None
     bias: np.ndarray | None = None
+    beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def present(self) -> list[str]:
@@ -62,12 +70,14 @@ class Terms:
         Raises ArtifactError for what float16 cannot hold.
         """
         b_nr = self.b_nr if self.gate is None or self.b_nr is None else self.b_nr * self.gate
-        halves = {"a_rk": self.a_rk, "b_nr": b_nr}
-        kept = {name: None if value is None else half(value, module, name) for name, value in halves.items()}
-        return dataclasses.replace(self, gate=None, **kept)
+        a_rk, b_nr = (
+            None if value is None else half(value, module, name)
+            for name, value in (("a_rk", self.a_rk), ("b_nr", b_nr))
+        )
+        return dataclasses.replace(self, gate=None, a_rk=a_rk, b_nr=b_nr)
 
     def delta(self, w_nk: np.ndarray) -> np.ndarray:
-        """Return what the terms add to the weight [N, K]; `bias` is beside it."""
+        """Return what the terms add to the weight [N, K]; `bias` is apart. Nothing `beside` can be in it."""
         total = w_nk if self.s_in is None else w_nk * self.s_in
         if self.a_rk is not None and self.b_nr is not None:
             total = total + (self.b_nr if self.gate is None else self.b_nr * self.gate) @ self.a_rk
@@ -88,13 +98,14 @@ class Effect:
         """Return the effect in the values that a device holds."""
         return Effect({name: terms.rounded(name) for name, terms in self.modules.items()}, self.replaced)
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        """Return {input of the graph: array}: a and b float16, the rest float32."""
+    def tensors(self, half_type: str = "float16") -> dict[str, np.ndarray]:
+        """Return {input of the graph: array}: a and b of `half_type`, the rest float32."""
         found = {f"{PREFIX}{name}": value.astype("float32") for name, value in self.replaced.items()}
         for module, terms in self.modules.items():
             for term in terms.present:
-                kind = "float16" if term in HALVES else "float32"
+                kind = half_type if term in HALVES else "float32"
                 found[f"{PREFIX}{module}.{ENDINGS[term]}"] = getattr(terms, term).astype(kind)
+            found |= {f"{PREFIX}{module}.{ending}": value.astype("float32") for ending, value in terms.beside.items()}
         return found
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from edgepeft.adapt import layers
 from edgepeft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -143,3 +144,11 @@ def only_biases(peft: Any, config: Config) -> None:
     for _, layer in _pairs(peft):
         for side in (layer.lora_A, layer.lora_B):
             side["default"].weight.requires_grad_(False)
+
+
+# --- bottlenecks ---------------------------------------------------------------------------------------------------
+
+
+def connect(peft: Any, config: Config) -> None:
+    """Let bottlenecks beside a feed-forward read what goes into it."""
+    layers.connect(peft)

@@ -57,6 +57,11 @@ class Family:
     sizes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     divides: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def feedforward(self) -> tuple[str, str]:
+        """The linears that a feed-forward begins and ends with, as module names with `{i}` for the layer."""
+        return self.linears.get("up") or self.linears["gate_up"], self.linears["down"]
+
     def modules(self, roles: Mapping[str, str], settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """Yield (module name in the task model, role) in the order of the layers; `settings` is config.json."""
         once = {role: name for role, name in roles.items() if "{i}" not in name}

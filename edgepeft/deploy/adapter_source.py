@@ -201,7 +201,12 @@ def _convert(source: Source, out: Path, manifest: mf.Manifest, places: Mapping[s
     """Write the device form of what PEFT saved."""
     from edgepeft.adapt import peft_files
 
-    peft_files.write_device(out, source.folder, shapes=linears(places))
+    expected: dict[str, Any] = {"shapes": linears(places)}
+    if source.packed is not None:
+        from edgepeft.adapt.base import Base
+
+        expected = {"base": Base.open(source.packed)}
+    peft_files.write_device(out, source.folder, **expected)
     for path in (out / ad.TENSORS, out / TERMS):
         if path.exists():
             _name_base(path, path, manifest)

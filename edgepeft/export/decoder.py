@@ -262,7 +262,7 @@ class _Emitter(Emitter):
         down = self.module("down", i)
         gate, up = self.gate_and_up(i, h)
         out = [Value(f"{parent(down)}:gated", FLOAT, gate.shape)]
-        return self.linear(down, self.call(f"GatedActivation_{self.about.activation}", [gate, up], out)[0])
+        return self.linear(down, self.call(f"GatedActivation_{self.about.activation}", [gate, up], out)[0], h)
 
     def gate_and_up(self, i: int, h: Value) -> list[Value]:
         if not self.about.fused:

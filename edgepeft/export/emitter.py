@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper
 
-from edgepeft.adapt.terms import ENDINGS, HALVES, PREFIX, TERMS_FILE, aliases
+from edgepeft.adapt.terms import BOTTLENECK, ENDINGS, HALVES, PARALLEL, PREFIX, ROUTER, TERMS_FILE, aliases
 from edgepeft.artifact import DTYPES, read_json, read_tensors, tensor_header
 from edgepeft.backbone.families import Family
 from edgepeft.errors import ModelError
 from edgepeft.export import ops
+from edgepeft.export.branches import BRANCHES
 from edgepeft.export.functions import FUNCTIONS
 from edgepeft.export.graph import FLOAT, FLOAT16, Dims, Graph, Place, Value
 from edgepeft.quant.formats import EMBEDDING_FORMATS, TILE_ROWS
@@ -91,6 +92,10 @@ class AdapterFile:
     def term(self, module: str, term: str) -> Value | None:
         """Return the tensor that is one term of a module's adapter, or None."""
         return self.values.get(f"{PREFIX}{module}.{ENDINGS[term]}")
+
+    def beside(self, module: str, ending: str) -> Value | None:
+        """Return a tensor of what lies beside a module, or None."""
+        return self.values.get(f"{PREFIX}{module}.{ending}")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return {input of the graph: shape of its default}."""
@@ -169,25 +174,29 @@ class Emitter:
             found.append(self.empty(module, term, shape, dims) if value is None else self.fed(value, dims))
         return found
 
-    def gate(self, module: str, leading: Dims) -> Value:
-        """Return a module's gate [1.., R] or [1.., 1], to be overridden by [*leading, R]."""
+    def gate(self, module: str, x: Value, a: Value) -> Value:
+        """Return a module's gate [1.., R] or [1.., 1], to be overridden by [*leading, R]; its experts' shares of x."""
+        leading = x.shape[:-1]
         dims, ones = (*leading, f"{module}.gates"), (1,) * len(leading)
+        if (router := self.adapter.beside(module, ROUTER)) is not None:
+            router = self.fed(router, (f"{module}.experts", router.shape[1]))
+            return self.call("RouterGate", [x, router, a], [Value(f"{module}:gate", FLOAT, dims)])[0]
         if (own := self.adapter.term(module, "gate")) is not None:
             return self.graph.overridable(own._replace(shape=(*ones, *own.shape)), self.adapter.places[own.name], dims)
         if not self.adapter.swappable:
             return self.one()
         return self.graph.optional(f"{PREFIX}{module}.{ENDINGS['gate']}", np.ones((*ones, 1), np.float32), dims)
 
-    def terms(self, module: str, n: int, k: int, leading: Dims) -> list[Value]:
-        """Return a, b, gate and s_out of a module, neutral where its adapter has none."""
-        gate, s_out = self.gate(module, leading), self.term(module, "s_out", self.one(), (n,))
-        return [*self.low_rank(module, n, k), gate, s_out]
+    def terms(self, module: str, n: int, k: int, x: Value) -> list[Value]:
+        """Return a, b, gate and s_out of a module that reads x, neutral where its adapter has none."""
+        a, b = self.low_rank(module, n, k)
+        return [a, b, self.gate(module, x, a), self.term(module, "s_out", self.one(), (n,))]
 
     # --- modules ---
 
     def call(self, name: str, inputs: Sequence[Value], outputs: Sequence[Value], **attrs: Any) -> Sequence[Value]:
         """Add a node of one of our functions, named after its first output."""
-        self.graph.function(name, FUNCTIONS[name].proto)
+        self.graph.function(name, (FUNCTIONS if name in FUNCTIONS else BRANCHES)[name].proto)
         return self.graph.nodes_outputs(name, inputs, outputs, outputs[0].name, ops.DOMAIN, **attrs)
 
     def embedding(self, module: str, ids: Value, name: str = "") -> Value:
@@ -257,11 +266,27 @@ class Emitter:
             return self.packed_linears(modules, x)
         return [self.linear(module, x) for module in modules]
 
-    def linear(self, module: str, x: Value) -> Value:
-        """W x + bias + adapter of one module."""
+    def linear(self, module: str, x: Value, feedforward: Value | None = None) -> Value:
+        """W x + bias + adapter of one module; `feedforward`: what went into the feed-forward that it ends."""
+        behind, beside = (self.adapter.beside(module, endings[0]) for endings in (BOTTLENECK, PARALLEL))
+        name = f"{module}:linear" if behind or beside else module
         if self.format(module) is None:
-            return self.float_linear(module, x)
-        return self.packed_linears([module], x)[0]
+            y = self.float_linear(module, x, name)
+        else:
+            y = self.packed_linears([module], x, [name])[0]
+        if behind:
+            return self.bottleneck(module, y, y, BOTTLENECK)
+        if beside and feedforward is not None:
+            return self.bottleneck(module, y, feedforward, PARALLEL)
+        return y
+
+    def bottleneck(self, module: str, y: Value, h: Value, endings: Sequence[str]) -> Value:
+        """y and a module's bottleneck over h."""
+        width, n = f"{module}.width", y.shape[-1]
+        dims = ((width, h.shape[-1]), (width,), (n, width), (n,))
+        found = [self.adapter.beside(module, ending) for ending in endings]
+        parts = [self.fed(part, each) for part, each in zip(found, dims, strict=True) if part is not None]
+        return self.call("Bottleneck", [y, h, *parts], [Value(module, FLOAT, y.shape)])[0]
 
     def shape_nk(self, module: str) -> tuple[int, int]:
         """Return N and K of a module's weight."""
@@ -270,9 +295,9 @@ class Emitter:
         n, k = packed["shape"] if packed else self.weights[f"{stored}.weight"].shape
         return n, k
 
-    def packed_linears(self, modules: Sequence[str], x: Value) -> list[Value]:
-        """One fused op over modules whose weights stack along N."""
-        graph, together = self.graph, "|".join(modules)
+    def packed_linears(self, modules: Sequence[str], x: Value, names: Sequence[str] = ()) -> list[Value]:
+        """One fused op over modules whose weights stack along N; values get `names`, or the modules'."""
+        graph = self.graph
         stored = [self.stored(module) for module in modules]
         tag = self.weights.layers[stored[0]]["format"]
         shapes = [self.shape_nk(module) for module in modules]
@@ -284,12 +309,12 @@ class Emitter:
         s_in = self.term(modules[0], "s_in", self.one(), (k,))
         inputs = [x, *stacked, s_in]
         for module, n in zip(modules, rows, strict=True):
-            inputs += [*self.terms(module, n, k, x.shape[:-1]), self.bias(module, n)]
-        outputs = [Value(m, FLOAT, (*x.shape[:-1], n)) for m, n in zip(modules, rows, strict=True)]
+            inputs += [*self.terms(module, n, k, x), self.bias(module, n)]
+        outputs = [Value(m, FLOAT, (*x.shape[:-1], n)) for m, n in zip(names or modules, rows, strict=True)]
         kind = ops.op_type(tag, len(modules))
         graph.function(kind, lambda: ops.function_proto(tag, len(modules)))
         attrs = ops.attributes(k, rows, self.activation)
-        return list(graph.nodes_outputs(kind, inputs, outputs, together, ops.DOMAIN, **attrs))
+        return list(graph.nodes_outputs(kind, inputs, outputs, "|".join(names or modules), ops.DOMAIN, **attrs))
 
     def bias(self, module: str, n: int) -> Value:
         """Return the bias of a module's linear, the neutral zero where it has none."""
@@ -303,20 +328,20 @@ class Emitter:
             return self.fed(value, (n,))
         return self.weight(f"{module}.bias") if f"{module}.bias" in self.weights.tensors else None
 
-    def float_linear(self, module: str, x: Value) -> Value:
+    def float_linear(self, module: str, x: Value, out_name: str) -> Value:
         """The same equation in float, for a weight that was kept."""
         graph, (n, k) = self.graph, self.shape_nk(module)
         out, low = (*x.shape[:-1], n), (*x.shape[:-1], f"{module}.rank")
         scaled = self.times(x, self.term(module, "s_in", self.one(), (k,)), f"{module}:s_in")
         y = self.matmul(scaled, self.weight(f"{self.stored(module)}.weight"), out, f"{module}:base")
-        a, b, gate, s_out = self.terms(module, n, k, x.shape[:-1])
+        a, b, gate, s_out = self.terms(module, n, k, x)
         if self.adapter.swappable:
-            t = self.times(self.matmul(x, a, low, f"{module}:a"), gate, f"{module}:gate")
+            t = self.times(self.matmul(x, a, low, f"{module}:a"), gate, f"{module}:gated")
             y = graph.node("Add", y, self.matmul(t, b, out, f"{module}:b"), shape=out, name=f"{module}:sum")
         y = self.times(y, s_out, f"{module}:s_out")
         if (bias := self.own_bias(module, n)) is None:
-            return graph.node("Identity", y, shape=out, name=module)
-        return graph.node("Add", y, bias, shape=out, name=module)
+            return graph.node("Identity", y, shape=out, name=out_name)
+        return graph.node("Add", y, bias, shape=out, name=out_name)
 
     def times(self, x: Value, factor: Value, name: str) -> Value:
         """x * factor, or x where the factor is the neutral one."""

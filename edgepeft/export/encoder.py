@@ -145,10 +145,10 @@ class _Emitter(Emitter):
         heads = {"num_heads": self.settings["num_attention_heads"], "domain": MICROSOFT}
         mixed = self.graph.node("MultiHeadAttention", *inputs, shape=x.shape, name=parent(q), **heads)
         x = self.skip_norm(name("attention"), self.linear(name("o"), mixed), x)
-        wide = self.linear(name("up"), x)
+        h, wide = x, self.linear(name("up"), x)
         op, attrs = ACTIVATIONS[self.settings.get("hidden_act", "gelu")]
         wide = self.graph.node(op, wide, shape=wide.shape, name=parent(name("up")), **attrs)
-        return self.skip_norm(name("layer"), self.linear(name("down"), wide), x)
+        return self.skip_norm(name("layer"), self.linear(name("down"), wide, h), x)
 
     def classifier(self, head: str, x: Value) -> Value:
         """tanh(dense(first token)) times the head, whose weights come with the adapter when it has them."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from edgepeft.adapt.terms import BASE_FILE, PREFIX
+from edgepeft.adapt.terms import BASE_FILE, BESIDE, PREFIX, ROUTER
 from edgepeft.artifact import read_tensors
 from edgepeft.console import table
 from edgepeft.errors import VerifyError
@@ -130,7 +130,7 @@ class OnnxModel:
         return dict(zip(self._beginning, self.session.run(names, self.feeds(batch)), strict=True))
 
     def without_adapter(self) -> dict[str, np.ndarray]:
-        """Return the feeds that leave the base: rank 0, scales of 1, the base's own biases and norms."""
+        """Return the feeds that leave the base: rank 0, scales of 1, no branches, the base's own biases and norms."""
         own = read_tensors(base) if (base := self.folder / "adapters" / BASE_FILE).exists() else {}
         feeds: dict[str, np.ndarray] = dict(own)
         for name, item in self.adapter_shapes.items():
@@ -139,6 +139,9 @@ class OnnxModel:
                 feeds[name] = np.zeros((0, item.shape[1]), dtype)
             elif name.endswith("lora_B.weight"):
                 feeds[name] = np.zeros((item.shape[0], 0), dtype)
+            elif name.endswith(BESIDE):
+                width = int(name.endswith(ROUTER))
+                feeds[name] = np.zeros([size if isinstance(size, int) else width for size in item.shape], dtype)
             elif name.endswith(SCALES):
                 feeds[name] = np.ones([size if isinstance(size, int) else 1 for size in item.shape], dtype)
         return feeds

@@ -247,9 +247,8 @@ def _torch_models(config: Config, run: Run, labels: Sequence[str]) -> dict[str, 
 
 def adapted_model(config: Config, run: Run, labels: Sequence[str], folder: Path) -> Any:
     """Return the packed model in PyTorch with an adapter as PEFT loads it."""
-    from peft import PeftModel
-
+    from edgepeft.adapt import layers
     from edgepeft.backbone.load import quantized_model
 
     model = quantized_model(run.path("quantized"), labels, config)
-    return PeftModel.from_pretrained(model, str(folder)).eval()
+    return layers.load(model, folder).eval()

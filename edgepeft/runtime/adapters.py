@@ -7,6 +7,8 @@ An adapter's tensors are overridable inputs of the graph, so swapping is feeding
     …lora_B.weight  [N, R]      (not fed)            [N, 0]          its view, or [N, 0] where it has none
     …gate           [.., R]     (not fed)            [.., 1]         its view, or one 1 where it has none
     …s_in, s_out    [K], [N]    (not fed)            ones            its view, or ones where it has none
+    a router        [E, K]      (not fed)            zeros [1, K]    its view, or of one expert where it has none
+    a bottleneck                (not fed)            of width 0      its view, or of width 0 where it has none
     a bias, a norm              (not fed)            the base's      its view, or the base's where it has none
     the head                    (not fed)            (not fed)       its view; must be there
 
@@ -39,6 +41,8 @@ OWN = "base.safetensors"
 ALIAS = "edgepeft.alias"
 NOT_TENSORS = ("logits_to_keep",)  # overridable too, but a setting of the run
 DOWN, UP, GATE = "lora_A.weight", "lora_B.weight", "gate"
+ROUTER, BOTTLENECKS = "lora_router.weight", (".lora_down.", ".lora_up.", ".lora_beside_down.", ".lora_beside_up.")
+KINDS = ("LORA", "EXPERTS", "BOTTLENECK", "PARALLEL")  # whose file is the graph's tensors
 LABELS = "labels"  # the dimension of a head
 ORT_TYPES: dict[str, np.dtype[Any]] = {"tensor(float16)": np.dtype(np.float16), "tensor(float)": np.dtype(np.float32)}
 
@@ -73,6 +77,16 @@ class Slot:
         return self.name.endswith((".s_in", ".s_out"))
 
     @property
+    def branch(self) -> bool:
+        """Tell whether this is part of what stands beside a linear: a router of experts, or a bottleneck."""
+        return self.name.endswith(ROUTER) or any(part in self.name for part in BOTTLENECKS)
+
+    @property
+    def neutral(self) -> bool:
+        """Tell whether an adapter may leave this out without the base's own."""
+        return self.low_rank or self.gate or self.scale or self.branch
+
+    @property
     def head(self) -> bool:
         """Tell whether this is part of a head: it has a row for every label."""
         return self.shape[:1] == (LABELS,)
@@ -88,11 +102,14 @@ class Slot:
         return name.removesuffix(DOWN).removesuffix(UP) + GATE
 
     def empty(self) -> np.ndarray:
-        """Return the rank-0 tensor of a low-rank slot, and the neutral one of a gate or a scale."""
+        """Return the rank-0 tensor of a low-rank slot, and the neutral one of a gate, a scale or a branch."""
         if self.gate:
             return _filled(1, (1,) * len(self.shape), self.dtype)
         if self.scale:
             return _filled(1, tuple(int(size or 1) for size in self.shape), self.dtype)
+        if self.branch:  # one expert, or a width of 0
+            width = int(self.name.endswith(ROUTER))
+            return _filled(0, tuple(size if isinstance(size, int) else width for size in self.shape), self.dtype)
         rank_axis = 0 if self.name.endswith(DOWN) else 1
         shape = (0 if axis == rank_axis else int(size or 0) for axis, size in enumerate(self.shape))
         return _filled(0, tuple(shape), self.dtype)
@@ -178,7 +195,7 @@ def _check_config(folder: Path) -> None:
         "rank_pattern", {}
     )
     odd = [key for key in ("use_dora", "use_rslora", "fan_in_fan_out") if config.get(key)]
-    if config.get("peft_type") != "LORA" or not same_scale or odd:
+    if config.get("peft_type") not in KINDS or not same_scale or odd:
         what = f"peft_type {config.get('peft_type')}, r {config.get('r')}, lora_alpha {config.get('lora_alpha')}"
         raise ArtifactError(
             f"{folder}: not an exported adapter ({', '.join([what, *odd])}): the scale must be folded into B, so that "
@@ -201,7 +218,7 @@ def _check_tensors(
     for name, slot in places.items():
         array = arrays.get(name)
         if array is None:
-            if not (slot.low_rank or slot.gate or slot.scale or name in own):
+            if not (slot.neutral or name in own):
                 problems.append(f"{name} is missing")
         elif not slot.fits(array):
             problems.append(f"{name} is {array.dtype}{list(array.shape)}, expected {slot.dtype}{list(slot.shape)}")
@@ -263,7 +280,7 @@ def _own(folder: Path, places: Mapping[str, Slot]) -> dict[str, np.ndarray]:
 
 def _neutral(places: Mapping[str, Slot], own: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return what leaves the base as it is, by name; nothing for heads."""
-    found = {name: slot.empty() for name, slot in places.items() if slot.low_rank or slot.gate or slot.scale}
+    found = {name: slot.empty() for name, slot in places.items() if slot.neutral}
     return {**found, **own}
 
 

@@ -66,13 +66,12 @@ class Subject:
             self.batch["token_type_ids"] = np.zeros_like(ids)
 
     def model(self, folder: Path | None = None) -> Any:
-        """Return the packed model in PyTorch, with an adapter as PEFT loads it."""
-        from peft import PeftModel
-
+        """Return the packed model in PyTorch, with an adapter as PEFT loads it, or our layers."""
+        from edgepeft.adapt import layers
         from edgepeft.backbone.load import quantized_model
 
         model = quantized_model(self.run.path("quantized"), self.labels, self.config)
-        return model if folder is None else PeftModel.from_pretrained(model, str(folder)).eval()
+        return model if folder is None else layers.load(model, folder).eval()
 
     def made(self, name: str) -> Path:
         """Make the random adapter of a setting, saved by PEFT; return its folder."""
@@ -126,7 +125,7 @@ def layer_error(subject: Subject, adapter: peft_files.Adapter, peft: Any) -> flo
 
     worst, chance = 0.0, np.random.default_rng(1)
     for module, terms in adapter.effect(subject.base).modules.items():
-        if module in subject.base.embeddings:
+        if module in subject.base.embeddings or terms.beside:
             continue
         w_nk = subject.base.weight(module).astype(np.float64)
         x = chance.standard_normal((3, w_nk.shape[1])).astype(np.float32)

@@ -9,6 +9,7 @@ import pytest
 
 from edgepeft.adapt.methods import METHODS
 from edgepeft.adapt.terms import TERMS_FILE
+from edgepeft.artifact import read_tensors
 from edgepeft.errors import EdgePeftError
 from edgepeft.export.emitter import ADAPTER_FILE
 from edgepeft.quant.formats import FORMATS
@@ -69,6 +70,35 @@ def test_shared_tensors_are_stored_once(subjects: Callable) -> None:
     assert not set(alias) & set(header)
     peft = json.loads((out / ADAPTER_FILE).with_name("adapter_config.json").read_text())
     assert len(peft["target_modules"]) == 13, "PEFT's own file repeats them"
+
+
+@pytest.mark.parametrize("name", ["experts", "houlsby", "parallel"])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_branch_can_be_switched_off_or_left_out(subjects: Callable, kind: str, name: str) -> None:
+    """The runtime's neutral tensors leave the base; a LoRA in a graph of experts has a gate of 1."""
+    from edgepeft.export.parity import OnnxModel
+    from edgepeft.runtime.adapters import slots
+
+    subject = subjects(kind, "i4b32")
+    model = OnnxModel(subject.export(subject.made(name)), None)
+    places = slots(model.session)
+    neutral = {key: slot.empty() for key, slot in places.items() if slot.neutral}
+    assert any(slot.branch for slot in places.values())
+    base = subject.logits(subject.model())
+    if not subject.heads:  # a head comes with its adapter
+        assert np.abs(model.logits(subject.batch, neutral) - base).max() <= FLOAT
+    assert np.array_equal(model.logits(subject.batch, neutral), model.logits(subject.batch, model.without_adapter()))
+    if name == "experts":
+        folder = subject.export(subject.made("lora"))
+        lora = {key: value for key, value in read_tensors(folder / ADAPTER_FILE).items() if key in places}
+        wanted = subject.logits(subject.model((folder / ADAPTER_FILE).parent))
+        assert np.abs(model.logits(subject.batch, {**neutral, **lora}) - wanted).max() <= FLOAT
+
+
+@pytest.mark.parametrize("name", ["experts", "houlsby", "parallel"])
+def test_a_branch_is_never_merged(subjects: Callable, name: str) -> None:
+    with pytest.raises(EdgePeftError, match="has a branch beside its weight"):
+        merged(subjects("bert", "i4b32"), name)
 
 
 def test_a_changed_embedding_is_not_taken_for_the_base(subjects: Callable, tmp_path: Path) -> None:

@@ -311,7 +311,6 @@ def dora_with_biases(run: Run) -> None:
 @pytest.fixture(scope="module")
 def wide(first, tmp_path_factory):
     """A build whose graph has scales and biases as inputs."""
-    pytest.importorskip("edgepeft.adapt.device", reason="no method but LoRA is there")
     config, run = first
     folder = tmp_path_factory.mktemp("wide") / "wide"
     shutil.copytree(run.path("quantized"), folder / "quantized")
