@@ -91,12 +91,17 @@ def adalora_apart(peft: Any, config: Config) -> None:
             module.register_forward_hook(lambda _module, _inputs, output: output.clone())
 
 
-def adalora_begin(peft: Any, steps: int) -> None:
-    """Plan the allocation: a tenth of the steps as they are, ranks given away until a third is left, then fixed."""
+def adalora_begin(peft: Any, steps: int, epochs: int) -> None:
+    """Plan the allocation: a sixth of the first epoch as it is, ranks given away until its end, then fixed.
+
+    So every checkpoint, whichever is the best, keeps to the ranks asked for. steps: of one epoch; a training of one
+    epoch keeps its last third for the ranks that are left.
+    """
     settings = peft.peft_config["default"]
-    settings.total_step = steps
-    settings.tinit, settings.tfinal = steps // 10, max(1, steps // 3)
-    settings.deltaT = max(1, steps // 100)
+    end = steps if epochs > 1 else max(1, steps - steps // 3)
+    settings.total_step, settings.tinit = steps * epochs, end // 6
+    settings.tfinal = settings.total_step - end
+    settings.deltaT = max(1, end // 50)
 
 
 def adalora_step(peft: Any, step: int) -> None:
@@ -110,12 +115,10 @@ def adalora_step(peft: Any, step: int) -> None:
     if step <= last:
         tuner.update_and_allocate(step)
         settings.rank_pattern = None
-        return
+    kept = tuner.__dict__.setdefault("_kept_ranks", {})
     with torch.no_grad():
-        for name, values in _singular_values(peft):
-            mask = tuner.__dict__.setdefault("_kept_ranks", {})
-            kept = mask.setdefault(name, (values != 0).clone())
-            values.mul_(kept)
+        for name, values in _singular_values(peft) if step >= last else ():
+            values.mul_(kept.setdefault(name, values != 0))
 
 
 def _singular_values(peft: Any) -> Iterator[tuple[str, torch.Tensor]]:

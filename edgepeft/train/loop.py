@@ -347,7 +347,7 @@ def _trainer(
 
     task, method = TASKS[config.task], METHODS[config.method]
     steps = _steps_per_epoch(len(examples["train"]), config)
-    method.at("begin", model, steps * config.epochs)
+    method.at("begin", model, steps, config.epochs)
     if logs is not None and resumed is None and ranks.leads():
         shutil.rmtree(logs, ignore_errors=True)
     trainer = BatchedTrainer(

@@ -23,12 +23,12 @@ def trained(config: Config, run: Run) -> Path:
 def test_a_method_learns(new_run: Callable[..., Run], tiny_config: Config, tag: str) -> None:
     run = new_run("i8c") if tag == "dora" else new_run()
     rate = tiny_config.learning_rate / (16 if tag == "loraplus" else 1)  # its B learns 16 times as fast
-    config = tiny_config.replace(method=tag, epochs=2, learning_rate=rate, format="i8c" if tag == "dora" else "i4b32")
+    config = tiny_config.replace(method=tag, epochs=4, learning_rate=rate, format="i8c" if tag == "dora" else "i4b32")
     folder = trained(config, run)
     base = Base.open(run.path("quantized"))
     effect = peft_files.read(folder, base=base).effect(base)
     losses = [row["train_loss"] for row in read_json(folder / "training.json")["epochs"]]
-    assert losses[1] < losses[0]
+    assert min(losses[1:]) < losses[0]
     assert effect.modules
     if tag == "adalora":
         ranks = [len(terms.a_rk) for terms in effect.modules.values()]
