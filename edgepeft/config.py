@@ -136,6 +136,11 @@ class Config:
         "default", "Where the adapter begins: B = 0, or from what quantization lost, or from W itself.", _starts,
         group="train",
     )  # fmt: skip
+    adapter_from: str = _field(
+        "",
+        "Folder of a trained adapter, as Hugging Face PEFT saves it, to ship instead of training one.",
+        group="train",
+    )
     teacher: str = _field(
         "none", "Who teaches beside the labels: none, self (the float backbone), tuned (it, tuned first) or a folder.",
         group="train",

@@ -56,6 +56,12 @@ def _teacher_digest(config: Config) -> str:
     return open_folder(folder).identity if folder.is_dir() and not named else ""
 
 
+def _adapter_digest(config: Config) -> str:
+    from edgepeft.train.attach import folder_digest
+
+    return folder_digest(config)
+
+
 def _calibration_digest(config: Config) -> str:
     from edgepeft.quant.calibration import digest
 
@@ -84,6 +90,7 @@ OUTSIDE = {
     "calibration": Outside("the texts that were calibrated with", _calibration_digest),
     "data": Outside("the data trained with", _data_digest),
     "teacher": Outside("the teacher trained with", _teacher_digest),
+    "adapter_from": Outside("the adapter that was attached", _adapter_digest),
     "target": Outside("the target verified for", _target_digest),
 }
 
@@ -118,7 +125,7 @@ STAGES = (
     ),
     Stage(
         "train", "adapter", "edgepeft.train.loop:train",
-        ("data", *TRAINING), ("quantized",), ("data", "teacher"),
+        ("data", "adapter_from", *TRAINING), ("quantized",), ("data", "teacher", "adapter_from"),
     ),
     Stage(
         "merge", "merged", "edgepeft.adapt.merge:merge",

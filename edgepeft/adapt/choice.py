@@ -9,25 +9,27 @@ that drop, from the same examples answered by both models. Of scores s over n la
 
     drop = Σ(s' - s) / Σn        noise = √( Σ(s' - s - n·drop)² · m / (m - 1) ) / Σn        m examples
 
-Otherwise it stays separate, swappable and exact; merge.json, export.json and the manifest say why. Left out: merging
-some layers and not others.
+Otherwise, and where a part of it cannot go into the weights, it stays separate, swappable and exact; merge.json,
+export.json and the manifest say why. Left out: merging some layers and not others.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepeft.artifact import Run, read_json
+from edgepeft.artifact import Run, read_json, write_json
 from edgepeft.console import say
 
 if TYPE_CHECKING:
     from edgepeft.config import Config
 
 AUTO, LOSSLESS = "auto", 0.9
+PARTS_NAMED = 3
 
 
 def noise(before_m2: np.ndarray, after_m2: np.ndarray) -> float:
@@ -53,6 +55,14 @@ def decide(report: Mapping[str, Any]) -> dict[str, Any]:
     return {"ships": ships, "why": why}
 
 
+def apart(parts: list[str], out: Path) -> dict[str, Any]:
+    """Write and return the decision for an adapter of which some parts cannot go into the weights at all."""
+    report = {"ships": "separate", "why": [f"cannot be merged: {'; '.join(parts[:PARTS_NAMED])}"]}
+    say(f"--adapter auto: separate, as it {report['why'][0]}")
+    write_json(out / "merge.json", report)
+    return report
+
+
 def decided(config: Config, run: Run) -> Config:
     """Return the settings with `auto` replaced by what the merge stage decided."""
     return config.replace(adapter=read_json(run.path("merged") / "merge.json")["ships"]) if _asked(config) else config
@@ -63,7 +73,8 @@ def record(config: Config, run: Run) -> dict[str, Any]:
     if not _asked(config):
         return {}
     found = read_json(run.path("merged") / "merge.json")
-    return {"adapter_choice": {name: found[name] for name in ("ships", "why", "retention", "share", "validation")}}
+    told = ("ships", "why", "retention", "share", "validation")
+    return {"adapter_choice": {name: found[name] for name in told if name in found}}
 
 
 def _asked(config: Config) -> bool:

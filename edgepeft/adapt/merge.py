@@ -55,6 +55,8 @@ def merge(config: Config, run: Run, out: Path) -> dict[str, Any]:
     tensors = read_tensors(quantized / "weights.safetensors")
     base = Base(dict(tensors), about)
     effect = peft_files.read(run.path("adapter"), base=base).effect(base)
+    if config.adapter == choice.AUTO and (parts := unmergeable(effect, base)):
+        return choice.apart(parts, out)
     check_mergeable(effect, base)
     rows, layers = [], {layer["name"]: dict(layer) for layer in about["layers"]}
     changes = {name: terms for name, terms in effect.modules.items() if set(terms.present) - {"bias"}}
@@ -80,14 +82,18 @@ def merge(config: Config, run: Run, out: Path) -> dict[str, Any]:
 
 def check_mergeable(effect: Effect, base: Base) -> None:
     """Raise ArtifactError, naming each, for parts of an effect that cannot go into the weights."""
+    if problems := unmergeable(effect, base):
+        raise ArtifactError(f"cannot be merged: {'; '.join(problems)}. Ship the adapter apart (--adapter separate).")
+
+
+def unmergeable(effect: Effect, base: Base) -> list[str]:
+    """Return, in words, the parts of an effect that cannot go into the weights."""
     problems = [f"{name} is an embedding" for name in effect.modules if name in base.embeddings]
     tied = [name for name in effect.modules if name in base.linears and base.stored(name) != name]
     problems += [f"{name} is the word embedding too, which would change as well" for name in tied]
     problems += [f"{name} has a branch beside its weight" for name, terms in effect.modules.items() if terms.beside]
     biases = [name for name, terms in effect.modules.items() if terms.bias is not None and base.bias(name) is None]
-    problems += [f"{name} has no bias in the model, and the adapter gives it one" for name in biases]
-    if problems:
-        raise ArtifactError(f"cannot be merged: {'; '.join(problems)}. Ship the adapter apart (--adapter separate).")
+    return problems + [f"{name} has no bias in the model, and the adapter gives it one" for name in biases]
 
 
 def whole_tensors(effect: Effect, base: Base) -> dict[str, np.ndarray]:

@@ -62,9 +62,12 @@ def train(config: Config, run: Run, out: Path) -> dict[str, Any]:
     EdgePeftError for what the user can mend.
     """
     from edgepeft.train import starts
+    from edgepeft.train.attach import attach
     from edgepeft.train.teacher import check_source
     from edgepeft.train.watch import draw_curves, quiet, reset_peak_resident
 
+    if config.adapter_from:
+        return attach(config, run, out)
     reset_peak_resident()
     _check_precision(config)
     splits = load_splits(config)

@@ -241,6 +241,15 @@ def test_what_loses_nothing_is_merged(made):
     assert choice.record(config.replace(adapter="merged"), run) == {}
 
 
+def test_what_no_weight_can_hold_is_shipped_apart(made, monkeypatch):
+    config, run = made(**ANY)
+    config = config.replace(adapter="auto")
+    monkeypatch.setattr("edgepeft.adapt.merge.unmergeable", lambda effect, base: ["a part"])
+    assert merge(config, run, run.path("merged"))["ships"] == "separate"
+    assert choice.decided(config, run).adapter == "separate"
+    assert choice.record(config, run)["adapter_choice"]["why"] == ["cannot be merged: a part"]
+
+
 @pytest.mark.parametrize(("count", "ships"), [(0, "merged"), (2, "separate")])
 def test_a_metric_that_falls_beyond_noise_is_a_loss(made, monkeypatch, count, ships):
     config, run = made(strength=1.0, format="i8c", max_metric_drop=1.0)
