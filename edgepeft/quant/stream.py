@@ -131,7 +131,8 @@ class Stream:
             else:
                 norm = self.model.get_submodule(f"{self.family.prefix}.{self.family.norms['final']}")
                 with torch.no_grad():
-                    yield norm(x)[mask]
+                    found = norm(x)[mask]
+                yield found
 
 
 def fill(module: torch.nn.Module, tensors: Mapping[str, np.ndarray]) -> None:

@@ -10,7 +10,8 @@ from edgepeft.adapt import training
 from edgepeft.adapt.kinds import KINDS
 from edgepeft.adapt.methods import METHODS
 
-TRAINED_ON = ["a.output.dense", "a.key"]
+KEY, DOWN = "bert.encoder.layer.0.attention.self.key", "bert.encoder.layer.0.output.dense"
+TARGETS = {"bitfit": {KEY}, "houlsby": {DOWN}, "pfeiffer": {DOWN}, "parallel": {DOWN}}
 
 
 @pytest.mark.parametrize("tag", METHODS)
@@ -20,10 +21,11 @@ def test_a_row_is_whole(tag: str) -> None:
     assert row.peft_type in KINDS
     assert set(row.hooks) <= {"prepare", "attach", "optimizer", "begin", "step"}
     assert all(hasattr(training, name) for name in row.hooks.values())
-    config = SimpleNamespace(rank=8, alpha=12.0, dropout=0.1, seed=3)
-    made = row.peft_config(config, TRAINED_ON, ["head"], "SEQ_CLS")
-    assert made.peft_type.value == row.peft_type
-    assert made.target_modules == ({"a.key"} if tag == "bitfit" else set(TRAINED_ON))
+    config = SimpleNamespace(rank=8, alpha=12.0, dropout=0.1, seed=3, experts=4)
+    made = row.peft_config(config, [KEY, DOWN], ["head"], "SEQ_CLS")
+    saved = made.to_dict()["peft_type"]
+    assert getattr(saved, "value", saved) == row.peft_type
+    assert made.target_modules == TARGETS.get(tag, {KEY, DOWN})
     assert made.modules_to_save == ["head"]
 
 

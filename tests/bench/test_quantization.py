@@ -40,6 +40,7 @@ def test_figures_are_those_of_the_cases_and_known_ones_are_kept(tmp_path: Path, 
     arguments = [
         "--model", str(model), "--data", str(data), "--task", "text-generation", "--formats", "i4b32", "--solvers",
         "rtn", "gptq", "--examples", "3", "--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png"),
+        "--set", "max_length=64",
     ]  # fmt: skip
     assert quantization.main(arguments) == 0
     result = json.loads((tmp_path / "r.json").read_text())
