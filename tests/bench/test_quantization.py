@@ -45,7 +45,7 @@ def test_figures_are_those_of_the_cases_and_known_ones_are_kept(tmp_path: Path, 
     assert quantization.main(arguments) == 0
     result = json.loads((tmp_path / "r.json").read_text())
     plain, solved = result["rows"]
-    assert plain["share of rtn's"] == 1
+    assert plain["share of rtn's"] == (1 if plain["lost"] > 0 else None)  # there is no share of a gain
     assert solved["lost"] == pytest.approx(solved["perplexity"] - result["reference"])
     assert plain["MB"] == pytest.approx(solved["MB"], rel=0.01)
     assert (tmp_path / "r.png").stat().st_size > 1000
