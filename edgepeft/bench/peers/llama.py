@@ -66,6 +66,8 @@ def _write(about: dict[str, Any], path: Path, adapter: bool) -> None:
         _describe(writer, settings, about["context"])
     for name, shape in about["tensors"].items():
         known = names.get_name(name, (".weight", ".bias"))
+        if known is None:
+            raise ValueError(f"{name}: llama.cpp has no name for this tensor of {settings['model_type']}")
         if not adapter:
             writer.add_tensor(known, _random(rng, shape, np.float16 if len(shape) > 1 else np.float32))
         elif name in about["linears"]:
