@@ -102,8 +102,9 @@ def _ia3(scales: Mapping[str, Terms], tensors: dict[str, np.ndarray], base: Base
         own = None if base is None or terms.s_out is None else base.bias(name)
         if own is not None and (terms.bias is None or not np.allclose(terms.bias, own * terms.s_out, atol=1e-6)):
             raise ArtifactError(f"{name}: a scale that leaves the bias out has no form that PEFT loads.")
-        scale = terms.s_out[:, None] if terms.s_out is not None else terms.s_in[None]  # type: ignore[index]
-        tensors[f"{PREFIX}{name}.ia3_l"] = scale
+        one = terms.s_in if terms.s_out is None else terms.s_out
+        assert one is not None, "one of them is there"
+        tensors[f"{PREFIX}{name}.ia3_l"] = one[None] if terms.s_out is None else one[:, None]
     inputs = sorted(name for name, terms in scales.items() if terms.s_in is not None)
     return {"peft_type": "IA3", "target_modules": sorted(scales), "feedforward_modules": inputs}
 
@@ -117,10 +118,10 @@ def _lora(
     turned = base.embeddings if base is not None else {}
     dora = any(terms.s_out is not None for terms in sums.values())
     for name, terms in sums.items():
-        a_rk, b_nr = terms.a_rk, terms.b_nr
+        a_rk, b_nr = terms.low_rank
         embedding = name in turned
         a_name, b_name = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-        tensors |= {f"{PREFIX}{name}.{a_name}": a_rk, f"{PREFIX}{name}.{b_name}": b_nr}  # type: ignore[dict-item]
+        tensors |= {f"{PREFIX}{name}.{a_name}": a_rk, f"{PREFIX}{name}.{b_name}": b_nr}
         if dora and embedding:
             raise ArtifactError(f"{name}: an embedding beside DoRA has no form that PEFT loads. Train them apart.")
         if dora:
@@ -128,7 +129,7 @@ def _lora(
     shifted = _biases(sums, biases, tensors, base)
     if shifted and dora:
         raise ArtifactError("DoRA beside biases of linears without one has no form that PEFT loads. Train them apart.")
-    ranks = {name: len(terms.a_rk) for name, terms in sums.items()}  # type: ignore[arg-type]
+    ranks = {name: len(terms.low_rank[0]) for name, terms in sums.items()}
     rank = source.get("r") if source.get("r") in ranks.values() else Counter(ranks.values()).most_common(1)[0][0]
     others = {name: own for name, own in ranks.items() if own != rank}
     return {
@@ -149,7 +150,8 @@ def _biases(
         if name not in new:
             tensors[f"{PREFIX}{name}.base_layer.bias" if name in sums else f"{PREFIX}{name}.bias"] = bias
     for name, terms in sums.items() if new else ():
-        tensors[f"{PREFIX}{name}.lora_B.bias"] = biases[name] if name in new else np.zeros(len(terms.b_nr), np.float32)  # type: ignore[arg-type]
+        zero = np.zeros(len(terms.low_rank[1]), np.float32)
+        tensors[f"{PREFIX}{name}.lora_B.bias"] = biases[name] if name in new else zero
     return bool(new)
 
 

@@ -105,42 +105,30 @@ def _vera(config: Config, modules: list[str], heads: list[str], task_type: str) 
     )  # fmt: skip
 
 
-def _ia3(config: Config, modules: list[str], heads: list[str], task_type: str) -> Any:
-    from peft import IA3Config
-
-    # The paper's places: the keys, the values, and what goes into the second linear of the feed-forward.
-    down = [name for name in modules if name.endswith(("mlp.down_proj", "output.dense")) and "attention" not in name]
-    scaled = [name for name in modules if name.endswith(("key", "value", "k_proj", "v_proj", "qkv_proj"))]
-    return IA3Config(
-        target_modules=sorted({*down, *scaled}), feedforward_modules=down, modules_to_save=heads, task_type=task_type
-    )
-
-
-def _loha(config: Config, modules: list[str], heads: list[str], task_type: str) -> Any:
-    from peft import LoHaConfig
-
-    alpha: Any = config.alpha
-    return LoHaConfig(
-        r=config.rank, alpha=alpha, target_modules=modules, modules_to_save=heads, rank_dropout=config.dropout,
-        task_type=task_type,
-    )  # fmt: skip
-
-
-def _lokr(config: Config, modules: list[str], heads: list[str], task_type: str) -> Any:
-    from peft import LoKrConfig
-
-    alpha: Any = config.alpha
-    return LoKrConfig(
-        r=config.rank, alpha=alpha, target_modules=modules, modules_to_save=heads, rank_dropout=config.dropout,
-        task_type=task_type,
-    )  # fmt: skip
-
-
 def _in_roles(modules: list[str], *roles: str) -> list[str]:
     """Return the modules that play one of these roles in a family of models."""
     names = {family.linears[role] for family in FAMILIES.values() for role in roles if role in family.linears}
     ends = re.compile(r"(.*\.)?(" + "|".join(re.escape(name).replace(r"\{i\}", r"\d+") for name in names) + ")")
     return [module for module in modules if ends.fullmatch(module)]
+
+
+def _ia3(config: Config, modules: list[str], heads: list[str], task_type: str) -> Any:
+    from peft import IA3Config
+
+    # The paper's places: the keys, the values, and what goes into the second linear of the feed-forward.
+    down, scaled = _in_roles(modules, "down"), _in_roles(modules, "k", "v", "qkv")
+    return IA3Config(
+        target_modules=sorted([*down, *scaled]), feedforward_modules=down, modules_to_save=heads, task_type=task_type
+    )
+
+
+def _lycoris(name: str, config: Config, modules: list[str], heads: list[str], task_type: str) -> Any:
+    import peft
+
+    return getattr(peft, name)(
+        r=config.rank, alpha=config.alpha, target_modules=modules, modules_to_save=heads, rank_dropout=config.dropout,
+        task_type=task_type,
+    )  # fmt: skip
 
 
 def _ours(kind: str, config: Config, modules: list[str], heads: list[str], task_type: str, **more: Any) -> Any:
@@ -175,8 +163,11 @@ ROWS = (
         {"attach": "share_groups"},
     ),
     Method("ia3", "IA3", "scales of keys, values and the feed-forward", _ia3),
-    Method("loha", "LOHA", "the product, number by number, of two low-rank matrices", _loha),
-    Method("lokr", "LOKR", "a Kronecker product of two small matrices", _lokr),
+    Method(
+        "loha", "LOHA", "the product, number by number, of two low-rank matrices",
+        functools.partial(_lycoris, "LoHaConfig"),
+    ),
+    Method("lokr", "LOKR", "a Kronecker product of two small matrices", functools.partial(_lycoris, "LoKrConfig")),
     Method(
         "bitfit", "LORA", "the biases and nothing else", _bitfit, {"prepare": "free_biases", "attach": "only_biases"},
         trains_base=True,

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgepeft.adapt.kinds import KINDS, WITHOUT_EFFECT, Kind, Module, lora_rank, lora_scale, vera_projections
-from edgepeft.adapt.terms import PREFIX, Effect, Terms
+from edgepeft.adapt.terms import BOTTLENECK, PARALLEL, PREFIX, Effect, Terms
 from edgepeft.artifact import read_json, read_tensor, tensor_header, write_json, write_tensors
 from edgepeft.errors import ArtifactError
 
@@ -328,7 +328,8 @@ def _implied_shape(peft_type: str, shapes: Mapping[str, list[int]]) -> list[int]
             a, b = (shapes[name] for name in names)
             return [b[0], a[1]] if a[0] == b[1] else None
         if peft_type in ("BOTTLENECK", "PARALLEL"):
-            down, d, up, u = (shapes[name] for name in sorted(shapes, key=lambda name: name.replace("bias", "zbias")))
+            endings = BOTTLENECK if peft_type == "BOTTLENECK" else PARALLEL
+            down, d, up, u = (shapes[name] for name in endings)
             return [up[0], 0] if down == up[::-1] and d == down[:1] and u == up[:1] else None
         if peft_type == "ADALORA":
             a, b, e = shapes["lora_A"], shapes["lora_B"], shapes["lora_E"]

@@ -64,6 +64,13 @@ class Terms:
         """The names of the terms that are not neutral."""
         return [name for name in ENDINGS if getattr(self, name) is not None]
 
+    @property
+    def low_rank(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return a [R, K] and b [N, R] of a module that has them."""
+        if self.a_rk is None or self.b_nr is None:
+            raise ValueError("a module without a and b has no rank")
+        return self.a_rk, self.b_nr
+
     def rounded(self, module: str) -> Terms:
         """Return the terms as a device holds them: the gate in b, a and b of float16's values.
 

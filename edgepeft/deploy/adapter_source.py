@@ -14,12 +14,12 @@ on the base's weights need the packed ones, which lie beside the adapter in a bu
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgepeft.adapt.terms import PREFIX, TERMS_FILE, aliases
 from edgepeft.artifact import read_json, read_tensors, tensor_header, write_json, write_tensors
 from edgepeft.console import say
 from edgepeft.errors import ArtifactError
@@ -29,8 +29,6 @@ from edgepeft.runtime import manifest as mf
 ABOUT = "about.json"
 SETTINGS, LABELS = "adapter_config.json", "labels.json"
 BASE_KEY, FORMAT_KEY = "edgepeft.base", "edgepeft.format"
-PREFIX = "base_model.model."
-TERMS, ALIAS = "terms.safetensors", "edgepeft.alias"
 
 
 class Source:
@@ -47,7 +45,7 @@ class Source:
     @property
     def device_form(self) -> bool:
         """Tell whether it is what an export wrote."""
-        if (self.folder / TERMS).exists():
+        if (self.folder / TERMS_FILE).exists():
             return True
         half = all(e["dtype"] == "F16" for n, e in tensor_header(self.folder / ad.TENSORS)[0].items() if ".lora_" in n)
         return half and BASE_KEY in self.metadata and _scale_is_folded(self.settings)
@@ -55,13 +53,13 @@ class Source:
 
 def tensor_file(folder: Path) -> Path:
     """Return the file of an adapter's folder that the runtime reads."""
-    return folder / (TERMS if (folder / TERMS).is_file() else ad.TENSORS)
+    return folder / (TERMS_FILE if (folder / TERMS_FILE).is_file() else ad.TENSORS)
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return {input of the graph: shape} of an adapter in its device form, names that share a tensor included."""
     header, metadata, _ = tensor_header(tensor_file(folder))
-    stored = {name: name for name in header} | json.loads(metadata.get(ALIAS, "{}"))
+    stored = {name: name for name in header} | aliases(metadata)
     return {name: tuple(header[source]["shape"]) for name, source in stored.items()}
 
 
@@ -177,7 +175,7 @@ def write_device(source: Source, out: Path, manifest: mf.Manifest, places: Mappi
     """Write the device form of an adapter below `out`, and its labels."""
     if source.device_form:
         for path in sorted(source.folder.iterdir()):
-            if path.name in (ad.TENSORS, TERMS):
+            if path.name in (ad.TENSORS, TERMS_FILE):
                 _name_base(path, out / path.name, manifest)
             elif path.name in (SETTINGS, LABELS):
                 shutil.copyfile(path, out / path.name)
@@ -207,7 +205,7 @@ def _convert(source: Source, out: Path, manifest: mf.Manifest, places: Mapping[s
 
         expected = {"base": Base.open(source.packed)}
     peft_files.write_device(out, source.folder, **expected)
-    for path in (out / ad.TENSORS, out / TERMS):
+    for path in (out / ad.TENSORS, out / TERMS_FILE):
         if path.exists():
             _name_base(path, path, manifest)
 

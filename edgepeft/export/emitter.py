@@ -155,7 +155,8 @@ class Emitter:
         """Return the rank-0 side of a module without an adapter: an input that another adapter may fill, or nothing."""
         if self.adapter.swappable:
             return self.fed(Value(f"{PREFIX}{module}.{ENDINGS[term]}", FLOAT16, shape), dims)
-        return self.graph.constant("empty_" + "x".join(map(str, shape)), np.zeros(shape, np.float16))  # type: ignore[arg-type]
+        zero: Any = shape  # numbers alone, the rank being 0
+        return self.graph.constant("empty_" + "x".join(map(str, shape)), np.zeros(zero, np.float16))
 
     def term(self, module: str, term: str, neutral: Value, dims: Dims) -> Value:
         """Return one term of a module's adapter; a and b keep their type, the others are float32."""

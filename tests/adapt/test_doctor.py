@@ -35,7 +35,7 @@ def gguf_file(folder: Path) -> Path:
 
 
 def gguf_by_its_library(folder: Path) -> Path:
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf", reason="llama.cpp's own library writes the file")
     return lay.write_gguf(folder / "lora.gguf", lay.gguf_tensors(lay.pairs()))
 
 
@@ -100,7 +100,7 @@ def test_peft_itself_loads_what_was_converted(llama: Path, tmp_path: Path) -> No
 
 
 def test_q8_0_is_read_as_its_library_does(llama: Path, tmp_path: Path) -> None:
-    library = pytest.importorskip("gguf")
+    library = pytest.importorskip("gguf", reason="llama.cpp's own library is what it is held to")
     kind = library.GGMLQuantizationType.Q8_0
     tensors = {  # llama.cpp leaves rows that are no whole blocks alone
         name: library.quants.quantize(array, kind) if array.shape[-1] % 32 == 0 else array
