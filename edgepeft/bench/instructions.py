@@ -13,7 +13,6 @@ say nothing of cache misses: they compare two kernels on one core, not a core wi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from edgepeft.bench.report import publish
 from edgepeft.deploy.emulator import MARK, NEWEST, Emulator, available, marked, missing
 from edgepeft.errors import EdgePeftError, TargetError
 
@@ -146,9 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EdgePeftError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    publish(table(rows), rows, args.json)
     for text in failures(rows):
         print(text, file=sys.stderr)
     return 1 if failures(rows) else 0

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from edgepeft.bench.report import publish
 from edgepeft.errors import EdgePeftError
 from edgepeft.quant.formats import FORMATS
 
@@ -240,9 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     shapes = [(int(k), int(n)) for k, n in (text.split("x") for text in args.shapes)]
     rows = compare(shapes, args.ms, args.threads, args.rank, args.formats, args.seconds)
-    print(markdown(rows))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    publish(markdown(rows), rows, args.json)
 
 
 if __name__ == "__main__":

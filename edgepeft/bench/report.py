@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from edgepeft.bench.generation import speeds_text
 from edgepeft.console import table
 
 MB = 1e6
+
+
+def publish(text: str, rows: Sequence[Mapping[str, Any]], file: Path | None) -> None:
+    """Print a table and, where a file is given, write its rows there as JSON."""
+    print(text)
+    if file:
+        file.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def _latency(rows: list[Mapping[str, Any]]) -> str:

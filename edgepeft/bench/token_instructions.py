@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgepeft.bench.report import publish
 from edgepeft.deploy.emulator import MARK, NEWEST, SAFE, Emulator, available, marked, missing
 from edgepeft.errors import EdgePeftError, TargetError, unknown
 
@@ -161,9 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EdgePeftError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    publish(table(rows), rows, args.json)
     return 0
 
 
