@@ -16,6 +16,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -163,6 +164,12 @@ def tensor_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if 8 + length + end != size:
             raise ValueError(f"expected {8 + length + end} bytes, found {size}")
+        for name, entry in header.items():
+            (start, stop), shape = entry["data_offsets"], entry["shape"]
+            kind = "<u2" if entry["dtype"] == "BF16" else DTYPES.get(entry["dtype"])
+            wanted = math.prod(shape) * int(kind[2:]) if kind else stop - start
+            if start < 0 or min(shape, default=0) < 0 or stop - start != wanted:
+                raise ValueError(f"{name} {entry['dtype']}{shape} takes {wanted} bytes, not {start}..{stop}")
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -179,6 +179,14 @@ class Config:
             )
         if self.size and self.double_quant:
             problems.append("--size chooses formats without nf4b64, which --double-quant is for. Leave one out.")
+        if self.adapter_from:
+            problems += [
+                f"{flag(name)} {getattr(self, name)}: nothing is trained with --adapter-from. Leave one out."
+                for name, plain in (("teacher", "none"), ("start", "default"))
+                if getattr(self, name) != plain
+            ]
+        if self.size and self.embedding_format == "float":
+            problems.append("--size chooses the embeddings' formats too. Leave out --embedding-format float.")
         if problems:
             raise ConfigError("\n".join(problems))
 

@@ -51,6 +51,20 @@ def test_a_truncated_tensor_file_is_refused_by_name(tmp_path, keep):
         artifact.read_tensors(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"shape": [3]}, {"shape": "x"}, {"shape": [-2]}, {"data_offsets": [-8, 8]}, {"dtype": ["F32"]}, {"dtype": "F16"}],
+    ids=str,
+)
+def test_a_header_that_does_not_fit_its_bytes_is_refused(tmp_path, change):
+    path = tmp_path / "a.safetensors"
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **change}
+    header = json.dumps({"x": entry}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ArtifactError, match=r"a\.safetensors"):
+        artifact.tensor_header(path)
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
     path = tmp_path / "t.json"
     artifact.write_json(path, {"a": 1})

@@ -37,6 +37,19 @@ def test_a_bad_value_is_named_with_the_nearest_good_one(field, value, said):
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"adapter_from": "x", "teacher": "self"}, "--teacher self: nothing is trained with --adapter-from"),
+        ({"adapter_from": "x", "start": "pissa"}, "--start pissa: nothing is trained"),
+        ({"size": "12MB", "embedding_format": "float"}, "--size chooses the embeddings' formats too"),
+    ],
+)
+def test_settings_that_cannot_both_hold_are_told(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        Config(**settings)
+
+
 def test_all_problems_come_at_once():
     with pytest.raises(ConfigError) as caught:
         Config(format="x", rank=0, method="y")

@@ -105,6 +105,11 @@ def convert(adapter: Foreign, out: Path) -> None:
         raise ArtifactError(f"{out}: exists already. Give --convert a new folder.")
     if adapter.unread:
         raise ArtifactError(f"{adapter.path}: {adapter.unread}.")
+    if adapter.strange:
+        raise ArtifactError(
+            f"{adapter.path}: {len(adapter.strange)} tensors of no known meaning ({some(adapter.strange)}) would be "
+            "left out. Convert it with the tool that made it."
+        )
     if adapter.turned:
         raise ArtifactError(
             f"{adapter.path}: rows of {some(adapter.turned, 2)} are in llama.cpp's order, which takes the number of "
@@ -314,7 +319,10 @@ def _cannot_turn(adapter: Foreign, base: Base) -> str:
     """Say why the rows of q and k cannot be brought into the base's order."""
     heads, pairs = base.heads, adapter.pairs
     for module, role in adapter.turned.items():
-        rows = pairs[module]["B"].shape[0] if "B" in pairs[module] else 0
+        b_nr = pairs[module].get("B")
+        if b_nr is None or b_nr.ndim != 2:
+            return f"{module} has no B [N, R], so its rows cannot be turned back"
+        rows = b_nr.shape[0]
         if not heads[role] or rows % (2 * heads[role]):
             return f"{module} has {rows} rows, which {heads[role]} heads of the base do not divide into pairs"
     return ""

@@ -26,6 +26,7 @@ from typing import Any
 from edgepeft.artifact import Run, read_json, write_json
 from edgepeft.config import Config
 from edgepeft.console import say, table
+from edgepeft.errors import ConfigError, EdgePeftError
 from edgepeft.quant.formats import FORMATS
 from edgepeft.quant.solvers import SOLVERS
 
@@ -116,6 +117,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     base = Config(model=options.model, data=options.data, task=options.task, **typed)
     decoder = base.task == "text-generation"
     known = read_json(options.json) if options.json and options.json.is_file() else {"reference": None, "rows": []}
+    asked = {name: getattr(options, name) for name in ("model", "data", "task", "examples", "set")}
+    if known.setdefault("asked", asked) != asked:
+        raise ConfigError(f"{options.json}: holds results of other settings ({known['asked']}). Give another file.")
     result = {"metric": "perplexity" if decoder else "accuracy", **known}
     if decoder and result["reference"] is None:
         result["reference"] = perplexity(base, None, options.examples)["perplexity"]
@@ -152,7 +156,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write the results here; cases it holds are not measured again")
     parser.add_argument("--plot", type=Path, help="also draw metric against size here")
     options = parser.parse_args(arguments)
-    result = run(options)
+    try:
+        result = run(options)
+    except EdgePeftError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     if result["reference"] is not None:
         print(f"float32: {result['metric']} {result['reference']:.4f}\n")
     print(table(result["rows"]))

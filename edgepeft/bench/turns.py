@@ -17,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,14 +50,16 @@ class Process:
     def __init__(self, program: Program) -> None:
         _read_all(program.files)
         self.name = program.name
+        # A pipe that nobody empties would stop the process.
+        self._words = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - `close` closes it
         self._process = subprocess.Popen(
-            program.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            program.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._words, text=True,
             env={**os.environ, **program.environment},
         )  # fmt: skip
         self.ready = self._answer()
 
     def ask(self, **question: Any) -> dict[str, float]:
-        """Return {"seconds", "cpu_s", "others_s"} of a question, see `peers.protocol`."""
+        """Return {"seconds", "cpu_s", "busy_s"} of a question, see `peers.protocol`."""
         time.sleep(SETTLE_S)
         before = busy_cpu_s()
         assert self._process.stdin is not None
@@ -70,13 +73,13 @@ class Process:
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        assert self._process.stderr is not None
-        words = self._process.stderr.read()[-2000:]
-        raise EdgePeftError(f"{self.name}: the process to measure ended ({self._process.wait()}):\n{words}")
+        code = self._process.wait()
+        self._words.seek(0)
+        raise EdgePeftError(f"{self.name}: the process to measure ended ({code}):\n{self._words.read()[-2000:]}")
 
     def close(self) -> None:
         """End the process."""
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+        for stream in (self._process.stdin, self._process.stdout, self._words):
             if stream is not None:
                 stream.close()
         self._process.kill()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import re
@@ -127,8 +128,9 @@ def changing(bundle: Path) -> Iterator[tuple[Path, mf.Manifest]]:
     mf.unseal(folder / mf.NAME)  # says so where it is no bundle
     with _locked(folder):
         manifest = mf.check_bundle(folder, "full")
-        for left in folder.parent.glob(f".{folder.name}.*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)
+        for ending in ("tmp", "old.tmp"):  # of this bundle, and of none whose name begins alike
+            for left in folder.parent.glob(f".{glob.escape(folder.name)}.{'[0-9a-f]' * 32}.{ending}"):
+                shutil.rmtree(left, ignore_errors=True)
         inside = Path.cwd().is_relative_to(folder)
         with staging(folder) as place:
             shutil.copytree(folder, place, dirs_exist_ok=True, symlinks=True, copy_function=_link)

@@ -101,7 +101,8 @@ def _fixed(walk: Walk, moving: set[str]) -> int:
     """Return the bytes of the file that no choice changes: float tensors and the header."""
     from edgepeft.backbone.checkpoint import tensor_shapes
 
-    shapes = {new: tensor_shapes(walk.tensors.source)[old] for new, old in walk.tensors.old.items()}
+    stored = tensor_shapes(walk.tensors.source)
+    shapes = {new: stored[old] for new, old in walk.tensors.old.items()}
     shapes |= {name: array.shape for name, array in walk.tensors.drawn.items()}
     kept = [math.prod(shape) for name, shape in shapes.items() if name.removesuffix(".weight") not in moving]
     return FLOAT_BYTES * sum(kept) + HEADER_BYTES * (len(shapes) + len(moving))

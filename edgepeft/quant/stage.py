@@ -130,6 +130,7 @@ class Work:
         config, family = self.config, self.family
         return {
             "base_digest": key_of([source.digest, self.scaled]) if self.scaled else source.digest,
+            "source_digest": source.digest,
             "model": source.path.name if Path(config.model).exists() else config.model,
             "family": family.tag, "prefix": family.prefix, "format": MIXED if self.chosen else config.format,
             "embedding_format": config.embedding_format, "double_quant": config.double_quant, "solver": config.solver,

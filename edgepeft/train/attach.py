@@ -33,7 +33,7 @@ from edgepeft.train.data import load_splits
 if TYPE_CHECKING:
     from edgepeft.config import Config
 
-LABELS = "labels.json"
+LABELS, TRAINING = "labels.json", "training.json"
 
 
 def folder_digest(config: Config) -> str:
@@ -41,7 +41,7 @@ def folder_digest(config: Config) -> str:
     if not config.adapter_from:
         return ""
     folder = Path(config.adapter_from).expanduser()
-    files = [folder / name for name in (peft_files.SETTINGS, peft_files.TENSORS, LABELS)]
+    files = [folder / name for name in (peft_files.SETTINGS, peft_files.TENSORS, LABELS, TRAINING)]
     return key_of([file_digest(path) if path.is_file() else "" for path in files])
 
 
@@ -70,7 +70,7 @@ def attach(config: Config, run: Run, out: Path) -> dict[str, Any]:
     settings = {**dataclasses.asdict(config), "method": str(adapter.settings["peft_type"]).lower()}
     settings["rank"] = int(adapter.settings.get("r") or 0)
     report = {**figures, "labels": list(splits.labels), "config": settings, "versions": versions()}
-    write_json(out / "training.json", report)
+    write_json(out / TRAINING, report)
     return figures
 
 
@@ -92,6 +92,8 @@ def in_order(
 def _labels(folder: Path, count: int, labels: Sequence[str]) -> list[str]:
     """Return the labels of a head of `count` rows, in their order."""
     path = folder / LABELS
+    trained = folder / TRAINING  # of an adapter that was trained here
+    path = trained if not path.is_file() and trained.is_file() else path
     if not path.is_file():
         example = ", ".join(f'"{label}"' for label in labels[:2])
         raise ArtifactError(
@@ -99,6 +101,7 @@ def _labels(folder: Path, count: int, labels: Sequence[str]) -> list[str]:
             f"them there as a JSON list in the order of the rows: [{example}, ...]."
         )
     own = read_json(path)
+    own = own.get("labels") if path == trained and isinstance(own, dict) else own
     if not isinstance(own, list) or not all(isinstance(label, str) for label in own) or len(set(own)) != len(own):
         raise ArtifactError(f"{path}: expected a list of texts, each one once, found {own!r:.60}.")
     if len(own) != count or sorted(own) != sorted(labels):

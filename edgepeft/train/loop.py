@@ -67,7 +67,7 @@ def train(config: Config, run: Run, out: Path) -> dict[str, Any]:
     from edgepeft.train.watch import draw_curves, quiet, reset_peak_resident
 
     if config.adapter_from:
-        return attach(config, run, out)
+        return attach(config, run, out) if ranks.leads() else {}
     reset_peak_resident()
     _check_precision(config)
     splits = load_splits(config)
@@ -75,7 +75,7 @@ def train(config: Config, run: Run, out: Path) -> dict[str, Any]:
     described = read_json(quantized / "quantized.json")
     with quiet():
         tokenizer = load_tokenizer(quantized)
-        check_source(config, described["base_digest"])
+        check_source(config, described)
         model = adapted(_packed_model(quantized, splits, config), config)
         work = ranks.led(lambda: run.work("train", run.key))
         result = fit(model, tokenizer, splits, config, work, run.folder / "logs")

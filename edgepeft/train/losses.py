@@ -91,7 +91,7 @@ def head_logits(
     else:
         z_tv = h_tk.new_empty(len(h_tk), head.out_features, dtype=torch.float32)
         for rows, w_vk in _pieces(head):
-            z_tv[:, rows] = h_tk @ w_vk.to(h_tk.dtype).T
+            z_tv[:, rows] = h_tk @ w_vk.to(h_tk).T
     if not softcap:
         return z_tv, None
     tanh_tv = z_tv.div_(softcap).tanh_()

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from edgepeft.adapt.methods import PREFIX
+from edgepeft.adapt.methods import METHODS, PREFIX
 from edgepeft.backbone.checkpoint import backbone_names, iter_tensors
 from edgepeft.backbone.families import family_of
 from edgepeft.backbone.load import resolve_model
@@ -63,7 +63,9 @@ def _layers(model: Any, config: Config) -> dict[str, Any]:
 
     modules = model.get_base_model().named_modules()
     layers = {name: module for name, module in modules if isinstance(module, BaseTunerLayer)}
-    if not layers or not all(_adds_alone(layer) for layer in layers.values()):
+    method = METHODS[config.method]
+    own = method.peft_type == "LORA" and not {"prepare", "attach"} & method.hooks.keys()
+    if not own or not all(_adds_alone(layer) for layer in layers.values()):
         raise ConfigError(
             f"--start {config.start}: expected a method that adds B·A to the weight and does nothing else, as lora "
             f"does; found --method {config.method}. Take --start default."
@@ -103,6 +105,7 @@ def _loftq(layer: Any, w_nk: torch.Tensor, seed: int) -> None:
 def _pissa(layer: Any, w_nk: torch.Tensor, seed: int) -> None:
     b_nr, a_rk = principal(w_nk, layer.r[DEFAULT], seed)
     _put(layer, b_nr, a_rk)
+    layer.begun = b_nr, a_rk
     layer.get_base_layer().register_forward_hook(lambda _, given, y: y - (given[0] @ a_rk.T.to(y)) @ b_nr.T.to(y))
 
 
@@ -122,8 +125,8 @@ def shipped(
     if config.start != "pissa":
         return dict(settings), dict(tensors)
     result = dict(tensors)
-    for module, layer, w_nk in _adapted(model, config):
-        b_nr, a_rk = principal(w_nk, layer.r[DEFAULT], config.seed)
+    for module, layer in _layers(model, config).items():
+        b_nr, a_rk = layer.begun
         a, b = (f"{PREFIX}{module}.lora_{side}.weight" for side in "AB")
         result[a] = np.concatenate([tensors[a], a_rk.numpy()])
         result[b] = np.concatenate([tensors[b], -b_nr.numpy() / layer.scaling[DEFAULT]], axis=1)

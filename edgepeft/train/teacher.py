@@ -62,10 +62,19 @@ def lesson_for(
     return Lesson.open(place, config)
 
 
-def check_source(config: Config, base_digest: str) -> None:
-    """Raise ArtifactError where training reads the float model and its folder holds other weights by now."""
+def check_source(config: Config, described: Mapping[str, Any]) -> None:
+    """Raise ArtifactError where training reads the float model and its folder holds other weights by now.
+
+    described: quantized.json.  Raises ConfigError for a start from weights whose columns a solver has scaled.
+    """
     if config.teacher not in (SELF, TUNED) and config.start == "default":
         return
+    base_digest = described["source_digest"]
+    if config.start != "default" and base_digest != described["base_digest"]:
+        raise ConfigError(
+            f"--start {config.start}: expected packed weights of the float ones, found columns that --solver "
+            f"{described['solver']} scaled. Take --start default, or --solver gptq."
+        )
     source = resolve_model(config)
     if source.digest != base_digest:
         raise ArtifactError(
@@ -116,7 +125,7 @@ def _float_model(source: ModelSource, labels: Sequence[str], config: Config) -> 
 
 def _other_teacher(folder: Path, labels: Sequence[str], tokenizer: Any, config: Config) -> Any:
     """Return the model of another folder, its classes in our order. Raises ModelError for other tokens or labels."""
-    from edgepeft.train.loop import load_tokenizer
+    from edgepeft.train.loop import load_tokenizer, token_limit
 
     if not folder.is_dir():
         raise ConfigError(f"--teacher: expected none, self, tuned or a model folder, found {config.teacher!r}.")
@@ -131,6 +140,7 @@ def _other_teacher(folder: Path, labels: Sequence[str], tokenizer: Any, config: 
             f"{len(labels)}: {', '.join(missing[:4])}. Give a model trained on them, or take --teacher tuned."
         )
     model = _float_model(source, list(theirs), config)
+    token_limit(model, config)
     if labels:
         _check_head(source, model)
         _reorder(model, [theirs[label] for label in labels])
@@ -176,7 +186,7 @@ def _write(place: Path, teacher: Any, student: Any, rows: Sequence[Row], tokeniz
         notes.take(teacher, rows, tokenizer.pad_token_id or 0, config)
         softcap = describe(teacher.config.to_dict()).logits_softcap if causal else 0.0
         if causal and speaks:
-            np.save(out / HEAD, teacher.get_output_embeddings().weight.detach().float().numpy())
+            np.save(out / HEAD, teacher.get_output_embeddings().weight.detach().float().cpu().numpy())
         np.save(out / STARTS, starts)
         size = sum(file.stat().st_size for file in out.iterdir())
         write_json(out / ABOUT, {"layers": [own for own, _ in pairs], "softcap": softcap, "bytes": size})

@@ -85,6 +85,50 @@ def test_every_layout_becomes_the_same_adapter(name: str, llama: Path, tmp_path:
     assert diagnose(tmp_path / "out", llama).adapter.changes == ()
 
 
+def test_patterns_follow_their_modules_names(llama: Path, tmp_path: Path) -> None:
+    odd = {n.replace("model.model.layers", "model.base.layers"): t for n, t in lay.peft_tensors(lay.pairs()).items()}
+    settings = {"alpha_pattern": {"base.layers.0.self_attn.k_proj": 64}, "target_modules": ["k_proj"]}
+    report = diagnose(lay.write_peft(tmp_path / "peft", odd, **settings), llama)
+    assert report.usable, report.text()
+    convert(report.adapter, tmp_path / "out")
+    found = peft_files.read(tmp_path / "out")
+    scales = [found.scale(f"model.layers.{i}.self_attn.k_proj") for i in (0, 1)]
+    assert scales == [64 / lay.RANK, lay.ALPHA / lay.RANK]
+
+
+def test_half_an_adapter_is_never_converted(llama: Path, tmp_path: Path) -> None:
+    made = lay.gguf_tensors(lay.pairs())
+    known = next(iter(made))
+    path = tmp_path / "lora.gguf"
+    path.write_bytes(
+        lay.gguf_bytes({**made, "token_embd.weight.lora_a": made[known], "token_embd.weight.lora_b": made[known]})
+    )
+    with pytest.raises(EdgePeftError, match="would be left out"):
+        convert(diagnose(path, llama).adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_that_lacks_half_a_pair_is_told(llama: Path, tmp_path: Path) -> None:
+    made = lay.gguf_tensors(lay.pairs())
+    path = tmp_path / "lora.gguf"
+    path.write_bytes(
+        lay.gguf_bytes({name: array for name, array in made.items() if name != "blk.0.attn_q.weight.lora_b"})
+    )
+    report = diagnose(path, llama)
+    assert not report.usable
+    assert "lacks B" in report.text()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"modules_to_save": 5}, {"modules_to_save": "classifier"}, {"target_modules": [5]}, {"peft_type": ["LORA"]}],
+    ids=str,
+)
+def test_settings_of_another_type_are_told(tmp_path: Path, odd: dict) -> None:
+    with pytest.raises(EdgePeftError, match=f"{next(iter(odd))}: expected a"):
+        diagnose(lay.write_peft(tmp_path / "peft", **odd))
+
+
 def test_peft_itself_loads_what_was_converted(llama: Path, tmp_path: Path) -> None:
     import torch
     from peft import PeftModel

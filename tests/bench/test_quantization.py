@@ -52,3 +52,5 @@ def test_figures_are_those_of_the_cases_and_known_ones_are_kept(tmp_path: Path, 
     capsys.readouterr()
     assert quantization.main(arguments) == 0
     assert "quantize: ..." not in capsys.readouterr().err
+    assert quantization.main([*arguments, "--examples", "2"]) != 0
+    assert "holds results of other settings" in capsys.readouterr().err

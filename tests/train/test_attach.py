@@ -77,6 +77,13 @@ def test_a_foreign_classifier_becomes_a_bundle(encoder, tmp_path: Path) -> None:
     assert manifest["method"] == "lora"
 
 
+def test_an_adapter_that_was_trained_here_brings_its_labels(tmp_path: Path) -> None:
+    (tmp_path / "training.json").write_text(json.dumps({"labels": ["b", "a"]}))
+    tensors = {"base_model.model.classifier.weight": np.array([[1.0], [2.0]], np.float32)}
+    found = in_order(tensors, ["a", "b"], ("classifier",), tmp_path)
+    assert found["base_model.model.classifier.weight"].tolist() == [[2.0], [1.0]]
+
+
 def test_a_foreign_decoder_adapter_becomes_a_bundle(tmp_path: Path) -> None:
     model = tiny_decoder(tmp_path / "model", "qwen2")
     data = write_rows(tmp_path / "chats.jsonl", conversations(40))

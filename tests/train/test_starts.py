@@ -97,6 +97,23 @@ def test_a_method_that_does_more_than_add_is_refused(tiny_config: Config, kind: 
         starts.begin(peft.get_peft_model(exact, settings), tiny_config.replace(start="pissa"))
 
 
+@pytest.mark.parametrize("method", ["share-layers", "bitfit", "experts", "houlsby"])
+def test_a_start_is_for_methods_that_add_alone(tiny_config: Config, new_run, method: str) -> None:
+    from edgepeft.train.loop import train
+
+    run = new_run()
+    with pytest.raises(ConfigError, match="--start pissa: expected a method that adds"):
+        train(tiny_config.replace(start="pissa", method=method), run, run.path("adapter"))
+
+
+def test_columns_that_a_solver_scaled_have_no_start_but_a_teacher(tiny_config: Config) -> None:
+    source = starts.resolve_model(tiny_config).digest
+    scaled = {"source_digest": source, "base_digest": "other", "solver": "awq"}
+    teacher.check_source(tiny_config.replace(teacher="tuned"), scaled)
+    with pytest.raises(ConfigError, match="found columns that --solver awq scaled"):
+        teacher.check_source(tiny_config.replace(start="loftq"), scaled)
+
+
 def test_every_start_is_offered() -> None:
     from edgepeft.config import _starts
 

@@ -11,6 +11,7 @@ its first bytes, not by its name, and checked before anything in it is believed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections import Counter
@@ -89,8 +90,20 @@ class Foreign:
         settings = {**self.settings}
         if isinstance(settings.get("target_modules"), (list, tuple)):
             settings["target_modules"] = sorted({names.get(name, name) for name in settings["target_modules"]})
+        for pattern in ("rank_pattern", "alpha_pattern"):
+            if isinstance(table := settings.get(pattern), dict):
+                settings[pattern] = _moved(table, names)
         turned = {names.get(module, module): role for module, role in self.turned.items()}
         return dataclasses.replace(self, tensors=tensors, settings=settings, turned=turned)
+
+
+def _moved(table: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return a pattern of PEFT's that says of modules under their new names what it said under the old ones."""
+    found = {}
+    for key, value in reversed(table.items()):  # the first that matches counts
+        with contextlib.suppress(re.error):
+            found.update({new: value for old, new in names.items() if re.match(rf"(.*\.)?({key})$", old)})
+    return {**found, **table}
 
 
 def lora_settings(pairs: Mapping[str, int], alpha: float | None, base: str | None, **more: Any) -> dict[str, Any]:

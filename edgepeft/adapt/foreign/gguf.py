@@ -94,7 +94,10 @@ def read(path: Path) -> Foreign:
         what = f"general.type {kind[0]!r}, adapter.type {kind[1]!r}"
         raise ArtifactError(f"{path}: expected a LoRA adapter, found a GGUF file with {what}. Give the adapter's file.")
     tensors, turned, strange = _named(stored, architecture, path)
-    alpha = float(values.get("adapter.lora.alpha", 0.0)) or None
+    told = values.get("adapter.lora.alpha", 0.0)
+    if not isinstance(told, (int, float)):
+        raise ArtifactError(f"{path}: adapter.lora.alpha: expected a number, found {told!r:.60}. Convert it again.")
+    alpha = float(told) or None
     base = next((str(values[k]) for k in ("general.base_model.0.repo_url", "general.basename") if k in values), None)
     return Foreign(
         "llama.cpp", "GGUF LoRA", path, lora_settings(ranks(tensors), alpha, base), tensors,

@@ -57,6 +57,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     settings = read_json(folder / SETTINGS)
     if not isinstance(settings, dict):
         raise ArtifactError(f"{folder / SETTINGS}: expected a JSON object, found {type(settings).__name__}.")
+    for key, kinds in (("target_modules", (list, str)), ("modules_to_save", (list,)), ("peft_type", (str,))):
+        value = settings.get(key)
+        of_texts = not isinstance(value, list) or all(isinstance(one, str) for one in value)
+        if value is not None and not (isinstance(value, kinds) and of_texts):
+            what = "a text" if kinds == (str,) else "a list of texts"
+            raise ArtifactError(f"{folder / SETTINGS}: {key}: expected {what}, found {value!r:.60}.")
     return settings
 
 
