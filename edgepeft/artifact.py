@@ -150,6 +150,8 @@ def _exchange(one: Path, other: Path) -> bool:
 
 # --- tensors -----------------------------------------------------------------------------------------------------
 
+AGAIN = "Copy or make it again."
+
 
 def tensor_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
     """Return (tensor entries, metadata, offset of the data in bytes) of a safetensors file, checked by its size."""
@@ -161,20 +163,29 @@ def tensor_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]
                 raise ValueError(f"the header should take {length} bytes of {size}")
             header = json.loads(stream.read(length))
         meta = dict(header.pop("__metadata__", {}))
+        for name, entry in header.items():
+            if not _describes_tensor(entry):
+                raise ArtifactError(f"{path}: tensor {name}: not described as safetensors do: {entry!r:.120}. {AGAIN}")
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if 8 + length + end != size:
             raise ValueError(f"expected {8 + length + end} bytes, found {size}")
-        for name, entry in header.items():
-            (start, stop), shape = entry["data_offsets"], entry["shape"]
-            kind = "<u2" if entry["dtype"] == "BF16" else DTYPES.get(entry["dtype"])
-            wanted = math.prod(shape) * int(kind[2:]) if kind else stop - start
-            if start < 0 or min(shape, default=0) < 0 or stop - start != wanted:
-                raise ValueError(f"{name} {entry['dtype']}{shape} takes {wanted} bytes, not {start}..{stop}")
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path}: truncated or not a safetensors file: {error}. Copy or make it again.") from None
+        raise ArtifactError(f"{path}: truncated or not a safetensors file: {error}. {AGAIN}") from None
     return header, meta, 8 + length
+
+
+def _describes_tensor(entry: Any) -> bool:
+    """Tell whether an entry of a header has a type, sizes, and a place of as many bytes as they take."""
+    try:
+        (start, end), shape, kind = entry["data_offsets"], list(entry["shape"]), entry["dtype"]
+    except (KeyError, TypeError, ValueError):
+        return False
+    if not isinstance(kind, str) or not all(type(number) is int and number >= 0 for number in [*shape, start, end]):
+        return False
+    width = 2 if kind == "BF16" else int(DTYPES[kind][2:]) if kind in DTYPES else None
+    return width is None or end - start == width * math.prod(shape)
 
 
 def read_tensor(path: Path, entry: Mapping[str, Any], base_bytes: int) -> np.ndarray:
