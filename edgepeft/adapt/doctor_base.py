@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgepeft.adapt.terms import PREFIX
 from edgepeft.artifact import read_json, tensor_header
 from edgepeft.errors import ArtifactError
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
-PREFIX = "base_model.model."
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,6 +82,7 @@ class Bottleneck(LoraLinear):
                 self.add_module(part, torch.nn.ModuleDict())
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = lora_alpha / r
+        self.lora_dropout[adapter_name] = torch.nn.Dropout(config.lora_dropout)
         width = _size(self.out_features)
         down, up = torch.nn.Linear(width, r), torch.nn.Linear(r, width)
         for parameter in up.parameters():
@@ -105,7 +106,7 @@ class Bottleneck(LoraLinear):
         h = self.source(y).to(torch.float32)
         for name in self.active_adapters:
             if not self.disable_adapters and name in downs:
-                low = torch.nn.functional.gelu(downs[name](h))
+                low = torch.nn.functional.gelu(downs[name](self.lora_dropout[name](h)))
                 y = y + (ups[name](low) * self.scaling[name]).to(y.dtype)
         return y
 

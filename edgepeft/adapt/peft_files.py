@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgepeft.adapt.foreign import some
+from edgepeft.adapt.foreign.peft import read_settings
 from edgepeft.adapt.kinds import KINDS, WITHOUT_EFFECT, Kind, Module, lora_rank, lora_scale, vera_projections
-from edgepeft.adapt.terms import BOTTLENECK, PARALLEL, PREFIX, Effect, Terms
-from edgepeft.artifact import read_json, read_tensor, tensor_header, write_json, write_tensors
+from edgepeft.adapt.terms import BOTTLENECK, PARALLEL, PREFIX, ROUTER, Effect, Terms
+from edgepeft.artifact import read_tensor, tensor_header, write_json, write_tensors
 from edgepeft.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -139,9 +141,7 @@ def read(
     trained weights it has to hold.  base: all of that in one.  foreign: it may name no base, as one that PEFT saved.
     Raises ArtifactError that lists every reason against using it.
     """
-    settings = read_json(folder / SETTINGS)
-    if not isinstance(settings, dict):
-        raise ArtifactError(f"{folder / SETTINGS}: expected a JSON object, found {type(settings).__name__}.")
+    settings = read_settings(folder)
     tensors, metadata = _tensors(folder)
     copies = {name: tensors.pop(name) for name in list(tensors) if name.endswith(COPIES)}
     if base is not None:
@@ -169,9 +169,7 @@ def _tensors(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     found = {}
     for name, entry in header.items():
         if not any(part in name for part in SHADOWS):
-            wide = entry["dtype"] == "BF16"
-            value = read_tensor(folder / TENSORS, {**entry, "dtype": "I16"} if wide else entry, start)
-            found[name] = (value.view(np.uint16).astype(np.uint32) << 16).view(np.float32) if wide else value
+            found[name] = read_tensor(folder / TENSORS, entry, start)
     return found, metadata
 
 
@@ -249,9 +247,9 @@ def _tensor_problems(adapter: Adapter) -> list[str]:
             broken.append(f"{name} ({value.dtype})")
     problems = _incomplete(adapter)
     if strange:
-        problems.append(f"{len(strange)} tensors belong to nothing that is supported: {_some(strange)}.")
+        problems.append(f"{len(strange)} tensors belong to nothing that is supported: {some(strange)}.")
     if broken:
-        problems.append(f"{len(broken)} tensors hold NaN, infinity or no floats: {_some(broken)}. Train again.")
+        problems.append(f"{len(broken)} tensors hold NaN, infinity or no floats: {some(broken)}. Train again.")
     if not adapter.modules and not adapter.whole:
         problems.append(f"no {settings['peft_type']} tensors: it would load and do nothing.")
     return problems
@@ -326,7 +324,9 @@ def _implied_shape(peft_type: str, shapes: Mapping[str, list[int]]) -> list[int]
         if peft_type in ("LORA", "EXPERTS"):
             names = sorted(name for name in shapes if name.startswith(("lora_A", "lora_B.w", "lora_emb")))
             a, b = (shapes[name] for name in names)
-            return [b[0], a[1]] if a[0] == b[1] else None
+            experts, width = shapes.get(ROUTER, [1, a[1]])
+            split = experts > 0 and a[0] % experts == 0 and width == a[1]
+            return [b[0], a[1]] if a[0] == b[1] and split else None
         if peft_type in ("BOTTLENECK", "PARALLEL"):
             endings = BOTTLENECK if peft_type == "BOTTLENECK" else PARALLEL
             down, d, up, u = (shapes[name] for name in endings)
@@ -396,10 +396,6 @@ def _copy_problems(copies: Mapping[str, np.ndarray], base: Base) -> list[str]:
                 "with that embedding as the base."
             )
     return problems
-
-
-def _some(names: list[str], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 # --- writing -----------------------------------------------------------------------------------------------------

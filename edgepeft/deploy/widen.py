@@ -23,11 +23,11 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from edgepeft.adapt.terms import PREFIX
 from edgepeft.artifact import read_json, read_tensors, write_bytes, write_tensors
 from edgepeft.errors import ArtifactError
 from edgepeft.export.ops import DOMAIN, GROUP_INPUTS, NAME, SHARED_INPUTS
 
-PREFIX = "base_model.model."
 OWN = "base.safetensors"
 EXPORT_AGAIN = "Build with this adapter's method, and add the bundle's present adapter to that one."
 

@@ -182,9 +182,9 @@ def check_cache(work: Written) -> Figures:
     ids = work.sample(TRACED)["input_ids"]
     whole, *parts = (np.concatenate(list(exact.steps(ids, size)), 1) for size in (ids.shape[1], *PARTS))
     rows = [parity.Difference("a text in parts", parity.largest_error(part, whole), CODE_ERROR) for part in parts]
-    worst = parity.require("int8 cache, a text in parts against the whole", rows, "Please report it.")
+    worst, held = max(row.error for row in rows), not any(row.missed for row in rows)  # NaN is a miss
     figures = {"loss_rise": found.loss - wanted.loss, "agreement": same, "parts_error": worst}
-    if not (found.loss <= wanted.loss + LOSS_RISE and same >= AGREEMENT):
+    if not (held and found.loss <= wanted.loss + LOSS_RISE and same >= AGREEMENT):
         raise Skipped(f"an int8 cache changes too much, so there is none: {figures}")
     write_tensors(work.out / CACHE_SCALES, scales)
     return {**figures, "bytes_a_token": sum(top.size for top in scales.values())}

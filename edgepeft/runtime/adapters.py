@@ -226,8 +226,8 @@ def _check_tensors(
             problems.append(f"{name} holds values that are not finite")
         if name.endswith(DOWN):
             other = arrays.get(name.removesuffix(DOWN) + UP)
-            rank = 0 if array is None else array.shape[0]
-            if rank != (0 if other is None else other.shape[-1]):
+            rank = array.shape[0] if array is not None and array.ndim else 0
+            if rank != (other.shape[-1] if other is not None and other.ndim else 0):
                 problems.append(f"{name} has rank {rank}, its B another")
     if problems:
         raise ArtifactError(f"{folder}: " + "; ".join(problems[:5]) + ".")

@@ -111,17 +111,16 @@ class Mixes:
     def groups(self, rows: Sequence[Adapter]) -> list[list[int]]:
         """Return the places of rows that can share a run, run by run."""
         groups: list[tuple[list[Adapter], list[int]]] = []
+        known: dict[int, list[int]] = {}  # id of an adapter: the places of its group
         for place, adapter in enumerate(rows):
-            for own, places in groups:
-                if any(adapter is one for one in own):
-                    places.append(place)
-                    break
-                if self._gated and len(own) < TOGETHER and self._agree(own[0], adapter):
-                    own.append(adapter)
-                    places.append(place)
-                    break
-            else:
-                groups.append(([adapter], [place]))
+            if id(adapter) not in known:
+                fitting = (group for group in groups if self._gated and len(group[0]) < TOGETHER)
+                found = next((group for group in fitting if self._agree(group[0][0], adapter)), None)
+                if found is None:
+                    groups.append(found := ([], []))
+                found[0].append(adapter)
+                known[id(adapter)] = found[1]
+            known[id(adapter)].append(place)
         return [places for _, places in groups]
 
     def of(self, rows: Sequence[Adapter]) -> Mix:

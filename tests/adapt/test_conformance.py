@@ -101,6 +101,18 @@ def test_a_branch_is_never_merged(subjects: Callable, name: str) -> None:
         merged(subjects("bert", "i4b32"), name)
 
 
+def test_a_router_that_fits_no_experts_is_refused(subjects: Callable) -> None:
+    from safetensors.torch import load_file, save_file
+
+    subject = subjects("bert", "i4b32")
+    folder = subject.made("experts")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("lora_router.weight"))
+    save_file({**tensors, name: tensors[name][:3].clone()}, folder / "adapter_model.safetensors")
+    with pytest.raises(EdgePeftError, match="do not go together"):
+        subject.adapter(folder)
+
+
 def test_a_changed_embedding_is_not_taken_for_the_base(subjects: Callable, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

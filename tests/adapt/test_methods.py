@@ -29,6 +29,36 @@ def test_a_row_is_whole(tag: str) -> None:
     assert made.modules_to_save == ["head"]
 
 
+@pytest.mark.parametrize("tag", ["experts", "pfeiffer", "parallel"])
+def test_dropout_reaches_layers_of_our_own(tag: str) -> None:
+    import torch
+    from peft import get_peft_model
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.intermediate, self.output = torch.nn.ModuleDict({"dense": torch.nn.Linear(8, 8)}), torch.nn.Module()
+            self.output.dense = torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.output.dense(self.intermediate["dense"](x))
+
+    config = SimpleNamespace(rank=4, alpha=4.0, dropout=0.5, experts=2)
+    model = torch.nn.ModuleDict({"encoder": torch.nn.ModuleDict({"layer": torch.nn.ModuleList([Layer()])})})
+    made = METHODS[tag].peft_config(config, ["encoder.layer.0.output.dense"], [], None)
+    peft = get_peft_model(model, made)
+    layer = peft.base_model.model["encoder"]["layer"][0]
+    if tag == "parallel":
+        layer.output.dense.tap(layer.intermediate["dense"])
+    torch.manual_seed(0)
+    for parameter in peft.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 8)
+    assert not torch.equal(layer(x), layer(x))
+    peft.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
 def test_the_table_loads_nothing_heavy() -> None:
     code = (
         "import sys, edgepeft.adapt.methods, edgepeft.train.tasks; print({'numpy', 'torch', 'peft'} & set(sys.modules))"

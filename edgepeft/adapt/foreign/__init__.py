@@ -19,10 +19,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgepeft.adapt.terms import PREFIX
+
 if TYPE_CHECKING:
     import numpy as np
 
-PREFIX = "base_model.model."
 PAIR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 ADAPTED = re.compile(  # a tensor of a module's adapter, of any kind that PEFT saves
     re.escape(PREFIX)
