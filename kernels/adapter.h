@@ -1,4 +1,5 @@
-// B.t, the adapter's part of a tile, for every SIMD row. Included by tile.h, whose vocabulary V it speaks.
+// B.t, the adapter's part of a tile, for every SIMD row. Included by tile.h, whose vocabulary V it speaks. The offset of
+// the weights, C.sums, is the same product over other matrices.
 //
 // It goes one of two ways (TileJob::alone):
 //   alone     each output of a row of x is a dot product over R, read straight from B; only what R leaves over whole

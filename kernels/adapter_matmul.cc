@@ -16,7 +16,8 @@ constexpr int64_t kUnitMacs = 512 * 1024;      // of preparation
 constexpr int kSpins = 2000;                   // some microseconds
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t rank_stride(const Group& g) { return ceil_div(g.rank, kRankPad) * kRankPad; }
+int64_t padded(int64_t ranks) { return ceil_div(ranks, kRankPad) * kRankPad; }
+int64_t rank_stride(const Group& g) { return padded(g.rank); }
 int64_t live_stride(const Group& g) { return ceil_div(g.rank, kRankPanel) * (kRankPanel / kRankBlock); }
 int64_t job_rows(const Call& call, int64_t m0) { return call.m - m0 < kJobRows ? call.m - m0 : kJobRows; }
 int64_t tile_count(const Call& call) {
@@ -46,6 +47,7 @@ int64_t lay_out(Call& call, void* base) {
     arena.take(call.q_scale, blocks);
     arena.take(call.q_fix, blocks);
   }
+  arena.take(call.sums, call.m * padded(call.blocks));
   for (int g = 0; g < call.groups; g++) {
     const Group& group = call.group[g];
     const bool gated = group.gate && group.rank;
@@ -131,6 +133,19 @@ void project_rows(const Call& call, int g, int64_t m0, int64_t m1, int64_t r0, i
   }
 }
 
+// Sums of a row of s_in . x over each block, zero from J on. Sixteen at a time, so that a compiler may use vectors.
+void sum_blocks(const Call& call, int64_t m) {
+  const int64_t size = call.k / call.blocks, stride = padded(call.blocks);
+  const float* x = call.x_in + m * call.k;
+  for (int64_t b = 0; b < stride; b++) {
+    float part[16] = {}, sum = 0;
+    for (int64_t c = 0; b < call.blocks && c < size; c += 16, x += 16)
+      for (int i = 0; i < 16; i++) part[i] += x[i];
+    for (int i = 0; i < 16; i++) sum += part[i];
+    call.sums[m * stride + b] = sum;
+  }
+}
+
 void quantize_rows(const Call& call, int64_t m0, int64_t m1) {
   const FormatInfo& f = info(call.format);
   const int64_t blocks = call.k / f.act_block;
@@ -140,6 +155,7 @@ void quantize_rows(const Call& call, int64_t m0, int64_t m1) {
     if (call.act == Act::int8)
       call.ops->quantize(call.x_in + m * call.k, call.k, f.act_block, call.ops->zero, call.q + m * call.k,
                          call.q_scale + m * blocks, call.q_fix + m * blocks);
+    if (call.blocks) sum_blocks(call, m);
   }
 }
 
@@ -213,6 +229,11 @@ TileJob tile_job(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
   job.alone = call.alone[g][m0 / kJobRows];
   job.b = static_cast<const char*>(group.b) + n0 * group.rank * (group.half ? 2 : 4);
   job.b_half = group.half;
+  job.blocks = call.blocks;
+  job.sums_stride = padded(call.blocks);
+  job.sums = call.sums + m0 * job.sums_stride;
+  job.offset = static_cast<const char*>(call.offset) + tile * kTileRows * call.blocks * (call.offset_half ? 2 : 4);
+  job.offset_half = call.offset_half;
   job.s_out = group.s_out ? group.s_out + n0 * group.s_out_step : nullptr;
   job.s_out_step = group.s_out_step;
   job.bias = group.bias ? group.bias + n0 * group.bias_step : nullptr;

@@ -1,6 +1,8 @@
 // What a kernel row is, and how one call of the op is cut into work for it.
 //
-//   y = s_out . ( W.(s_in . x) + B.( gate . (A.x) ) ) + bias        W: N x K packed, A: R x K, B: N x R
+//   y = s_out . ( W.(s_in . x) + C.sums + B.( gate . (A.x) ) ) + bias        W: N x K packed, A: R x K, B: N x R
+//
+// C: N x J, an offset of the weights for each block of K/J columns, where a call has one; sums: of s_in . x over the blocks.
 //
 // A row of kernels.inc gives three functions for one (format, activation, ISA):
 //   quantize  one row of x -> int8, scale and correction per activation block (int8 activations only)
@@ -37,6 +39,11 @@ struct TileJob {
   bool alone;              // the adapter is cheaper row by row, see tile.h
   const void* b;           // [columns,rank] float16 or float32
   bool b_half;
+  int64_t blocks;          // J; 0: no offset, and sums, offset are not read
+  const float* sums;       // [m,sums_stride], zero from J on
+  int64_t sums_stride;     // J rounded up to kRankPad
+  const void* offset;      // [columns,J] float16 or float32
+  bool offset_half;
   const float* s_out;      // s_out[n * s_out_step] for n in columns, or null: neutral
   int64_t s_out_step;
   const float* bias;       // bias[n * bias_step] for n in columns, or null: none
@@ -151,6 +158,9 @@ struct Call {
   int64_t s_in_step;
   const uint8_t* w;
   const void* w_scale;
+  int64_t blocks;             // J, which cuts K into multiples of kUnit; 0: no offset
+  const void* offset;         // [16T,J], rows as those of w
+  bool offset_half;           // it is float16
   int groups;
   Group group[kMaxGroups];
   // Filled in by plan() and place().
@@ -161,6 +171,7 @@ struct Call {
   int8_t* q;
   float* q_scale;
   int32_t* q_fix;
+  float* sums;                // [M,J rounded up to kRankPad]
   float* t[kMaxGroups];
   uint8_t *live[kMaxGroups], *live_any[kMaxGroups];  // see TileJob; live_any [row_tasks,live_stride]
   bool* alone[kMaxGroups];                           // [row_tasks]

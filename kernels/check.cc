@@ -21,6 +21,7 @@ struct Shape {
   bool half, gated, scaled;     // adapter dtype; gate per row; s_in and s_out present, and one bias for all outputs
   enum { plain, zero_blocks, nan, inf } x;
   int64_t own = 0;              // ranks that the gate leaves to each row: row m has the m-th of them, and starts anew; 0: all
+  int64_t blocks = 0;           // of an offset of the weights, as half as a and b; 0: none
 };
 
 // Everything one call reads, random, and y with guards.
@@ -30,13 +31,13 @@ struct Case {
   int64_t tiles, y_floats;
   Buffer<uint8_t> w, w_scale;
   Buffer<float> x, bias, s_in, s_out, gate, y;
-  Buffer<uint8_t> a, b;
+  Buffer<uint8_t> a, b, offset;
 
   Case(const Shape& shape, Format f)
       : s(shape), format(f), tiles((s.n + 15) / 16), y_floats(s.m * s.n + 2 * kGuardFloats),
         w(tiles * tile_bytes(info(f), s.k)), w_scale(tiles * tile_scale_bytes(info(f), s.k)), x(s.m * s.k), bias(s.scaled ? 1 : s.n),
         s_in(s.k), s_out(s.n), gate(s.m * s.rank), y(y_floats), a(s.rank * s.k * (s.half ? 2 : 4)),
-        b(s.n * s.rank * (s.half ? 2 : 4)) {
+        b(s.n * s.rank * (s.half ? 2 : 4)), offset(tiles * kTileRows * s.blocks * (s.half ? 2 : 4)) {
     fill_tiles(info(f), tiles, s.k, w.p, w_scale.p, 0.0f);
     for (int64_t i = 0; i < s.m * s.k; i++) x[i] = random_float();
     const int block = info(f).act_block;
@@ -51,6 +52,7 @@ struct Case {
       gate[i] = s.own && i % s.rank / s.own != i / s.rank % (s.rank / s.own) ? 0.0f : random_float();
     fill(a, s.rank * s.k);
     fill(b, s.n * s.rank);
+    fill(offset, tiles * kTileRows * s.blocks);
   }
   void fill(Buffer<uint8_t>& to, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
@@ -81,6 +83,9 @@ struct Case {
     call.s_in_step = 1;
     call.w = w.p;
     call.w_scale = w_scale.p;
+    call.blocks = s.blocks;
+    call.offset = offset.p;
+    call.offset_half = s.half;
     call.groups = 1;
     call.group[0] = {s.n, s.rank, a.p, b.p, s.half, s.gated ? gate.p : nullptr, s.rank, 1, s.scaled ? s_out.p : nullptr, 1,
                      bias.p, s.scaled ? 0 : 1, y.p + kGuardFloats};
@@ -120,7 +125,8 @@ float magnitude(Case& c) {
   const FormatInfo& f = info(c.format);
   const float top_code = f.nf4 ? 1.0f : f.bits == 8 ? 127.0f : 8.0f;
   const float weights = 0.5f * top_code * 0.03f * 1.5f * static_cast<float>(c.s.k);
-  return 1.5f * (weights + 0.01f * static_cast<float>(c.s.rank) * sqrtf(static_cast<float>(c.s.k))) + 1.0f;
+  const float offsets = 0.05f * 0.5f * 1.5f * static_cast<float>(c.s.blocks ? c.s.k : 0);
+  return 1.5f * (weights + offsets + 0.01f * static_cast<float>(c.s.rank) * sqrtf(static_cast<float>(c.s.k))) + 1.0f;
 }
 
 void plant(const char* fault, Case& c) {
@@ -182,6 +188,11 @@ bool prove(const Row& row, const Row& reference, const char* fault) {
       {7, 48, 2 * big, 60, false, true, false, Shape::plain, 12},
       {70, 20, 2 * big, 136, true, true, true, Shape::plain, 8},
       {300, 16, big, 20, false, true, false, Shape::plain, 4},
+      {1, 37, 6 * big, 0, true, false, false, Shape::plain, 0, 6},
+      {2, 16, 70 * big, 5, false, false, true, Shape::zero_blocks, 0, 70},
+      {3, 48, 5 * big, 16, true, true, true, Shape::plain, 0, 5},
+      {11, 33, 69 * big, 130, true, false, false, Shape::nan, 0, 69},
+      {300, 20, 2 * big, 0, false, false, true, Shape::plain, 0, 1},
   };
   float worst = 0;
   int count = 0;

@@ -1,13 +1,14 @@
-// The ONNX operators: domain "edgepeft", AdapterMatMul_<format>_g<G> for every format and G = 1..3.
+// The ONNX operators: domain "edgepeft", AdapterMatMul_<format>_g<G>[_offset] for every format and G = 1..3.
 //
-//   y_g = s_out_g . ( W_g.(s_in . x) + B_g.( gate_g . (A_g.x) ) ) + bias_g
+//   y_g = s_out_g . ( W_g.(s_in . x) + C_g.sums + B_g.( gate_g . (A_g.x) ) ) + bias_g      sums of s_in . x over J blocks of K
 //
 // inputs   0 x float [..,K]   1 w uint8 [T,K/32,bytes]   2 w_scale [T,B,16]   3 s_in float [1]|[K]
 //          then per group: a [R,K]   b [n_g,R]   (both float16 or both float)
 //                          gate float [1]|[R]|[..,R]   s_out float [1]|[n_g]   bias float [1]|[n_g]
+//          _offset only, and last: w_offset [N,J] float16 or float, which is C
 // outputs  y_g float [..,n_g]
 // attributes  K, N = 16T, n0.. (rows of each group), activation "int8" | "float"
-// w and w_scale are constants; all else may change from run to run. A [1] that holds 1, or 0 as a bias, costs nothing.
+// w, w_scale and w_offset are constants; all else may change from run to run. A [1] that holds 1, or 0 as a bias, costs nothing.
 #include "adapter_matmul.h"
 #include "ort_node.h"
 
@@ -18,14 +19,16 @@ namespace {
 constexpr int kOpVersion = 2;  // ops.VERSION: nodes of an earlier one have other inputs
 constexpr size_t kX = 0, kW = 1, kScale = 2, kSIn = 3, kFirstGroup = 4;                // inputs
 constexpr size_t kA = 0, kB = 1, kGate = 2, kSOut = 3, kBias = 4, kPerGroup = 5;  // of a group
-constexpr size_t kMaxInputs = kFirstGroup + kPerGroup * kMaxGroups;
+constexpr size_t kMaxInputs = kFirstGroup + kPerGroup * kMaxGroups + 1;
 
 struct Op : NamedOp {
   Format format;
   int groups;
+  bool offset;  // it has w_offset
 };
 const Op& self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
-size_t input_count(const Op& op) { return kFirstGroup + kPerGroup * static_cast<size_t>(op.groups); }
+size_t groups_end(const Op& op) { return kFirstGroup + kPerGroup * static_cast<size_t>(op.groups); }  // where w_offset is
+size_t input_count(const Op& op) { return groups_end(op) + (op.offset ? 1 : 0); }
 
 // ---- a node -------------------------------------------------------------------------------------------------------
 struct Node : NodeBase {
@@ -58,6 +61,17 @@ OrtStatus* read_attributes(const OrtKernelInfo* info_, Node* node) {
   return nullptr;
 }
 
+OrtStatus* check_offset(const Node& node) {
+  const size_t at = groups_end(op_of(node));
+  if (!node.inputs.constant[at]) return node.fail("input w_offset", "a constant initializer", "an input of the graph or a computed value");
+  const Tensor& offset = node.inputs.kept[at];
+  const bool number = offset.type == kOrtHalf || offset.type == kOrtFloat;
+  const int64_t blocks = offset.rank == 2 ? offset.dims[1] : 0;
+  if (number && offset.is(node.n, blocks) && blocks > 0 && node.k % (blocks * kUnit) == 0) return nullptr;
+  return node.fail(at, "w_offset", -1,
+                   (Text() << "float16 or float32 [" << node.n << ",J], K/J a multiple of " << int64_t{kUnit}).s, offset);
+}
+
 OrtStatus* read_constants(const OrtKernelInfo* info_, Node* node) {
   EP_TRY(node->inputs.read_constants(info_, input_count(op_of(*node))));
   if (!node->inputs.constant[kW] || !node->inputs.constant[kScale])
@@ -69,7 +83,7 @@ OrtStatus* read_constants(const OrtKernelInfo* info_, Node* node) {
     return node->fail(kW, "w", -1, (Text() << "uint8 [" << tiles << "," << node->k / kUnit << "," << unit_bytes(f) << "]").s, w);
   if (!scale.is(tiles, blocks, kTileRows))
     return node->fail(kScale, "w_scale", -1, (Text() << "[" << tiles << "," << blocks << ",16]").s, scale);
-  return nullptr;
+  return op_of(*node).offset ? check_offset(*node) : nullptr;
 }
 
 OrtStatus* create(const OrtCustomOp* op, const OrtApi*, const OrtKernelInfo* info_, void** kernel) {
@@ -133,6 +147,12 @@ OrtStatus* read_call(const Node& node, const Tensor* const* in, Call* call) {
   call->s_in_step = s_in.is(1) ? 0 : 1;
   call->w = static_cast<const uint8_t*>(in[kW]->data);
   call->w_scale = in[kScale]->data;
+  if (op_of(node).offset) {
+    const Tensor& offset = *in[groups_end(op_of(node))];
+    call->blocks = offset.dims[1];
+    call->offset = offset.data;
+    call->offset_half = offset.type == kOrtHalf;
+  }
   call->groups = op_of(node).groups;
   for (int g = 0; g < call->groups; g++) EP_TRY(read_group(node, in, g, x, &call->group[g]));
   return nullptr;
@@ -187,14 +207,16 @@ OrtStatus* infer_shapes(const OrtCustomOp* op, OrtShapeInferContext* context) {
 OrtElement input_type(const OrtCustomOp* op, size_t i) {
   if (i == kW) return kOrtUint8;
   if (i == kScale) return info(self(op).format).half_scale ? kOrtHalf : kOrtFloat;
+  if (i == groups_end(self(op))) return kOrtAny;  // what any admits, check_offset and read_group narrow
   const bool adapter = i >= kFirstGroup && (i - kFirstGroup) % kPerGroup <= kB;
-  return adapter ? kOrtAny : kOrtFloat;  // what any admits, read_group narrows
+  return adapter ? kOrtAny : kOrtFloat;
 }
 
-void define(Op& op, Format f, int groups) {
-  define(op, (Text() << "AdapterMatMul_" << info(f).tag << "_g" << int64_t{groups}).s);
+void define(Op& op, Format f, int groups, bool offset) {
+  define(op, (Text() << "AdapterMatMul_" << info(f).tag << "_g" << int64_t{groups} << (offset ? "_offset" : "")).s);
   op.format = f;
   op.groups = groups;
+  op.offset = offset;
   op.GetInputType = input_type;
   op.GetInputTypeCount = [](const OrtCustomOp* o) { return input_count(self(o)); };
   op.GetOutputTypeCount = [](const OrtCustomOp* o) { return static_cast<size_t>(self(o).groups); };
@@ -204,7 +226,7 @@ void define(Op& op, Format f, int groups) {
   op.InferOutputShapeFn = infer_shapes;
 }
 
-Op g_ops[static_cast<int>(Format::count) * kMaxGroups];
+Op g_ops[static_cast<int>(Format::count) * kMaxGroups * 2];
 
 }  // namespace
 
@@ -218,9 +240,9 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   OrtCustomOpDomain* domain;  // ORT keeps the pointer as long as any session lives, so it is never released
   EP_TRY(ort::CreateCustomOpDomain("edgepeft", &domain));
   for (int f = 0; f < static_cast<int>(Format::count); f++)
-    for (int g = 1; g <= kMaxGroups; g++) {
-      Op& op = g_ops[f * kMaxGroups + g - 1];
-      define(op, static_cast<Format>(f), g);
+    for (int i = 0; i < 2 * kMaxGroups; i++) {
+      Op& op = g_ops[f * 2 * kMaxGroups + i];
+      define(op, static_cast<Format>(f), i / 2 + 1, i % 2);
       EP_TRY(ort::CustomOpDomain_Add(domain, &op));
     }
   EP_TRY(add_functions(domain));

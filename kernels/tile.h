@@ -195,14 +195,31 @@ struct Tile {
   }
   // Rows by R, what remains by R/2, ... 1.
   template <int R>
-  void adapter_rows(int64_t m) {
+  void adapter_rows(const Adapter<V>& from, int64_t m) {
     for (; m + R <= job.m; m += R) {
       Sums<V, R> sums;
       load_sums<R>(m, sums);
-      adapter.template add<R>(m, sums);
+      from.template add<R>(m, sums);
       keep_sums<R>(m, sums);
     }
-    if constexpr (R > 1) adapter_rows<R / 2>(m);
+    if constexpr (R > 1) adapter_rows<R / 2>(from, m);
+  }
+  // C.sums, of a tile that has an offset.
+  template <int R>
+  EP_SHARED void offset_rows() {
+    TileJob part = job;
+    part.rank = job.blocks;
+    part.t = job.sums;
+    part.t_stride = job.sums_stride;
+    part.live = part.live_any = nullptr;
+    part.b = job.offset;
+    part.b_half = job.offset_half;
+    part.alone = job.m <= 2;
+    Adapter<V> offset(part);
+    for (int64_t r0 = 0; r0 < (part.alone ? 1 : part.rank); r0 += kRankPanel, first = false) {
+      offset.fill(r0);
+      adapter_rows<R>(offset, 0);
+    }
   }
   template <int R>
   void chunk_rows(int64_t m, int64_t k0, int64_t k1) {
@@ -223,9 +240,10 @@ struct Tile {
   void all() {
     if (job.s_out) spread(job.s_out, job.s_out_step, job.columns, s_out);
     spread(job.bias, job.bias_step, job.columns, bias);
+    if (job.blocks) offset_rows<R>();
     for (int64_t r0 = kRankPanel; !job.alone && r0 < job.rank; r0 += kRankPanel, first = false) {  // rare, so a pass each
       adapter.fill(r0);
-      adapter_rows<R>(0);
+      adapter_rows<R>(adapter, 0);
     }
     if (job.rank) adapter.fill(0);
     for (int64_t k0 = 0; k0 < job.k; k0 += Chunk::columns, first = false) {

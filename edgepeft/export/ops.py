@@ -1,6 +1,10 @@
 """The one fused op: its schema, its ONNX body and its numpy reference.
 
-    y_g = s_out_g * ( W_g (s_in * x) + B_g (gate_g * (A_g x)) ) + bias_g            g < G, G linears that share x
+    y_g = s_out_g * ( W_g (s_in * x) + C_g sums + B_g (gate_g * (A_g x)) ) + bias_g      g < G, G linears that share x
+
+C is there in `AdapterMatMul_<format>_g<G>_offset` alone: one more constant, w_offset [N, J], adds a number to all
+weights of a row in each of J blocks of K; sums are those of s_in * x over the blocks, in float under either activation.
+An op of its own, since no body can tell whether an input is there, and so that a node without offsets costs nothing.
 
 `AdapterMatMul_<format>_g<G>` (domain `edgepeft`) takes the packed W of G linears as one constant, stacked along N, and
 the adapters as ordinary inputs, so that they swap per run. Where our library is loaded ONNX Runtime gives it the node
@@ -41,16 +45,18 @@ IR_VERSION = 10
 NAME = "AdapterMatMul"
 SHARED_INPUTS = ("x", "w", "w_scale", "s_in")
 GROUP_INPUTS = ("a", "b", "gate", "s_out", "bias")
+OFFSET = "offset"
 
 
-def op_type(format: str, groups: int) -> str:
-    """Return the op's name for a weight format and a number of linears."""
-    return f"{NAME}_{format}_g{groups}"
+def op_type(format: str, groups: int, offset: bool = False) -> str:
+    """Return the op's name for a weight format and a number of linears; `offset`: whose weights have offsets."""
+    return f"{NAME}_{format}_g{groups}" + (f"_{OFFSET}" if offset else "")
 
 
-def input_names(groups: int) -> list[str]:
+def input_names(groups: int, offset: bool = False) -> list[str]:
     """Return the op's inputs in order; every one is required."""
-    return [*SHARED_INPUTS, *(f"{name}_{g}" for g in range(groups) for name in GROUP_INPUTS)]
+    names = [*SHARED_INPUTS, *(f"{name}_{g}" for g in range(groups) for name in GROUP_INPUTS)]
+    return [*names, f"w_{OFFSET}"] if offset else names
 
 
 def output_names(groups: int) -> list[str]:
@@ -110,6 +116,14 @@ def _base(body: Body, format: str, x: str) -> str:
     return _int4_base(body, x, spec.block) if spec.bits == 4 else _int8_base(body, x)
 
 
+def _offsets(body: Body, x: str) -> str:
+    """C sums for all groups together, [..., N]."""
+    leading, blocks = body("Shape", x, end=-1), body("Shape", "w_offset", start=1)
+    shape = body("Concat", leading, blocks, body("Div", body.attribute("K"), blocks), axis=0)
+    sums = body("ReduceSum", body("Reshape", x, shape, allowzero=1), body.ints(-1), keepdims=0)
+    return body("MatMul", sums, body.transposed(body.float32("w_offset")))
+
+
 def _group(body: Body, g: int, base: str, start: str, end: str) -> None:
     """y_g from its slice of W x, its adapter, scale and bias."""
     a_kr, b_rn = (body.transposed(body.float32(f"{name}_{g}")) for name in "ab")
@@ -118,18 +132,21 @@ def _group(body: Body, g: int, base: str, start: str, end: str) -> None:
     body("Add", body("Mul", y, f"s_out_{g}"), f"bias_{g}", out=f"y_{g}")
 
 
-def function_proto(format: str, groups: int) -> onnx.FunctionProto:
+def function_proto(format: str, groups: int, offset: bool = False) -> onnx.FunctionProto:
     """Return the body of the op: standard and com.microsoft operators of opset 21, any leading dims, any rank."""
     from onnx import helper
 
     body = Body()
-    base = _base(body, format, body("Mul", "x", "s_in"))
+    x = body("Mul", "x", "s_in")
+    base = _base(body, format, x)
+    if offset:
+        base = body("Add", base, _offsets(body, x))
     end = body.ints(0)
     for g in range(groups):
         start, end = end, body("Add", end, body.attribute(f"n{g}"))
         _group(body, g, base, start, end)
     return helper.make_function(
-        DOMAIN, op_type(format, groups), input_names(groups), output_names(groups), body.nodes,
+        DOMAIN, op_type(format, groups, offset), input_names(groups, offset), output_names(groups), body.nodes,
         [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)],
         list(attributes(TILE_COLUMNS, [TILE_ROWS], "float")),
     )  # fmt: skip
@@ -186,6 +203,15 @@ def _reference_base(format: str, activation: str, x_mk: np.ndarray, w: np.ndarra
     return np.einsum("mnb,mb,nb->mn", dots, x_scale_mb.astype(np.float64), w_scale_nb, optimize=True)
 
 
+def _reference_offsets(x: np.ndarray, groups: int, inputs: Sequence[np.ndarray]) -> np.ndarray | float:
+    """C times the sums of x [..., K] in float64, [..., N]; 0 where the node has no offsets."""
+    if len(inputs) == len(input_names(groups)):
+        return 0.0
+    offset_nj = inputs[-1].astype("float64")
+    sums = x.astype("float64").reshape(*x.shape[:-1], offset_nj.shape[1], x.shape[-1] // offset_nj.shape[1]).sum(-1)
+    return sums @ offset_nj.T
+
+
 def reference(format: str, activation: str, rows: Sequence[int], inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Compute the op in float64 from the node's inputs in order; returns the y_g as float64 [..., N_g].
 
@@ -197,6 +223,7 @@ def reference(format: str, activation: str, rows: Sequence[int], inputs: Sequenc
     leading, k = x.shape[:-1], x.shape[-1]
     scaled = (x.astype(np.float32) * s_in.astype(np.float32)).reshape(int(np.prod(leading)), k)
     base = _reference_base(format, activation, scaled, w, w_scale).reshape(*leading, len(w) * TILE_ROWS)
+    base = base + _reference_offsets(scaled.reshape(x.shape), len(rows), inputs)
     outputs, start = [], 0
     for g, n in enumerate(rows):
         at = len(SHARED_INPUTS) + len(GROUP_INPUTS) * g
@@ -214,7 +241,10 @@ def magnitude(format: str, rows: Sequence[int], inputs: Sequence[np.ndarray]) ->
     x, w, w_scale, s_in = inputs[: len(SHARED_INPUTS)]
     values_nk, scale_nb = codes_and_scales(format, w, w_scale, "float")
     w_nk = np.abs(values_nk * np.repeat(scale_nb, values_nk.shape[1] // scale_nb.shape[1], axis=1))
-    base = np.abs(x * s_in).astype(np.float64) @ w_nk.T
+    scaled = np.abs(x * s_in)
+    base = scaled.astype(np.float64) @ w_nk.T + _reference_offsets(
+        scaled, len(rows), [*inputs[:-1], np.abs(inputs[-1])]
+    )
     outputs, start = [], 0
     for g, n in enumerate(rows):
         at = len(SHARED_INPUTS) + len(GROUP_INPUTS) * g

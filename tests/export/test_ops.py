@@ -6,13 +6,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgepeft.export import ops
-from edgepeft.quant.formats import FORMATS
+from edgepeft.quant.formats import FORMATS, TILE_ROWS
 
 FORMAT_TAGS = sorted(FORMATS)
 
 
-def make_inputs(tag, leading, k, rows, rank, dtype=np.float16, gate="one", scales="one", bias="some", seed=0):
-    """Random inputs of one node, in order. `rank` is a number or one per group."""
+def make_inputs(tag, leading, k, rows, rank, dtype=np.float16, gate="one", scales="one", bias="some", offset=0, seed=0):
+    """Random inputs of one node, in order. `rank` is a number or one per group; `offset`: blocks of w_offset."""
     rng = np.random.default_rng(seed)
     n = sum(rows)
     packed = FORMATS[tag].quantize(rng.standard_normal((n, k), np.float32) / np.sqrt(k))
@@ -28,14 +28,20 @@ def make_inputs(tag, leading, k, rows, rank, dtype=np.float16, gate="one", scale
             one if scales == "one" else rng.random(n_g, np.float32) + 0.5,
             0 * one if bias == "none" else rng.standard_normal(n_g, np.float32),
         ]
-    return inputs
+    shape = len(packed.w) * TILE_ROWS, offset
+    return [*inputs, (rng.standard_normal(shape) / np.sqrt(k)).astype(dtype)] if offset else inputs
+
+
+def has_offset(rows, inputs):
+    return len(inputs) > len(ops.input_names(len(rows)))
 
 
 def node_model(tag, k, rows, inputs, activation="float"):
     """One node as a model: weights constant, x and the adapter's tensors fed."""
-    names = ops.input_names(len(rows))
+    offset = has_offset(rows, inputs)
+    names = ops.input_names(len(rows), offset)
     dims = dict(zip(names, inputs, strict=True))
-    fixed = {"w", "w_scale"}
+    fixed = {"w", "w_scale", "w_offset"} & set(names)
     to_proto = helper.np_dtype_to_tensor_dtype
     fed = [
         helper.make_tensor_value_info(n, to_proto(a.dtype), [f"{n}.{i}" for i in range(a.ndim)])
@@ -44,7 +50,7 @@ def node_model(tag, k, rows, inputs, activation="float"):
     ]
     outs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ops.output_names(len(rows))]
     node = helper.make_node(
-        ops.op_type(tag, len(rows)),
+        ops.op_type(tag, len(rows), offset),
         names,
         ops.output_names(len(rows)),
         domain=ops.DOMAIN,
@@ -57,7 +63,7 @@ def node_model(tag, k, rows, inputs, activation="float"):
         helper.make_opsetid("com.microsoft", 1),
     ]
     return helper.make_model(
-        graph, functions=[ops.function_proto(tag, len(rows))], opset_imports=opsets, ir_version=ops.IR_VERSION
+        graph, functions=[ops.function_proto(tag, len(rows), offset)], opset_imports=opsets, ir_version=ops.IR_VERSION
     )
 
 
@@ -69,7 +75,7 @@ def run_op(tag, k, rows, inputs, activation="float", library=None):
         options.register_custom_ops_library(str(library))
     model = node_model(tag, k, rows, inputs, activation).SerializeToString()
     session = ort.InferenceSession(model, options, ["CPUExecutionProvider"])
-    feeds = dict(zip(ops.input_names(len(rows)), inputs, strict=True))
+    feeds = dict(zip(ops.input_names(len(rows), has_offset(rows, inputs)), inputs, strict=True))
     return session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})
 
 
@@ -100,6 +106,10 @@ CASES = [
     {"leading": (2, 3), "rows": (16, 32), "rank": 5, "gate": "token", "scales": "some", "dtype": np.float32},
     {"leading": (7,), "rows": (33,), "rank": 0, "bias": "none"},
     {"leading": (0,), "rows": (16,), "rank": 2},
+    {"leading": (1,), "rows": (40,), "rank": 0, "offset": 12},
+    {"leading": (2, 5), "rows": (40,), "rank": 3, "offset": 6, "scales": "some", "dtype": np.float32},
+    {"leading": (3, 4), "rows": (32, 16, 48), "rank": (4, 0, 7), "gate": "token", "offset": 3},
+    {"leading": (0, 2), "rows": (16,), "rank": 2, "offset": 1},
 ]
 
 
@@ -154,12 +164,14 @@ def test_activations_round_as_stated():
     assert not q[1:3].any()
 
 
+@pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 3])
-def test_schema(groups):
+def test_schema(groups, offset):
     names = ["x", "w", "w_scale", "s_in"]
     names += [f"{name}_{g}" for g in range(groups) for name in ("a", "b", "gate", "s_out", "bias")]
-    body = ops.function_proto("i4b32", groups)
-    assert (body.domain, body.name) == ("edgepeft", f"AdapterMatMul_i4b32_g{groups}")
+    names += ["w_offset"] * offset
+    body = ops.function_proto("i4b32", groups, offset)
+    assert (body.domain, body.name) == ("edgepeft", f"AdapterMatMul_i4b32_g{groups}" + "_offset" * offset)
     assert list(body.input) == names
     assert list(body.output) == [f"y_{g}" for g in range(groups)]
     assert sorted(body.attribute) == ["K", "N", "activation", "n0", "n1", "n2"]

@@ -76,7 +76,7 @@ def test_an_instruction_that_a_cpu_lacks_is_named_as_such(machine, tmp_path: Pat
 
 
 def write_case(folder: Path, tag: str, m: int, activation: str) -> tuple[str, list[np.ndarray], list[np.ndarray]]:
-    """Write a node of two groups with every input in use; returns its name, expected outputs and their magnitudes."""
+    """Write a node of two groups with every input in use; returns its name, expected outputs and magnitudes."""
     from onnx import TensorProto, helper, numpy_helper
 
     rng, n = np.random.default_rng(m), sum(ROWS)
@@ -90,13 +90,14 @@ def write_case(folder: Path, tag: str, m: int, activation: str) -> tuple[str, li
         ]
         inputs += [rng.random((1, m, rank), np.float32), rng.random(rows, np.float32) + 0.5]
         inputs += [rng.standard_normal(rows, np.float32)]
-    name, names, outputs = f"{tag}-{m}-{activation}", ops.input_names(2), ops.output_names(2)
-    fixed = ("w", "w_scale")
+    inputs.append(rng.standard_normal((n, K // FORMATS[tag].act_block)).astype(np.float16))
+    name, names, outputs = f"{tag}-{m}-{activation}", ops.input_names(2, offset=True), ops.output_names(2)
+    fixed = ("w", "w_scale", "w_offset")
     values = dict(zip(names, inputs, strict=True))
     kinds = {key: helper.np_dtype_to_tensor_dtype(value.dtype) for key, value in values.items()}
     fed = [helper.make_tensor_value_info(key, kinds[key], v.shape) for key, v in values.items() if key not in fixed]
     node = helper.make_node(
-        ops.op_type(tag, 2), names, outputs, domain=ops.DOMAIN, **ops.attributes(K, ROWS, activation)
+        ops.op_type(tag, 2, offset=True), names, outputs, domain=ops.DOMAIN, **ops.attributes(K, ROWS, activation)
     )
     results = [helper.make_tensor_value_info(key, TensorProto.FLOAT, None) for key in outputs]
     constants = [numpy_helper.from_array(values[key], key) for key in fixed]

@@ -25,9 +25,9 @@ def some(rng, *shape: int) -> np.ndarray:
 
 
 def inputs(
-    format: str, k: int, rows, leading=(3,), rank=16, dtype=np.float16, scaled=False, gate="one", seed=0
+    format: str, k: int, rows, leading=(3,), rank=16, dtype=np.float16, scaled=False, gate="one", offset=0, seed=0
 ) -> list[np.ndarray]:
-    """Return the node's inputs in order; rank may be one number, or one per group."""
+    """Return the node's inputs in order; rank may be one number, or one per group; offset: blocks of w_offset."""
     rng = np.random.default_rng(seed)
     ranks = [rank] * len(rows) if isinstance(rank, int) else rank
     packed = FORMATS[format].quantize(some(rng, sum(rows), k) / k**0.5)
@@ -39,17 +39,23 @@ def inputs(
         gates["one for all rows"] = np.ones((*(1 for _ in leading), 1), F)
         values += [(some(rng, r, k) / k**0.5).astype(dtype), some(rng, n, r).astype(dtype), gates[gate]]
         values += [1 + 0.5 * some(rng, n) if scaled else one, some(rng, n)]
-    return values
+    return [*values, (some(rng, 16 * len(packed.w), offset) / k**0.5).astype(dtype)] if offset else values
 
 
 def session(
     format: str, k: int, rows, values, activation="int8", fed=("x",), threads=2, version=ops.VERSION, **changed
 ):
     """A session of one node; inputs named in `fed` are graph inputs, the others constants."""
-    names = ops.input_names(len(rows))
+    offset = len(values) > len(ops.input_names(len(rows)))
+    names = ops.input_names(len(rows), offset)
     attributes = {**ops.attributes(k, rows, activation), **changed}
     node = helper.make_node(
-        ops.op_type(format, len(rows)), names, ops.output_names(len(rows)), "node", domain=ops.DOMAIN, **attributes
+        ops.op_type(format, len(rows), offset),
+        names,
+        ops.output_names(len(rows)),
+        "node",
+        domain=ops.DOMAIN,
+        **attributes,
     )
     shapes = {name: [f"{name}{i}" for i in range(value.ndim)] for name, value in zip(names, values, strict=True)}
     pairs = dict(zip(names, values, strict=True))
@@ -86,8 +92,9 @@ def test_formats_and_groups_under_every_kernel(kernel, library, format: str, act
     if row not in library.edgepeft_kernels().decode().split():
         pytest.skip(f"{kernel} has no row for {format}, {activation}")
     for rows in GROUPS.values():
-        for leading, rank in (((1,), 16), ((2, 3), [5, 0, 70][: len(rows)]), ((40,), 8)):
-            values = inputs(format, 384, rows, leading, rank)
+        cases = ((1,), 16, 0), ((2, 3), [5, 0, 70][: len(rows)], 0), ((40,), 8, 0), ((1,), 0, 6), ((2, 9), 20, 12)
+        for leading, rank, offset in cases:
+            values = inputs(format, 384, rows, leading, rank, offset=offset)
             agree(format, activation, rows, values, session(format, 384, rows, values, activation)())
 
 
@@ -231,6 +238,20 @@ def test_a_wrong_input_is_named(what: str) -> None:
     values = replaced(inputs("i4b32", 64, [32]), index, value)
     with pytest.raises(Exception, match=f"AdapterMatMul_i4b32_g1 'node': {message}"):
         session("i4b32", 64, [32], values)()
+
+
+@pytest.mark.parametrize("shape", [(32, 3), (37, 2), (32, 0), (64,)])
+def test_offsets_that_do_not_fit_are_named(shape) -> None:
+    values = [*inputs("i4b32", 64, [32]), np.zeros(shape, np.float16)]
+    with pytest.raises(
+        Exception, match=r"input 9 \(w_offset\): expected float16 or float32 \[32,J\], K/J a multiple of 32"
+    ):
+        session("i4b32", 64, [32], values)
+
+
+def test_offsets_that_are_no_constant_are_refused() -> None:
+    with pytest.raises(Exception, match="input w_offset: expected a constant initializer"):
+        session("i4b32", 64, [32], inputs("i4b32", 64, [32], offset=2), fed=("x", "w_offset"))
 
 
 def test_a_weight_that_is_no_constant_is_refused() -> None:
