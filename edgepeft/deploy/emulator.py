@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgepeft.artifact import cache_dir
+from edgepeft.deploy import debs
 from edgepeft.deploy.compile import host_platform, kernel_folder, plugin_library
 from edgepeft.errors import TargetError, unknown
 from edgepeft.export.ops import MINIMUM_ONNXRUNTIME
@@ -181,20 +182,7 @@ def install(onnxruntime: Sequence[str] = (NEWEST, SAFE)) -> Emulator:
     return found
 
 
-def _say(text: str) -> None:
-    print(f"emulator: {text}", file=sys.stderr, flush=True)
-
-
-def _step(command: Sequence[str], what: str) -> None:
-    """Run one command of the set-up; a failure becomes a TargetError with the end of its output."""
-    _say(what)
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}, check=False)
-    except FileNotFoundError:
-        raise TargetError(f"emulator: {what}: {command[0]} is not there. This set-up needs Debian's tools.") from None
-    if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
-        raise TargetError(f"emulator: {what} failed ({done.returncode}): {shlex.join(command)}\n{tail}")
+_say, _step = functools.partial(debs.tell, "emulator"), functools.partial(debs.step, "emulator")
 
 
 def _install_qemu() -> None:
@@ -209,53 +197,13 @@ def _unpack_root(home: Path) -> None:
     root = home / "root"
     if (root / ".complete").exists():
         return
-    options = _apt_options(home / "apt")
-    _step(["apt-get", *options, "update"], "fetching the arm64 package lists")
-    _step(["apt-get", *options, "-y", "--download-only", "install", *DEBS], "fetching the arm64 Python")
-    shutil.rmtree(root, ignore_errors=True)
-    root.mkdir(parents=True)
-    debs = sorted((home / "apt" / "archives").glob("*.deb"))
-    _say(f"unpacking {len(debs)} debs")
-    for deb in debs:
-        subprocess.run(["dpkg-deb", "-x", str(deb), str(root)], check=True)
+    options = debs.apt_options(home / "apt", "arm64")
+    debs.unpack("emulator", debs.fetch("emulator", options, home / "apt", DEBS, "the arm64 Python"), root)
     for name in ("bin", "lib"):  # newer releases leave these links to another package
         if not (root / name).exists():
             (root / name).symlink_to(f"usr/{name}")
     _guest_python(root)
     (root / ".complete").touch()
-
-
-def _apt_options(state: Path) -> list[str]:
-    """Return the options that give apt-get a state of its own, for arm64, with the system's sources and keys."""
-    for part in ("lists/partial", "archives/partial"):
-        (state / part).mkdir(parents=True, exist_ok=True)
-    (state / "status").touch()
-    debian = Path("/etc/apt/sources.list.d/debian.sources")
-    settings = {
-        "APT::Architecture": "arm64",
-        "APT::Architectures": "arm64",
-        "APT::Install-Recommends": "false",
-        "APT::Sandbox::User": _user(),
-        "Acquire::Languages": "none",
-        "Debug::NoLocking": "1",
-        "Dir::State": str(state),
-        "Dir::State::status": str(state / "status"),
-        "Dir::State::lists": str(state / "lists"),
-        "Dir::Cache": str(state),
-        "Dir::Cache::archives": str(state / "archives"),
-    }
-    if debian.exists():  # the distribution alone: other sources may have nothing for arm64
-        settings |= {"Dir::Etc::sourcelist": str(debian), "Dir::Etc::sourceparts": "-"}
-    return [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
-
-
-def _user() -> str:
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "root"
 
 
 def _guest_python(root: Path) -> Path:
