@@ -54,43 +54,37 @@ struct Adapter {
       for (int r = 0; r < V::lanes; r++) panel[n * V::lanes + r] = element(n, whole + r);
   }
   EP_INLINE void alone(int64_t m, Sums<V, 1>& sums) const {
-    for (int v = 0; v < kVectors<V>; v++)
-      sums[0][v] = V::add(sums[0][v], job.b_half ? dots<true>(m, v * V::lanes) : dots<false>(m, v * V::lanes));
-  }
-  template <bool half>
-  EP_INLINE typename V::F dots(int64_t m, int n0) const {
-    const bool full = n0 + V::lanes <= job.columns && whole == job.rank;
-    return full ? dots<half, true>(m, n0) : dots<half, false>(m, n0);
+    const bool full = job.columns == kTileRows && whole == job.rank;
+    if (job.b_half) full ? dots<true, true>(m, sums) : dots<true, false>(m, sums);
+    else full ? dots<false, true>(m, sums) : dots<false, false>(m, sums);
   }
   // full: all columns are there, and whole vectors of ranks. Otherwise columns past the last repeat it: they are computed,
   // and not stored.
   template <bool half, bool full>
-  EP_SHARED typename V::F dots(int64_t m, int n0) const {
+  EP_SHARED void dots(int64_t m, Sums<V, 1>& sums) const {
     const float* t = job.t + m * job.t_stride;
     const uint8_t* live = live_of(m);
-    const char* at = static_cast<const char*>(job.b) + (full || n0 < job.columns ? n0 : job.columns - 1) * row_bytes;
-    const char* row[V::lanes];
-    for (int n = 0; n < V::lanes; n++) {
-      row[n] = at;
-      if (full || n0 + n + 1 < job.columns) at += row_bytes;
+    const bool rest = !full && whole < job.rank;
+    int64_t first = 0;
+    while (live && first < whole && !is_live<V>(live, first)) first += V::lanes;
+    if (!rest && first >= whole) return;
+    const char* at = static_cast<const char*>(job.b);
+    for (int v = 0; v < kVectors<V>; v++) {
+      const char* row[V::lanes];
+      for (int n = 0; n < V::lanes; n++) {
+        row[n] = at;
+        if (full || v * V::lanes + n + 1 < job.columns) at += row_bytes;
+      }
+      typename V::F products[V::lanes];
+      if (rest) for (int n = 0; n < V::lanes; n++) products[n] = V::mul(V::load(panel + (v * V::lanes + n) * V::lanes), V::load(t + whole));
+      else for (int n = 0; n < V::lanes; n++) products[n] = V::mul(load_any<V>(row[n], half, first), V::load(t + first));
+      for (int64_t r = rest ? first : first + V::lanes; r < whole; r += V::lanes) {
+        if (!is_live<V>(live, r)) continue;
+        const typename V::F t_r = V::load(t + r);
+        for (int n = 0; n < V::lanes; n++) products[n] = V::fma(load_any<V>(row[n], half, r), t_r, products[n]);
+      }
+      sums[0][v] = V::add(sums[0][v], V::sum_each(products));
     }
-    int64_t r = 0;
-    while (r < whole && !is_live<V>(live, r)) r += V::lanes;
-    typename V::F products[V::lanes];
-    if (!full && whole < job.rank) {
-      for (int n = 0; n < V::lanes; n++) products[n] = V::mul(V::load(panel + (n0 + n) * V::lanes), V::load(t + whole));
-    } else if (r < whole) {
-      for (int n = 0; n < V::lanes; n++) products[n] = V::mul(load_any<V>(row[n], half, r), V::load(t + r));
-      r += V::lanes;
-    } else {
-      return V::set1(0.0f);
-    }
-    for (; r < whole; r += V::lanes) {
-      if (!is_live<V>(live, r)) continue;
-      const typename V::F t_r = V::load(t + r);
-      for (int n = 0; n < V::lanes; n++) products[n] = V::fma(load_any<V>(row[n], half, r), t_r, products[n]);
-    }
-    return V::sum_each(products);
   }
 
   // ---- together

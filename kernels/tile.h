@@ -152,7 +152,8 @@ struct FloatChunk : FloatStage<V> {
 
 // One number for each column, as far as there are columns; null: zero.
 inline void spread(const float* from, int64_t step, int columns, float* to) {
-  for (int n = 0; n < kTileRows; n++) to[n] = from && n < columns ? from[n * step] : 0.0f;
+  if (from && step == 1 && columns == kTileRows) __builtin_memcpy(to, from, kTileRows * sizeof(float));
+  else for (int n = 0; n < kTileRows; n++) to[n] = from && n < columns ? from[n * step] : 0.0f;
 }
 
 // ---- y ------------------------------------------------------------------------------------------------------------
