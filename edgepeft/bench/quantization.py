@@ -7,6 +7,8 @@ none), before any adapter, and
 
     lost = perplexity - perplexity of the float32 model        share = lost / what rtn loses in the same format
 
+Solvers that draw calibration texts are measured once per seed; table and plot show the mean, and the worst share.
+
 For an encoder, whose head is not there before training, it is the test metric after training an adapter as `edgepeft
 train` does (--set epochs=3 and the like shorten that). Sizes are those of weights.safetensors, embeddings included.
 """
@@ -21,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from edgepeft.artifact import Run, read_json, write_json
@@ -30,15 +33,17 @@ from edgepeft.errors import ConfigError, EdgePeftError
 from edgepeft.quant.formats import FORMATS
 from edgepeft.quant.solvers import SOLVERS
 
-PLAIN = "rtn"
+PLAIN, DECODING = "rtn", "text-generation"
 
 
-def cases(options: argparse.Namespace) -> Iterator[dict[str, str]]:
-    """Yield the settings to measure: each solver in each format, then each solver under each budget."""
-    for tag in options.formats:
-        yield from ({"format": tag, "solver": solver} for solver in options.solvers)
-    for size in options.sizes:
-        yield from ({"size": size, "solver": solver} for solver in options.solvers)
+def cases(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the settings to measure: each solver in each format, then under each budget, once per seed that matters."""
+    kinds = [*(("format", tag) for tag in options.formats), *(("size", size) for size in options.sizes)]
+    for kind, value in kinds:
+        for solver in options.solvers:
+            draws = SOLVERS[solver].calibrated or kind == "size" or options.task != DECODING
+            for seed in options.seeds if draws else options.seeds[:1]:
+                yield {kind: value, "solver": solver, "seed": seed}
 
 
 def measure(config: Config, folder: Path, examples: int | None) -> dict[str, Any]:
@@ -49,12 +54,12 @@ def measure(config: Config, folder: Path, examples: int | None) -> dict[str, Any
     build(run, [stage_named("quantize")])
     seconds = time.monotonic() - started
     summary = Run(folder).records["quantized"]["summary"]
-    if config.task == "text-generation":
+    if config.task == DECODING:
         found = perplexity(run, folder / "quantized", examples)
     else:
         build(run, [stage_named("train")])
         found = Run(folder).records["adapter"]["summary"]["test"]
-    row = {"format": label(config), "solver": config.solver}
+    row = {"format": label(config), "solver": config.solver, "seed": config.seed}
     error = summary.get("mean_output_error")
     return {**row, "MB": summary["bytes"] / 1e6, "quantize s": round(seconds, 1), "output error": error, **found}
 
@@ -80,12 +85,31 @@ def perplexity(config: Config, quantized: Path | None, examples: int | None) -> 
 
 def with_losses(rows: list[dict[str, Any]], reference: float) -> list[dict[str, Any]]:
     """Add what each row lost in perplexity, and that as a share of what rtn lost in the same format."""
-    plain = {row["format"]: row["perplexity"] - reference for row in rows if row["solver"] == PLAIN}
+    plain: dict[str, list[float]] = {}
     for row in rows:
         row["lost"] = row["perplexity"] - reference
-        base = plain.get(row["format"], 0.0)
+        if row["solver"] == PLAIN:
+            plain.setdefault(row["format"], []).append(row["lost"])
+    for row in rows:
+        base = mean(plain.get(row["format"], [0.0]))
         row["share of rtn's"] = row["lost"] / base if base > 0 else None
     return rows
+
+
+def averaged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row per format and solver: the mean over the seeds of each figure, and the worst share."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["format"], row["solver"]), []).append(row)
+    return [_mean_row(group) for group in groups.values()]
+
+
+def _mean_row(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    first, shares = group[0], [share for row in group if (share := row.get("share of rtn's")) is not None]
+    figures = [name for name in first if name not in ("format", "solver", "seed")]
+    means = {name: None if first[name] is None else mean([row[name] for row in group]) for name in figures}
+    worst = {"worst share": max(shares)} if shares else {}
+    return {"format": first["format"], "solver": first["solver"], "seeds": len(group), **means, **worst}
 
 
 def draw(rows: Sequence[dict[str, Any]], metric: str, reference: float | None, file: Path) -> None:
@@ -115,7 +139,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     given = dict(pair.split("=", 1) for pair in options.set)
     typed = {name: type(getattr(Config, name))(value) for name, value in given.items()}
     base = Config(model=options.model, data=options.data, task=options.task, **typed)
-    decoder = base.task == "text-generation"
+    decoder = base.task == DECODING
     known = read_json(options.json) if options.json and options.json.is_file() else {"reference": None, "rows": []}
     asked = {name: getattr(options, name) for name in ("model", "data", "task", "examples", "set")}
     if known.setdefault("asked", asked) != asked:
@@ -123,9 +147,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     result = {"metric": "perplexity" if decoder else "accuracy", **known}
     if decoder and result["reference"] is None:
         result["reference"] = perplexity(base, None, options.examples)["perplexity"]
-    there = {(row["format"], row["solver"]) for row in result["rows"]}
+    there = {(row["format"], row["solver"], row["seed"]) for row in result["rows"]}
     for config in (base.replace(**case) for case in cases(options)):
-        if (label(config), config.solver) in there:
+        if (label(config), config.solver, config.seed) in there:
             continue
         with tempfile.TemporaryDirectory() as folder:
             result["rows"].append(measure(config, Path(folder) / "run", options.examples))
@@ -152,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--solvers", nargs="+", default=list(SOLVERS), choices=list(SOLVERS))
     parser.add_argument("--sizes", nargs="*", default=[], metavar="SIZE", help="budgets as for --size")
     parser.add_argument("--examples", type=int, help="texts to measure perplexity on; all unless given")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration texts that are drawn")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="settings other than the defaults")
     parser.add_argument("--json", type=Path, help="also write the results here; cases it holds are not measured again")
     parser.add_argument("--plot", type=Path, help="also draw metric against size here")
@@ -163,11 +188,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     if result["reference"] is not None:
         print(f"float32: {result['metric']} {result['reference']:.4f}\n")
-    print(table(result["rows"]))
+    rows = averaged(result["rows"])
+    print(table(rows))
     if options.json:
         write_json(options.json, result)
     if options.plot:
-        draw(result["rows"], result["metric"], result["reference"], options.plot)
+        draw(rows, result["metric"], result["reference"], options.plot)
     return 0
 
 

@@ -170,7 +170,7 @@ def _resume(model: Any, optimizer: Any, kept: Path) -> int:
     return int(state["step"])
 
 
-def make(texts: Sequence[Path], output: Path, steps: int = 900, seed: int = 0) -> Path:
+def make(texts: Sequence[Path], output: Path, steps: int = 2400, seed: int = 0) -> Path:
     """Write output/data and output/model, each unless it is there, and return the model's folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="edgepeft.bench.small_decoder", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="folders of English text")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 from pathlib import Path
@@ -48,9 +49,27 @@ def test_figures_are_those_of_the_cases_and_known_ones_are_kept(tmp_path: Path, 
     assert plain["share of rtn's"] == (1 if plain["lost"] > 0 else None)  # there is no share of a gain
     assert solved["lost"] == pytest.approx(solved["perplexity"] - result["reference"])
     assert plain["MB"] == pytest.approx(solved["MB"], rel=0.01)
+    assert (plain["seed"], solved["seed"]) == (0, 0)
     assert (tmp_path / "r.png").stat().st_size > 1000
     capsys.readouterr()
     assert quantization.main(arguments) == 0
     assert "quantize: ..." not in capsys.readouterr().err
     assert quantization.main([*arguments, "--examples", "2"]) != 0
     assert "holds results of other settings" in capsys.readouterr().err
+
+
+def test_seeds_are_averaged_and_the_worst_share_is_told() -> None:
+    figures = [("rtn", 0, 12.0), ("gptq", 0, 10.5), ("gptq", 1, 11.0)]
+    rows = [{"format": "i4b32", "solver": solver, "seed": seed, "perplexity": p} for solver, seed, p in figures]
+    plain, solved = quantization.averaged(quantization.with_losses(rows, 10.0))
+    assert (plain["seeds"], plain["share of rtn's"], plain["worst share"]) == (1, 1, 1)
+    assert (solved["seeds"], solved["lost"], solved["share of rtn's"], solved["worst share"]) == (2, 0.75, 0.375, 0.5)
+
+
+def test_only_solvers_that_draw_texts_are_measured_for_every_seed() -> None:
+    options = argparse.Namespace(
+        formats=["i4b32"], sizes=["1MB"], solvers=["rtn", "gptq"], seeds=[0, 1], task="text-generation"
+    )
+    found = [(case.get("format"), case["solver"], case["seed"]) for case in quantization.cases(options)]
+    assert found[:3] == [("i4b32", "rtn", 0), ("i4b32", "gptq", 0), ("i4b32", "gptq", 1)]
+    assert len(found) == 7
