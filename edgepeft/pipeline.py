@@ -133,7 +133,7 @@ STAGES = (
         ("quantized", "adapter"), ("data",), applies=lambda config: config.adapter != "separate",
     ),
     Stage(
-        "export", "export", "edgepeft.export.stage:export", ("adapter", "activation", "context", "task"),
+        "export", "export", "edgepeft.export.stage:export", ("adapter", "activation", "context", "task", "target"),
         ("quantized", "adapter", "merged"),
     ),
     Stage(

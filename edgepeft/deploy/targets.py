@@ -39,6 +39,7 @@ class Target:
     onnxruntime_broken: tuple[str, ...] = ()  # releases that are known to die on it
     emulate: tuple[str, ...] = ()  # qemu CPUs to verify on
     threads: int = 0  # 0: all
+    gpu: str = ""  # how its GPU is reached: "webgpu", or not at all
     ssh: str = ""  # a usual host name, for hints
 
     @property

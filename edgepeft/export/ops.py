@@ -74,14 +74,20 @@ def attributes(k: int, rows: Sequence[int], activation: str) -> dict[str, Any]:
 # --- the body ----------------------------------------------------------------------------------------------------
 
 
-def _int4_base(body: Body, x: str, block: int) -> str:
-    """W x by MatMulNBits: re-pair the nibbles from columns (c, c + 16) to columns (2i, 2i + 1)."""
+def int4_rows(body: Body, block: int, out: str = "") -> str:
+    """MatMulNBits' [N, B, block/2]: re-pair the nibbles from columns (c, c + 16) to columns (2i, 2i + 1)."""
     tiles = body("Reshape", "w", body.ints(0, 0, 4, TILE_ROWS, 2, 2))  # [T, U, j, n, i/2, i%2]
     rows = body("Transpose", tiles, perm=[0, 3, 1, 2, 4, 5])  # [T, n, U, j, i/2, i%2]
     even, odd = body.split(rows, 2, axis=5)
     low = body("BitwiseOr", body.masked(even, 0x0F), body.shifted(odd, "LEFT"))  # columns 0..15 of each unit
     high = body("BitwiseOr", body.shifted(even, "RIGHT"), body.masked(odd, 0xF0))  # columns 16..31
     packed = body.rows_then(body("Concat", low, high, axis=3), -1, block // 2)
+    return body("Identity", packed, out=out) if out else packed
+
+
+def _int4_base(body: Body, x: str, block: int) -> str:
+    """W x by MatMulNBits."""
+    packed = int4_rows(body, block)
     nbits: dict[str, Any] = {"domain": "com.microsoft", "refs": "K N", "bits": 4, "block_size": block}
     scales = body.rows_then(body("Transpose", body.float32("w_scale"), perm=[0, 2, 1]), -1)  # [N, B]
     return body("MatMulNBits", x, packed, scales, **nbits)

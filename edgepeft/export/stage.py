@@ -26,6 +26,7 @@ from edgepeft.adapt.terms import BASE_FILE, PREFIX
 from edgepeft.artifact import Run, read_json, write_json, write_tensors
 from edgepeft.backbone.families import FAMILIES, Family
 from edgepeft.console import say
+from edgepeft.deploy.targets import load_target
 from edgepeft.errors import VerifyError
 from edgepeft.export.ops import NAME, OPSET
 from edgepeft.train.tasks import TASKS
@@ -53,6 +54,10 @@ def export(config: Config, run: Run, out: Path) -> dict[str, Any]:
     running = running_numbers(out, settings, config.context) if family.kind == "decoder" else {}
     graph = _graph(family, settings, weights, adapter, config.activation, running.get("context"))
     check(graph.save(out))
+    if load_target(config.target).gpu:
+        from edgepeft.export import webgpu
+
+        webgpu.write(out)
     summary = {**_summary(graph, out, config, about), **running, **chosen}
     write_json(out / "export.json", summary)
     _tell(summary)

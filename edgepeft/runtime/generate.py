@@ -26,6 +26,7 @@ import numpy as np
 
 from edgepeft.errors import ConfigError, DataError
 from edgepeft.runtime import library as lib
+from edgepeft.runtime import webgpu
 from edgepeft.runtime.adapters import Adapter
 from edgepeft.runtime.answer import Answer, Clock, Row, Stream
 from edgepeft.runtime.cache import Cache, Pool
@@ -281,8 +282,12 @@ class Generator(Bundle):
         mask = (np.arange(total) < lengths).astype(np.int64)
         kept = np.array([keep], np.int64)
         binding.bind_cpu_input("input_ids", ids)
-        binding.bind_cpu_input("attention_mask", mask)
-        self._bind_memory(binding.bind_ortvalue_input, "logits_to_keep", kept)  # bind_cpu_input knows no overridable
+        if self.gpu:
+            for name, array in webgpu.decoder_inputs(mask, new, keep).items():
+                binding.bind_cpu_input(name, array)
+        else:
+            binding.bind_cpu_input("attention_mask", mask)
+            self._bind_memory(binding.bind_ortvalue_input, "logits_to_keep", kept)  # bind_cpu_input: no overridable
         binding.bind_output("logits")  # into memory of its own: the graph may declare it for one token alone
         self.session.run_with_iobinding(binding)
         for row in range(rows):

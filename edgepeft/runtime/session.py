@@ -9,7 +9,7 @@ are kept per thread and adapter, so one Model serves many threads, each call wit
 call may have adapters of their own, see `edgepeft.runtime.mixing`. What a bundle for another task becomes when it is
 loaded stands in TASKS.
 
-Left out: devices other than the CPU.
+device="webgpu" runs the bundle's graph for GPUs instead: see `edgepeft.runtime.webgpu`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from edgepeft.console import say
 from edgepeft.errors import ArtifactError, ConfigError, TargetError, unknown
 from edgepeft.runtime import adapters as ad
 from edgepeft.runtime import library as lib
+from edgepeft.runtime import webgpu
 from edgepeft.runtime.manifest import Manifest, check_bundle
 from edgepeft.runtime.mixing import Mixes
 from edgepeft.runtime.tasks import Prediction, predictions
@@ -42,6 +43,7 @@ WEIGHTS_ELSEWHERE = (1, 21)  # ONNX Runtime that can be told where the weights o
 QUIET = 3  # ONNX Runtime's severity "error": it warns once for every overridable initializer
 # Widens float16 initializers that no kernel takes; it ends the process over a function's body in 1.23 to 1.29.
 BROKEN_OPTIMIZERS = ("FuseFp16InitializerToFp32NodeTransformer",)
+DEVICES = ("cpu", "webgpu", "auto")
 KV_CACHES = ("float32", "int8")  # what keys and values are kept as
 CACHE_SCALES = "kv_cache.safetensors"
 TASKS = {  # what a bundle becomes: the class of its task and where it is
@@ -192,7 +194,8 @@ class Bundle:
         self.session = session
         self.library = library
         self.threads = threads
-        self._slots = ad.slots(session)
+        self.gpu = webgpu.is_gpu(session)
+        self._slots = webgpu.slots(session, ad.slots(session)) if self.gpu else ad.slots(session)
         self._folders = ad.adapter_folders(manifest.folder) if self._slots else {}
         self._loaded: dict[str, ad.Adapter] = {}
         self._active = self._get(ad.DEFAULT)
@@ -217,7 +220,10 @@ class Bundle:
         if name is None:
             return self._active
         if name not in self._loaded:
-            self._loaded[name] = self._make(name)
+            made = self._make(name)
+            if self.gpu:
+                made = dataclasses.replace(made, feeds=webgpu.feeds(self.session, made.feeds))
+            self._loaded[name] = made
         return self._loaded[name]
 
     def _make(self, name: str) -> ad.Adapter:
@@ -260,6 +266,8 @@ class Bundle:
     def _feeds(self, rows: Sequence[ad.Adapter], **sizes: int) -> Mapping[str, Any]:
         """Return what a run's rows feed; `sizes` are those of the dimensions beside the batch where adapters differ."""
         if any(adapter is not rows[0] for adapter in rows):
+            if self.gpu:
+                raise ConfigError("adapter: a run on a GPU takes one adapter for all its rows; call once for each.")
             return self._mixes.of(rows).feeds(rows, sizes)
         return {} if rows[0].name == ad.DEFAULT else rows[0].feeds  # the default's are the graph's own values
 
@@ -302,6 +310,7 @@ class Model(Bundle):
         return self._run(self._binding(self._get(adapter)), arrays)
 
     def _run(self, binding: Any, arrays: dict[str, np.ndarray]) -> np.ndarray:
+        arrays = webgpu.classifier_inputs(arrays) if self.gpu else arrays
         for name in self._inputs:
             binding.bind_cpu_input(name, arrays[name])
         binding.bind_output(self._output)  # anew each time: a kept one would be written into, whatever its shape
@@ -389,6 +398,28 @@ def check_threads(threads: int) -> None:
         raise ConfigError(f"threads: expected 0 (all cores) to {MOST_THREADS} on this machine, found {threads}.")
 
 
+def _on_gpu(folder: Path, device: str) -> bool:
+    """Tell whether to run on a GPU; say why not where it was left open. Raises for a GPU that cannot be used."""
+    if device not in DEVICES:
+        raise ConfigError("device: " + unknown("device", device, DEVICES))
+    if device == "cpu":
+        return False
+    try:
+        webgpu.check(folder)
+    except (ArtifactError, TargetError) as reason:
+        if device == "webgpu":
+            raise
+        _say_once(f"running on the CPU: {reason}")
+        return False
+    return True
+
+
+def _check_gpu_options(activation: str | None, kv_cache: str) -> None:
+    """Raise ConfigError for what only the CPU's graph can do."""
+    if activation == "int8" or kv_cache != KV_CACHES[0]:
+        raise ConfigError("device 'webgpu': activations and cache are float there; leave activation and kv_cache out.")
+
+
 def load(
     bundle: Path | str,
     threads: int = 0,
@@ -397,11 +428,13 @@ def load(
     activation: str | None = None,
     check: str = "auto",
     kv_cache: str = KV_CACHES[0],
+    device: str = DEVICES[0],
 ) -> Any:
     """Load a bundle and return what its task says: a `Model` that classifies or a `Generator` that writes (TASKS).
 
     threads 0 takes all cores; library is "auto", "none" or a path; activation None is as exported. kv_cache "int8"
-    keeps a language model's keys and values in a quarter of the memory: see edgepeft.runtime.cache.
+    keeps a language model's keys and values in a quarter of the memory: see edgepeft.runtime.cache. device "webgpu"
+    runs every node on a GPU, "auto" does so where it can and says why where it cannot.
 
     Raises ArtifactError for a folder that is no bundle or was changed, TargetError for a library or an ONNX Runtime
     that cannot work here, ConfigError for what does not exist. `check` is "auto", "full" or "quick":
@@ -412,6 +445,11 @@ def load(
         raise ConfigError("kv_cache: " + unknown("kind of cache", kv_cache, KV_CACHES))
     manifest = check_bundle(bundle, check)
     kind = task_class(manifest)
+    if _on_gpu(manifest.folder, device):
+        _check_gpu_options(activation, kv_cache)
+        model = kind(manifest, webgpu.open_session(manifest.folder), None, threads)
+        model.use(adapter)
+        return model
     found = _library(manifest, library)
     model = kind(manifest, open_session(manifest, threads, found, activation, kv_cache), found, threads)
     model.use(adapter)

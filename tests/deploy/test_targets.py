@@ -101,3 +101,8 @@ def test_all_problems_are_said_at_once() -> None:
 
 def test_a_good_file_is_taken() -> None:
     assert targets.parse_target("board", GOOD, "board.toml").memory_mib == 512
+
+
+@pytest.mark.parametrize("name", ["web", "android-gpu"])
+def test_a_target_of_gpus_says_how_they_are_reached(name: str) -> None:
+    assert targets.load_target(name).gpu == "webgpu"

@@ -1,0 +1,285 @@
+"""The graph for GPUs beside the one for CPUs: the same weights, and nothing that WebGPU's execution provider lacks.
+
+    model.onnx ─► model.webgpu.onnx (+ .data: the default adapter in float32)        model.onnx.data serves both
+
+| in model.onnx | in model.webgpu.onnx | why |
+|---|---|---|
+| AdapterMatMul_<format>_g<G> | MatMulNBits + (x A) B, the groups' A and B packed | A side by side: one product, not G |
+| q, k, v of one node into attention | one value | attention takes them packed: no split |
+| SkipRMSNorm, RMSNorm, Sum | Skip-/SimplifiedLayerNormalization, Add | WebGPU has no Sum |
+| attention_mask, logits_to_keep, Range | seqlens_k, total_sequence_length, logits_index, position_ids | counts |
+| key_padding_mask | attention_bias | WebGPU has no padding mask |
+
+Counting whole numbers is the CPU's in ONNX Runtime, so the device runtime does it and the graph takes what comes out.
+A packed adapter is A [K, S] and B [S, N] in float32, S the ranks of all groups, B zero outside of its group's block;
+the metadata "edgepeft.packed" says of what. Weights stay in tiles on disk and become MatMulNBits' layout when the graph
+is loaded. Left out, and refused: nf4 (no packed product), routers, bottlenecks, offsets and
+capped attention scores, which the provider computes otherwise than the CPU does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from edgepeft.errors import ModelError
+from edgepeft.export.body import Body
+from edgepeft.export.ops import DOMAIN, GROUP_INPUTS, NAME, OPSET, SHARED_INPUTS, int4_rows
+from edgepeft.quant.formats import FORMATS, TILE_COLUMNS, TILE_ROWS
+from edgepeft.runtime.webgpu import FILE, PACKED, pack
+
+MICROSOFT = "com.microsoft"
+FORMATS_TAKEN = tuple(name for name in FORMATS if not name.startswith("nf4"))
+EIGHT_BIT_BLOCK = 32
+FED = {  # values of model.onnx that become inputs, under which name, type and shape
+    "seqlens_k": ("seqlens_k", TensorProto.INT32, ("batch",)),
+    "total_sequence_length": ("total_sequence_length", TensorProto.INT32, ()),
+    "logits_to_keep:index": ("logits_index", TensorProto.INT64, ("batch", "kept", 1)),
+    "position_ids": ("position_ids", TensorProto.INT64, ("sequence",)),
+    "key_padding_mask": ("attention_bias", TensorProto.FLOAT, ("batch", 1, "sequence", "sequence")),
+    "attention_bias:heads": ("attention_bias_first", TensorProto.FLOAT, ("batch", 1, 1, "sequence")),
+}
+REPLACED = ("attention_mask", "logits_to_keep")
+
+
+def write(folder: Path) -> Path:
+    """Write the graph for GPUs beside an exported one; return its file. Raises ModelError for what it cannot hold."""
+    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    made = _Pass(folder, model).run()
+    path = folder / FILE
+    onnx.save(made, str(path), save_as_external_data=False)
+    return path
+
+
+class _Pass:
+    """One model on its way."""
+
+    def __init__(self, folder: Path, model: onnx.ModelProto) -> None:
+        self.folder, self.model, self.graph = folder, model, model.graph
+        self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.overridable = {value.name for value in self.graph.input} & set(self.constants)
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+        self.nodes: list[onnx.NodeProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.tensors: list[onnx.TensorProto] = []
+        self.functions: dict[str, onnx.FunctionProto] = {}
+        self.laid_out: set[str] = set()
+        self.packed: dict[str, list[dict[str, Any]]] = {}
+
+    def run(self) -> onnx.ModelProto:
+        """Return the new model."""
+        fed = {name: FED[name] for node in self.graph.node for name in node.output if name in FED}
+        self.inputs += [helper.make_tensor_value_info(*value) for value in fed.values()]
+        self.names = {old: new for old, (new, _, _) in fed.items()}
+        for node in self.graph.node:
+            if not set(node.output) & set(fed):
+                self.node(node)
+        self.prune()
+        kept = {name for node in self.nodes for name in node.input}
+        first = [v for v in self.graph.input if v.name not in REPLACED and v.name in kept]
+        graph = helper.make_graph(
+            self.nodes, self.graph.name, [*first, *self.inputs], list(self.graph.output),
+            [t for t in self.graph.initializer if t.name in kept] + self.tensors,
+        )  # fmt: skip
+        used = {node.op_type for node in self.nodes if node.domain == DOMAIN}
+        functions = [f for f in self.model.functions if f.name in used] + list(self.functions.values())
+        domains = [helper.make_opsetid(d, v) for d, v in (("", OPSET), (MICROSOFT, 1), (DOMAIN, self.version()))]
+        model = helper.make_model(graph, opset_imports=domains, functions=functions, ir_version=self.model.ir_version)
+        helper.set_model_props(model, {PACKED: json.dumps(self.packed)})
+        return model
+
+    def version(self) -> int:
+        return next(entry.version for entry in self.model.opset_import if entry.domain == DOMAIN)
+
+    def prune(self) -> None:
+        """Drop nodes that nothing reads."""
+        wanted, kept = {value.name for value in self.graph.output}, []
+        for node in reversed(self.nodes):
+            if wanted & set(node.output):
+                wanted |= set(node.input)
+                kept.append(node)
+        self.nodes = kept[::-1]
+
+    def add(self, op: str, inputs: list[str], outputs: list[str], domain: str = "", **attrs: Any) -> str:
+        self.nodes.append(helper.make_node(op, inputs, outputs, name=outputs[0], domain=domain, **attrs))
+        return outputs[0]
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        self.tensors.append(numpy_helper.from_array(value, name))
+        return name
+
+    # --- node by node ---
+
+    def node(self, node: onnx.NodeProto) -> None:
+        """Add what stands for one node."""
+        for i, name in enumerate(node.input):
+            node.input[i] = self.names.get(name, name)
+        attrs = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if node.domain == DOMAIN and node.op_type.startswith(NAME):
+            self.linear(node, attrs)
+        elif node.op_type == "SkipRMSNorm":
+            y, total = node.output
+            self.add("SkipSimplifiedLayerNormalization", list(node.input), [y, "", "", total], MICROSOFT, **attrs)
+        elif node.op_type == "RMSNorm":
+            self.add(
+                "SimplifiedLayerNormalization", list(node.input), list(node.output), axis=-1, stash_type=1, **attrs
+            )
+        elif node.op_type == "Sum":
+            self.add("Add", list(node.input), list(node.output))
+        elif node.op_type == "GroupQueryAttention" and attrs.get("softcap"):
+            raise ModelError(f"{node.name}: WebGPU's attention does not cap scores as it should; take another target.")
+        elif node.op_type.startswith("PackedEmbedding_"):
+            self.embedding(node)
+        elif node.op_type in ("RouterGate", "Bottleneck"):
+            raise ModelError(
+                f"{node.name}: routers and bottlenecks have no form for GPUs. Take another method or target."
+            )
+        elif node.op_type == "MultiHeadAttention" and "attention_bias" in node.input:
+            q, k, v = node.input[:3]
+            self.add(node.op_type, [q, k, v, "", "", "attention_bias"], list(node.output), MICROSOFT, **attrs)
+        else:
+            self.nodes.append(node)
+
+    def linear(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> None:
+        """Add one fused node as MatMulNBits and its packed adapter."""
+        tag = node.op_type.removeprefix(f"{NAME}_").rsplit("_g", 1)[0]
+        if tag not in FORMATS_TAKEN or node.op_type.endswith("_offset"):
+            raise ModelError(
+                f"{node.name}: {node.op_type} has no product on GPUs. Take --format {' or '.join(FORMATS_TAKEN)}."
+            )
+        groups = len(node.output)
+        x, w, scale, s_in = node.input[: len(SHARED_INPUTS)]
+        sizes = [int(attrs[f"n{g}"]) for g in range(groups)]
+        name, k, n = "|".join(node.output), int(attrs["K"]), int(attrs["N"])
+        scaled = x if s_in == "one" else self.add("Mul", [x, s_in], [f"{name}:gpu_s_in"])
+        base = self.base(tag, name, [scaled, w, scale], k, n)
+        if n != sum(sizes):  # rows that fill a tile
+            cut = self.constant(f"{name}:gpu_rows", np.array([sum(sizes), n - sum(sizes)], np.int64))
+            base = f"{name}:gpu_real"
+            self.add("Split", [f"{name}:gpu_base", cut], [base, f"{name}:gpu_filling"], axis=-1)
+        parts = [node.input[len(SHARED_INPUTS) + len(GROUP_INPUTS) * g :][: len(GROUP_INPUTS)] for g in range(groups)]
+        y = self.adapter(name, x, base, [list(p) for p in parts], sizes, k)
+        self.ends(node, name, y, [list(p) for p in parts], sizes)
+
+    def base(self, tag: str, name: str, inputs: list[str], k: int, n: int) -> str:
+        """Add W x by MatMulNBits."""
+        sizes = {"K": k, "N": n, "bits": FORMATS[tag].bits, "block_size": _block(tag)}
+        rows = self.unpacked(tag, inputs[1:], k, n)
+        return self.add("MatMulNBits", [inputs[0], *rows], [f"{name}:gpu_base"], MICROSOFT, **sizes)
+
+    def unpacked(self, tag: str, weight: list[str], k: int, n: int) -> list[str]:
+        """Add the codes and scales of a weight as MatMulNBits reads them, once for all that read the weight."""
+        rows = [f"{weight[0]}:gpu_codes", f"{weight[0]}:gpu_scales"]
+        if weight[0] not in self.laid_out:
+            self.laid_out.add(weight[0])
+            kind = f"Unpacked_{tag}"
+            self.functions.setdefault(kind, unpacked(tag, kind))
+            self.add(kind, weight, rows, DOMAIN, K=k, N=n)
+        return rows
+
+    def embedding(self, node: onnx.NodeProto) -> None:
+        """Add rows of a table in tiles, by the operator that picks and multiplies in one."""
+        ids, w, scale = node.input
+        tag = node.op_type.removeprefix("PackedEmbedding_")
+        if tag not in FORMATS_TAKEN:
+            raise ModelError(f"{node.name}: {tag} has no embedding on GPUs. Take --embedding-format i4b32.")
+        tiles, units = self.constants[w].dims[:2]
+        n, k = tiles * TILE_ROWS, units * TILE_COLUMNS
+        codes, scales = self.unpacked(tag, [w, scale], k, n)
+        flat = self.constant(f"{node.name}:gpu_shape", np.array([n, k * FORMATS[tag].bits // 8], np.int64))
+        codes = self.add("Reshape", [codes, flat], [f"{node.name}:gpu_rows"])
+        attrs = {"bits": FORMATS[tag].bits, "block_size": _block(tag), "gather_axis": 0, "quantize_axis": 1}
+        self.add("GatherBlockQuantized", [codes, ids, scales], list(node.output), MICROSOFT, **attrs)
+
+    def adapter(self, name: str, x: str, base: str, parts: list[list[str]], sizes: list[int], k: int) -> str:
+        """Add base + (x A) B of the packed adapters, where there are any."""
+        if not any(a in self.overridable or self.value(a).size for a, *_ in parts):
+            return base
+        if any(gate not in self.constants for _, _, gate, _, _ in parts):
+            raise ModelError(f"{name}: a gate that depends on the tokens has no form for GPUs.")
+        about = [
+            {"a": a, "b": b, "gate": gate if gate in self.overridable else None, "n": n}
+            for (a, b, gate, _, _), n in zip(parts, sizes, strict=True)
+        ]
+        values = {part: self.value(part) for group in parts for part in group[:3]}
+        a_ks, b_sn = pack(about, values, k)
+        names = [f"{name}.lora_A", f"{name}.lora_B"]
+        if any(a in self.overridable for a, *_ in parts):
+            rank = f"{name}.rank"
+            shapes: list[Any] = [(k, rank), (rank, sum(sizes))]
+            for packed, dims in zip(names, shapes, strict=True):
+                self.inputs.append(helper.make_tensor_value_info(packed, TensorProto.FLOAT, dims))
+            self.packed[name] = about
+        self.constant(names[0], a_ks)
+        self.constant(names[1], b_sn)
+        low = self.add("MatMul", [x, names[0]], [f"{name}:gpu_low"])
+        return self.add("Add", [base, self.add("MatMul", [low, names[1]], [f"{name}:gpu_up"])], [f"{name}:gpu_adapted"])
+
+    def ends(self, node: onnx.NodeProto, name: str, y: str, parts: list[list[str]], sizes: list[int]) -> None:
+        """Add scales and biases of outputs, and the split; name the outputs."""
+        plain = all(s_out == "one" and bias == "zero" for *_, s_out, bias in parts)
+        readers = [reader for out in node.output for reader in self.readers.get(out, [])]
+        attention = {id(r) for r in readers}
+        if len(sizes) == 3 and plain and len(attention) == 1 and readers[0].op_type == "GroupQueryAttention":
+            self.names |= {node.output[0]: y, node.output[1]: "", node.output[2]: ""}
+            return
+        outs = [f"{out}:gpu_alone" for out in node.output]
+        if len(sizes) == 1:
+            outs = [y]
+        else:
+            cut = self.constant(f"{name}:gpu_sizes", np.array(sizes, np.int64))
+            self.add("Split", [y, cut], outs, axis=-1)
+        for out, wanted, (*_, s_out, bias) in zip(outs, node.output, parts, strict=True):
+            if s_out != "one":
+                out = self.add("Mul", [out, s_out], [f"{wanted}:gpu_scaled"])
+            if bias != "zero":
+                out = self.add("Add", [out, bias], [f"{wanted}:gpu_biased"])
+            self.names[wanted] = out
+
+    def value(self, name: str) -> np.ndarray:
+        """Return a constant's value, read from its file where it lies in one."""
+        tensor = self.constants[name]
+        if tensor.data_location != TensorProto.EXTERNAL:
+            return numpy_helper.to_array(tensor)
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        count = int(where["length"]) // kind.itemsize
+        raw = np.fromfile(self.folder / where["location"], kind, count, offset=int(where.get("offset", 0)))
+        return raw.reshape(tuple(tensor.dims))
+
+
+def _block(tag: str) -> int:
+    """Return how many weights share a scale in MatMulNBits' layout."""
+    return FORMATS[tag].block if FORMATS[tag].bits == 4 else EIGHT_BIT_BLOCK
+
+
+def unpacked(tag: str, name: str) -> onnx.FunctionProto:
+    """Return the function (w, w_scale) -> MatMulNBits' (codes [N, B, bytes], scales [N, B]); folded at load."""
+    body, spec = Body(), FORMATS[tag]
+    if spec.bits == 4:
+        int4_rows(body, spec.block, out="codes")
+        scales = body.rows_then(body("Transpose", body.float32("w_scale"), perm=[0, 2, 1]), -1)
+    else:
+        tiles = body("Reshape", "w", body.ints(0, 0, 8, TILE_ROWS, 4))  # [T, U, j, n, i]
+        codes = body.rows_then(body("Transpose", tiles, perm=[0, 3, 1, 2, 4]), -1, EIGHT_BIT_BLOCK)
+        body("Identity", codes, out="codes")
+        blocks = body("Div", body.attribute("K"), body.ints(EIGHT_BIT_BLOCK))
+        scales = body(
+            "Expand", body.rows_then(body.float32("w_scale"), 1), body("Concat", body.ints(1), blocks, axis=0)
+        )
+    body("Identity", scales, out="scales")
+    return _function(name, body)
+
+
+def _function(name: str, body: Body) -> onnx.FunctionProto:
+    opsets = [helper.make_opsetid("", OPSET)]
+    return helper.make_function(DOMAIN, name, ["w", "w_scale"], ["codes", "scales"], body.nodes, opsets, ["K", "N"])

@@ -1,0 +1,179 @@
+"""GPUs: the bundle's graph for them, run by ONNX Runtime's WebGPU execution provider (Vulkan, Direct3D 12, Metal).
+
+    ids ──► counts and biases, on the CPU ──► session on the GPU, every node ──► logits
+    adapter ──► A [K, S], B [S, N] float32, packed once per adapter and node ──┘
+
+Needs a bundle that was built for a target with a GPU (it holds model.webgpu.onnx) and the package
+onnxruntime-ep-webgpu, the extra `webgpu`. No node may fall back to the CPU: ONNX Runtime is told to refuse that. Left
+out: keys and values that stay on the GPU between runs (they are copied each time), rows of adapters of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgepeft.errors import ArtifactError, TargetError
+from edgepeft.runtime.adapters import Slot
+
+FILE = "model.webgpu.onnx"
+PACKED = "edgepeft.packed"
+PROVIDER = "WebGpuExecutionProvider"
+HIDDEN = np.float32(-1e4)  # far below any score of attention
+RANKS = 4  # a vector of WebGPU
+INSTALL = "pip install 'edgepeft[webgpu]'"
+
+
+# --- adapters ------------------------------------------------------------------------------------------------------
+
+
+def pack(
+    groups: Sequence[Mapping[str, Any]], values: Mapping[str, np.ndarray], k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return float32 A [K, S] and B [S, N] of a node's groups; gates go into A.
+
+    S is the sum of ranks, filled with zeros to a multiple of RANKS and never 0, at which the provider crashes.
+
+    groups: {"a": name, "b": name, "gate": name or None, "n": rows}; values: a [R, K], b [N, R], gate [.., R or 1].
+    """
+    total, start = sum(group["n"] for group in groups), 0
+    downs, ups = [np.zeros((k, 0), np.float32)], [np.zeros((0, total), np.float32)]
+    for group in groups:
+        a, b = (values[group[part]].astype(np.float32) for part in "ab")
+        gate = values[group["gate"]].astype(np.float32).reshape(-1, 1) if group["gate"] in values else 1
+        downs.append((a * gate).T)
+        up = np.zeros((len(a), total), np.float32)
+        up[:, start : start + group["n"]] = b.T
+        ups.append(up)
+        start += group["n"]
+    width = sum(len(up) for up in ups)
+    fill = max(-(-width // RANKS), 1) * RANKS - width
+    downs.append(np.zeros((k, fill), np.float32))
+    ups.append(np.zeros((fill, total), np.float32))
+    return np.ascontiguousarray(np.concatenate(downs, 1)), np.concatenate(ups)
+
+
+def slots(session: Any, own: Mapping[str, Slot]) -> dict[str, Slot]:
+    """Return the places of an adapter's tensors: the graph's own inputs, and in place of packed ones what they hold."""
+    sizes = {name: slot.shape for name, slot in own.items()}
+    found = {name: slot for name, slot in own.items() if not name.endswith((".lora_A", ".lora_B"))}
+    for name, groups in packed(session).items():
+        k = sizes[f"{name}.lora_A"][0]
+        for group in groups:
+            half, rank = np.dtype(np.float16), f"{group['a']}.rank"
+            found[group["a"]] = Slot(group["a"], (rank, k), half)
+            found[group["b"]] = Slot(group["b"], (group["n"], rank), half)
+            if group["gate"]:
+                found[group["gate"]] = Slot(group["gate"], ("gates",), np.dtype(np.float32))
+    return found
+
+
+def is_gpu(session: Any) -> bool:
+    """Tell whether a session is of a bundle's graph for GPUs."""
+    about = getattr(session, "get_modelmeta", None)
+    return about is not None and PACKED in about().custom_metadata_map
+
+
+def packed(session: Any) -> dict[str, list[dict[str, Any]]]:
+    """Return {node: its groups} of what the graph takes packed."""
+    return json.loads(session.get_modelmeta().custom_metadata_map.get(PACKED, "{}"))
+
+
+def feeds(session: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what to feed the graph for an adapter's own feeds, packed where the graph takes that."""
+    from onnxruntime import OrtValue
+
+    values, inside = {name: value.numpy() for name, value in given.items()}, set()
+    out = {}
+    for name, groups in packed(session).items():
+        names = {group[part] for group in groups for part in ("a", "b", "gate") if group[part]}
+        inside |= names
+        if not names & set(values):
+            continue
+        k = values[groups[0]["a"]].shape[1]
+        for ending, array in zip("AB", pack(groups, values, k), strict=True):
+            out[f"{name}.lora_{ending}"] = OrtValue.ortvalue_from_numpy(array)
+    return {**{name: value for name, value in given.items() if name not in inside}, **out}
+
+
+# --- the session ---------------------------------------------------------------------------------------------------
+
+
+def missing() -> str:
+    """Say why no GPU can be used here, or return ""."""
+    try:
+        import onnxruntime_ep_webgpu  # noqa: F401
+    except ImportError:
+        return f"the package onnxruntime-ep-webgpu is not installed: {INSTALL}"
+    try:
+        return "" if _device() else "no GPU was found: it takes a driver for Vulkan, Direct3D 12 or Metal"
+    except Exception as error:  # ORT's own exceptions share no base
+        return f"ONNX Runtime cannot load its WebGPU provider: {error}"
+
+
+@functools.cache
+def _register() -> None:
+    import onnxruntime
+    import onnxruntime_ep_webgpu
+
+    onnxruntime.register_execution_provider_library("webgpu", onnxruntime_ep_webgpu.get_library_path())
+
+
+def _device() -> Any:
+    import onnxruntime
+
+    _register()
+    return next((device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER), None)
+
+
+def check(folder: Path) -> None:
+    """Raise ArtifactError for a bundle without a graph for GPUs, TargetError where no GPU can be used."""
+    if not (folder / FILE).is_file():
+        raise ArtifactError(f"{folder}: holds no graph for GPUs. Build it with --target web or --target android-gpu.")
+    if reason := missing():
+        raise TargetError(f"device 'webgpu': {reason}. device='cpu' works everywhere.")
+
+
+def open_session(folder: Path, **settings: str) -> Any:
+    """Make the session of a bundle's graph for GPUs, with every node on the GPU."""
+    import onnxruntime
+
+    check(folder)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    options.add_provider_for_devices([_device()], dict(settings))
+    try:
+        return onnxruntime.InferenceSession(str(folder / FILE), options)
+    except Exception as error:  # ORT's own exceptions share no base
+        raise TargetError(f"{folder / FILE}: this GPU does not run it: {error}") from None
+
+
+# --- what the graph takes in place of masks ------------------------------------------------------------------------
+
+
+def classifier_inputs(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a classifier's inputs of ids, mask and types, int64 [batch, sequence]."""
+    mask = arrays["attention_mask"]
+    rows, width = mask.shape
+    first = np.where(mask == 0, HIDDEN, np.float32(0))[:, None, None, :]
+    bias = np.ascontiguousarray(np.broadcast_to(first, (rows, 1, width, width)))
+    counted = {"position_ids": np.arange(width), "attention_bias": bias, "attention_bias_first": first}
+    return {**{name: array for name, array in arrays.items() if name != "attention_mask"}, **counted}
+
+
+def decoder_inputs(mask: np.ndarray, columns: int, keep: int) -> dict[str, np.ndarray]:
+    """Return what attention counts for `columns` new tokens, the last `keep` kept; mask is int64 [batch, total]."""
+    count = columns if keep == 0 else min(keep, columns)
+    lengths = mask.sum(axis=1)
+    place = np.arange(columns - count, columns, dtype=np.int64)
+    return {
+        "seqlens_k": (lengths - 1).astype(np.int32),
+        "total_sequence_length": np.array(mask.shape[1], np.int32),
+        "logits_index": np.ascontiguousarray(np.broadcast_to(place[None, :, None], (len(mask), count, 1))),
+    }

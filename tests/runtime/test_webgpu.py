@@ -1,0 +1,160 @@
+"""Bundles on a GPU: the answers of the CPU's graph, every node on the GPU, adapters swapped, no GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgepeft.deploy import softgpu
+from edgepeft.errors import ArtifactError, ConfigError, ModelError, TargetError
+from edgepeft.export import webgpu as export
+from edgepeft.runtime import webgpu
+from tests.export.tiny_decoder import export_decoder
+from tests.export.tiny_run import export_run, make_run
+
+TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order
+FORMATS = ("i4b32", "i8c")
+
+
+@pytest.fixture(scope="module")
+def gpu() -> None:
+    """A software GPU in this process."""
+    pytest.importorskip("onnxruntime_ep_webgpu", reason="pip install 'edgepeft[webgpu]'")
+    if reason := softgpu.missing():
+        pytest.skip(reason)
+    softgpu.use(softgpu.available()[-1])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory):
+    """Return the exported folder of a kind and format, made once, with its graph for GPUs."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(kind: str, tag: str) -> Path:
+        if (kind, tag) not in made:
+            place = tmp_path_factory.mktemp(f"{kind}-{tag}")
+            if kind == "bert":
+                made[kind, tag] = export_run(*make_run(place, format=tag))
+            else:
+                made[kind, tag] = export_decoder(place, kind, tag).folder
+            export.write(made[kind, tag])
+        return made[kind, tag]
+
+    return make
+
+
+def _stock(folder: Path):
+    import onnxruntime
+
+    off = ["FuseFp16InitializerToFp32NodeTransformer"]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    path = str(folder / "model.onnx")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=off)
+
+
+def _classified() -> tuple[dict, dict]:
+    rng, mask = np.random.default_rng(0), np.ones((3, 9), np.int64)
+    mask[1, 6:] = 0
+    arrays = {"input_ids": rng.integers(5, 40, (3, 9)), "token_type_ids": np.zeros((3, 9), np.int64)}
+    arrays["attention_mask"] = mask
+    return arrays, webgpu.classifier_inputs(arrays)
+
+
+def _written(session, new: int, past: int, keep: int, capacity: int = 32) -> tuple[dict, dict]:
+    rng = np.random.default_rng(new)
+    ids, mask = {"input_ids": rng.integers(5, 200, (1, new))}, np.ones((1, new + past), np.int64)
+    small, large = {}, {}
+    for item in session.get_inputs():
+        if item.name.startswith("past_key_values"):
+            shape = (1, item.shape[1], past, item.shape[3])
+            small[item.name] = rng.normal(size=shape).astype(np.float32)
+            room = np.zeros((1, item.shape[1], capacity - past, item.shape[3]), np.float32)
+            large[item.name] = np.concatenate([small[item.name], room], axis=2)
+    counted = webgpu.decoder_inputs(mask, new, keep)
+    kept = {"logits_to_keep": np.array([keep], np.int64)}
+    return {**ids, **small, **kept, "attention_mask": mask}, {**ids, **large, **counted}
+
+
+def _runs(kind: str, session) -> list[tuple[dict, dict]]:
+    if kind == "bert":
+        return [_classified()]
+    return [_written(session, 7, 0, 1), _written(session, 1, 7, 1), _written(session, 5, 4, 3)]
+
+
+@pytest.mark.parametrize("tag", FORMATS)
+@pytest.mark.parametrize("kind", ["bert", "llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3"])
+def test_a_gpu_computes_what_the_cpu_does_with_every_node_on_it(gpu, exported, kind: str, tag: str) -> None:
+    folder = exported(kind, tag)
+    stock, session = _stock(folder), webgpu.open_session(folder)  # refuses to place a node on the CPU
+    taken = {item.name for item in stock.get_inputs() + stock.get_overridable_initializers()}
+    for cpu_feeds, gpu_feeds in _runs(kind, stock):
+        wanted = stock.run(["logits"], {name: array for name, array in cpu_feeds.items() if name in taken})[0]
+        found = session.run(["logits"], gpu_feeds)[0]
+        assert np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_other_adapters_and_none_are_fed_packed(gpu, exported, kind: str) -> None:
+    from onnxruntime import OrtValue
+
+    from edgepeft.runtime import adapters as ad
+
+    folder = exported(kind, "i4b32")
+    stock, session = _stock(folder), webgpu.open_session(folder)
+    places, rng = ad.slots(stock), np.random.default_rng(1)
+    assert set(webgpu.slots(session, ad.slots(session))) == set(places)
+    cpu_feeds, gpu_feeds = _runs(kind, stock)[0]
+    answers = []
+    for rank in (0, 6):
+        arrays = {}
+        for name, slot in places.items():
+            shape = [size if isinstance(size, int) else rank for size in slot.shape]
+            if slot.low_rank:
+                arrays[name] = rng.normal(size=shape).astype(slot.dtype) * np.float16(0.1)
+            elif slot.gate:
+                ones = (1,) * (len(slot.shape) - 1)
+                arrays[name] = rng.normal(size=(*ones, max(rank, 1))).astype(np.float32)
+        values = {name: OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+        fed = webgpu.feeds(session, values)
+        packed = {name: value.numpy() for name, value in fed.items()}
+        answers.append(stock.run(["logits"], {**cpu_feeds, **arrays})[0])
+        found = session.run(["logits"], {**gpu_feeds, **packed})[0]
+        assert np.abs(found - answers[-1]).max() <= TOLERANCE * np.abs(answers[-1]).max()
+    assert np.abs(answers[0] - answers[1]).max() > 0.01
+
+
+def test_weights_without_a_packed_product_are_refused(exported) -> None:
+    with pytest.raises(ModelError, match=r"no product on GPUs. Take --format .*i4b32"):
+        exported("bert", "nf4b64")
+
+
+def test_capped_attention_is_refused(exported) -> None:
+    with pytest.raises(ModelError, match="does not cap scores"):
+        exported("gemma2", "i4b32")
+
+
+def test_what_is_missing_is_said(sealed: Path, monkeypatch, capsys) -> None:
+    from edgepeft.runtime import load, session
+
+    with pytest.raises(ArtifactError, match=r"holds no graph for GPUs.*--target web"):
+        load(sealed, device="webgpu", library="none")
+    with pytest.raises(ConfigError, match="Did you mean 'webgpu'"):
+        load(sealed, device="webgp")
+    monkeypatch.setattr(session, "_said", set())
+    assert not load(sealed, device="auto", library="none").gpu
+    assert "running on the CPU" in capsys.readouterr().err
+
+
+def test_no_provider_and_no_gpu_are_told_apart(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / webgpu.FILE).touch()
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime_ep_webgpu", None)
+    with pytest.raises(TargetError, match=r"edgepeft\[webgpu\].*device='cpu'"):
+        webgpu.check(tmp_path)
+    monkeypatch.undo()
+    pytest.importorskip("onnxruntime_ep_webgpu", reason="pip install 'edgepeft[webgpu]'")
+    monkeypatch.setattr(webgpu, "_device", lambda: None)
+    with pytest.raises(TargetError, match="no GPU was found"):
+        webgpu.check(tmp_path)
