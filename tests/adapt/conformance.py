@@ -1,18 +1,25 @@
 """Every method and setting against PEFT, on the same packed bits; run as a module, it prints the table of all of them.
 
-    python -m tests.adapt.conformance          (from the root of the sources)
+    python -m tests.adapt.conformance [--readme README.md]          (from the root of the sources)
 
 A cell is one method on one kind of model in one weight format: a random adapter is made and saved by PEFT, exported,
 and run. "exact" means: the graph in float gives PEFT's logits under the exported adapter within `FLOAT`, and PEFT's
-layers under the adapter as it was saved are the terms' equation; the adapter's float16 is all that lies between.
+layers under the adapter as it was saved are the terms' equation; the adapter's float16 is all that lies between. With
+int8 activations our kernels differ from float by no more than twice what PyTorch does when it rounds alike: the table
+gives the largest difference of the float logits, by its power of ten, and the noise as a share of that bound.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
+import math
+import re
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +35,9 @@ from edgepeft.adapt.methods import METHODS
 from edgepeft.artifact import Run
 from edgepeft.backbone.families import family_of
 from edgepeft.config import Config
+from edgepeft.deploy.compile import host_library
 from edgepeft.errors import EdgePeftError
-from edgepeft.export import decoder, encoder
+from edgepeft.export import decoder, encoder, parity
 from edgepeft.export.emitter import ADAPTER_FILE, AdapterFile, Weights
 from edgepeft.export.parity import OnnxModel
 from edgepeft.quant.formats import FORMATS
@@ -110,13 +118,27 @@ def separate(subject: Subject, name: str) -> dict[str, float]:
     out = subject.export(folder)
     wanted = subject.logits(subject.model((out / ADAPTER_FILE).parent))
     before, found = subject.logits(trained), OnnxModel(out, None).logits(subject.batch)
+    rounding = rounding_share(subject, out, wanted)
     rms = float(np.sqrt(np.mean(np.square(wanted - before))) / np.sqrt(np.mean(np.square(before))))
     return {
         "graph": float(np.abs(found - wanted).max()),
         "layers": layer_error(subject, subject.adapter(folder), trained),
         "float16": rms,
+        "rounding": rounding,
         "effect": float(np.abs(before - subject.logits(subject.model())).max()),
     }
+
+
+def rounding_share(subject: Subject, out: Path, exact: np.ndarray) -> float:
+    """Return what int8 activations change in our kernels' logits, as a share of what `edgepeft verify` allows."""
+    from edgepeft.export.verify import NOISE_FACTOR, NOISE_FLOOR
+
+    model = subject.model((out / ADAPTER_FILE).parent)
+    with parity.int8_activations(model):
+        rounded = subject.logits(model)
+    allowed = max(NOISE_FACTOR * parity.noise(rounded, exact), NOISE_FLOOR)
+    found = OnnxModel(out, host_library(), "int8").logits(subject.batch)
+    return parity.noise(found, exact) / allowed
 
 
 def layer_error(subject: Subject, adapter: peft_files.Adapter, peft: Any) -> float:
@@ -153,36 +175,126 @@ def merged(subject: Subject, name: str) -> dict[str, float]:
     return overall(rows) if rows else {"retention": 1.0, "share": 1.0}
 
 
-def cell(subject: Subject, name: str, form: str) -> str:
-    """Return one cell of the table in words."""
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One cell: "exact", "off", "merged" or "refused" with the reason.
+
+    error: largest difference of float logits; rounding: noise of int8 activations as a share of what is allowed;
+    kept: the share of the adapter's change of the weights that a merge keeps.
+    """
+
+    kind: str
+    reason: str = ""
+    error: float = 0.0
+    rounding: float = 0.0
+    kept: float = 1.0
+
+    @property
+    def words(self) -> str:
+        """The cell in words."""
+        return {"off": f"off by {self.error:.1e}", "refused": f"refused: {self.reason}"}.get(self.kind, self.kind)
+
+
+def outcome(subject: Subject, name: str, form: str) -> Outcome:
+    """Return what comes of one method on one packed model, in its own graph or merged."""
     try:
         figures = (separate if form == "separate" else merged)(subject, name)
     except EdgePeftError as error:
-        return f"refused: {str(error).rpartition(': ')[2].partition('. ')[0]}"
+        return Outcome("refused", _reason(str(error)))
     if form == "merged":
-        return "measured"
-    good = figures["graph"] <= FLOAT and figures["layers"] <= FLOAT and figures["float16"] <= HALF
-    return "exact" if good else f"off by {figures['graph']:.1e}"
+        least, kept = subject.config.min_retention, figures["retention"]
+        enough = kept >= least
+        return Outcome(
+            "merged" if enough else "refused", "" if enough else f"the merge keeps less than {least:g}", kept=kept
+        )
+    exact = figures["graph"] <= FLOAT and figures["layers"] <= FLOAT and figures["float16"] <= HALF
+    good = exact and figures["rounding"] <= 1
+    return Outcome("exact" if good else "off", error=figures["graph"], rounding=figures["rounding"])
 
 
-def table() -> str:
-    """Return the table method x kind of model x form over all formats."""
-    columns = [(kind, form) for kind in KINDS_OF_MODELS for form in ("separate", "merged")]
-    found: dict[str, dict[tuple[str, str], set[str]]] = {tag: {column: set() for column in columns} for tag in METHODS}
-    for kind, form in columns:
+def _reason(message: str) -> str:
+    """Return why, without who: what is said of many modules is said once."""
+    parts = message.rpartition(": ")[2].partition(". ")[0].split("; ")
+    return "; ".join(dict.fromkeys(re.sub(r"^(\w+\.)+\w+ ", "a linear ", part) for part in parts))
+
+
+def cell(subject: Subject, name: str, form: str) -> str:
+    """Return one cell of the table in words."""
+    return outcome(subject, name, form).words
+
+
+# --- the table -----------------------------------------------------------------------------------------------------
+
+BEGIN, END = "<!-- conformance -->", "<!-- end of conformance -->"
+COLUMNS = [(kind, form) for kind in KINDS_OF_MODELS for form in ("separate", "merged")]
+Cells = dict[tuple[str, str, str], dict[str, Outcome]]  # (method, kind of model, form) -> {format: outcome}
+
+
+def measured() -> Cells:
+    """Return all cells."""
+    found: Cells = {}
+    for kind, model in KINDS_OF_MODELS.items():
         for tag in FORMATS:
             with tempfile.TemporaryDirectory() as place:
-                subject = Subject(Path(place), KINDS_OF_MODELS[kind], tag)
+                subject = Subject(Path(place), model, tag)
                 for method in METHODS:
-                    found[method][kind, form].add(cell(subject, method, form))
-    lines = ["| `--method` | what is trained | " + " | ".join(f"{k}, {f}" for k, f in columns) + " |"]
-    lines.append("|---" * (len(columns) + 2) + "|")
-    for tag, row in METHODS.items():
-        cells = " | ".join("; ".join(sorted(found[tag][column])) for column in columns)
-        lines.append(f"| `{tag}` | {row.words} | {cells} |")
-    return "\n".join(lines)
+                    for form in ("separate", "merged"):
+                        found.setdefault((method, kind, form), {})[tag] = outcome(subject, method, form)
+    return found
+
+
+def table(cells: Cells) -> str:
+    """Return the table method x kind of model x form, each cell over all formats, and the reasons below it."""
+    reasons: dict[str, int] = {}
+    lines = ["| `--method` | " + " | ".join(f"{k}, {f}" for k, f in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for method in METHODS:
+        row = (_over(cells[method, *column], reasons) for column in COLUMNS)
+        lines.append(f"| `{method}` | " + " | ".join(row) + " |")
+    notes = [f"{number}. {reason}" for reason, number in reasons.items()]
+    formats = ", ".join(f"`{tag}`" for tag in FORMATS)
+    return "\n".join([f"Formats: {formats}.", "", *lines, "", *notes]).rstrip()
+
+
+def _over(found: dict[str, Outcome], reasons: dict[str, int]) -> str:
+    """Return a cell: the worst of all formats, or each format apart where they do not end alike."""
+    kinds: dict[tuple[str, str], dict[str, Outcome]] = {}
+    for tag, one in found.items():
+        kinds.setdefault((one.kind, one.reason), {})[tag] = one
+    said = {" ".join(f"`{tag}`" for tag in own): _said(list(own.values()), reasons) for own in kinds.values()}
+    return next(iter(said.values())) if len(said) == 1 else "; ".join(f"{tags}: {text}" for tags, text in said.items())
+
+
+def _said(found: Sequence[Outcome], reasons: dict[str, int]) -> str:
+    first = found[0]
+    if first.kind == "refused":
+        return f"refused ({reasons.setdefault(first.reason, len(reasons) + 1)})"
+    if first.kind == "merged":
+        return f"{min(one.kept for one in found):.2f} kept"
+    worst = max(max(one.error for one in found), 1e-9)
+    bound = f"1e{math.ceil(math.log10(worst))}"
+    return f"{first.kind}, {bound}; {max(one.rounding for one in found):.2f}"
+
+
+def write_into(readme: Path, text: str) -> None:
+    """Put the table between the marker lines of a file."""
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{readme}: expected the lines {BEGIN} and {END}, found no such pair. Add them.")
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+def main() -> None:
+    """Print the table, and write it where asked."""
+    parser = argparse.ArgumentParser(prog="tests.adapt.conformance", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--readme", type=Path, help="write the table between the marker lines of this file")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    text = table(measured())
+    print(text)
+    if options.readme:
+        write_into(options.readme, text)
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    print(table())
+    main()

@@ -1,6 +1,7 @@
 """Every setting that PEFT can save, and every method, is exact on the device or refused with its reason."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,21 @@ from edgepeft.artifact import read_tensors
 from edgepeft.errors import EdgePeftError
 from edgepeft.export.emitter import ADAPTER_FILE
 from edgepeft.quant.formats import FORMATS
-from tests.adapt.conformance import FLOAT, HALF, KINDS_OF_MODELS, Subject, cell, merged, separate
+from tests.adapt.conformance import (
+    BEGIN,
+    COLUMNS,
+    END,
+    FLOAT,
+    HALF,
+    KINDS_OF_MODELS,
+    Outcome,
+    Subject,
+    cell,
+    merged,
+    separate,
+    table,
+    write_into,
+)
 from tests.adapt.foreign_settings import DECODER_SETTINGS, LORA_SETTINGS
 
 TAGS = ("i4b32", "i8c", "nf4b64")
@@ -47,6 +62,7 @@ def test_the_graph_gives_what_peft_gives(subjects: Callable, kind: str, name: st
     assert found["graph"] <= FLOAT
     assert found["layers"] <= FLOAT
     assert found["float16"] <= HALF
+    assert found["rounding"] <= 1
     assert found["effect"] > 0.05, "the adapter should matter"
 
 
@@ -124,6 +140,37 @@ def test_a_changed_embedding_is_not_taken_for_the_base(subjects: Callable, tmp_p
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(EdgePeftError, match="the vocabulary was resized"):
         subject.adapter(folder)
+
+
+def table_of(text: str) -> list[list[str]]:
+    """Return the formats named between README's marker lines, then the table there, row by row."""
+    lines = text.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
+    rows = [[part.strip() for part in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [re.findall("`(.+?)`", lines[0]), *rows]
+
+
+def test_readme_names_every_method_and_format_and_no_other() -> None:
+    formats, head, _, *rows = table_of((Path(__file__).parents[2] / "README.md").read_text())
+    assert formats == list(FORMATS)
+    assert head[1:] == [f"{kind}, {form}" for kind, form in COLUMNS]
+    assert [row[0].strip("`") for row in rows] == list(METHODS)
+    assert all(re.search("exact|kept|refused", part) for row in rows for part in row[1:])
+    assert not any("off," in part for row in rows for part in row)
+
+
+def test_a_cell_is_the_worst_of_all_formats_or_tells_them_apart(tmp_path: Path) -> None:
+    whole = {tag: Outcome("exact", error=2e-6, rounding=0.5) for tag in FORMATS}
+    cells = {(method, *column): whole for method in METHODS for column in COLUMNS}
+    cells["lora", "encoder", "merged"] = {**whole, "nf4b64": Outcome("refused", "it is full")}
+    cells["dora", "decoder", "separate"] = {**whole, "i8c": Outcome("exact", error=3e-5, rounding=0.7)}
+    (tmp_path / "r.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write_into(tmp_path / "r.md", table(cells))
+    text = (tmp_path / "r.md").read_text()
+    rows = {row[0].strip("`"): row[1:] for row in table_of(text)[3:]}
+    assert rows["lora"][1] == "`i8c` `i4b32` `i4b64` `i4b128`: exact, 1e-5; 0.50; `nf4b64`: refused (1)"
+    assert rows["dora"][2] == "exact, 1e-4; 0.70"
+    assert "1. it is full" in text
+    assert (text.startswith("before\n"), text.endswith("after\n"), "old" in text) == (True, True, False)
 
 
 @pytest.mark.slow
