@@ -8,6 +8,7 @@
 | rounding | our kernels, int8 activations | PyTorch in float | twice the noise of PyTorch rounding to int8, per layer |
 | answers, metric | of a task: `label_checks`, and steps: `token_checks` | | |
 | effect | adapter off; each of its tensors set to zero | the model itself | more than int8 noise; any difference |
+| gpu | the graph for GPUs, every node on one | stock, on the CPU | float32 rounding |
 | device | emulated CPUs of the target with its pinned wheel | the same arrays here | as `stock` and `rounding` |
 
 A check that cannot run here (no compiler, no emulator, a merged adapter) is written down as skipped, with the reason.
@@ -177,6 +178,29 @@ def check_effect(work: Subject) -> Figures:
     return {"adapter_effect": effect, "shipped_noise": own_noise, "tensors_in_use": len(zeros)}
 
 
+def check_gpu(work: Subject) -> Figures:
+    """The graph for GPUs computes what the CPU's does, with every node on a GPU; a software one where it is set up."""
+    from edgepeft.deploy import softgpu
+    from edgepeft.deploy.targets import load_target
+    from edgepeft.runtime import webgpu
+
+    if not load_target(work.config.target).gpu:
+        raise Skipped(f"target {work.config.target} has no GPU")
+    names = softgpu.available()
+    if names:
+        softgpu.use(names[-1])
+    if reason := webgpu.missing():
+        raise Skipped(f"{reason}; python -m edgepeft.deploy.softgpu install sets up one that computes on the CPU")
+    session, stock, worst = webgpu.open_session(work.folder), work.onnx(False, "float").session, 0.0
+    for feeds in work.device_runs(DEVICE_TRACED):
+        wanted = stock.run([LOGITS], feeds)[0]
+        found = session.run([LOGITS], webgpu.inputs(feeds))[0]
+        worst = max(worst, parity.largest_error(found, wanted))
+    row = parity.Difference(LOGITS, worst, FLOAT_ERROR)
+    parity.require("the GPU against the CPU", [row], "This driver or the provider is wrong: please report it.")
+    return {"gpu": names[-1] if names else "this machine's", "float_error": worst, "nodes_on_cpu": 0}
+
+
 def check_device(work: Subject) -> Figures:
     """The target's emulated CPUs, with its library and its wheel, compute what this machine does."""
     from edgepeft.deploy import emulator
@@ -271,7 +295,7 @@ LAYERS: dict[str, Callable[[Any], Figures]] = {
     "library": check_library,
     "rounding": check_rounding,
 }
-WHOLE: dict[str, Callable[[Any], Figures]] = {"effect": check_effect, "device": check_device}
+WHOLE: dict[str, Callable[[Any], Figures]] = {"effect": check_effect, "gpu": check_gpu, "device": check_device}
 CHECKS = {
     "text-classification": {**LAYERS, **label_checks.CHECKS, **WHOLE},
     "text-generation": {**LAYERS, **token_checks.CHECKS, **WHOLE},

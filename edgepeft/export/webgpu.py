@@ -1,6 +1,6 @@
 """The graph for GPUs beside the one for CPUs: the same weights, and nothing that WebGPU's execution provider lacks.
 
-    model.onnx ─► model.webgpu.onnx (+ .data: the default adapter in float32)        model.onnx.data serves both
+    model.onnx ─► model.webgpu.onnx, the default adapter inside in float32           model.onnx.data serves both
 
 | in model.onnx | in model.webgpu.onnx | why |
 |---|---|---|

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edgepeft.console import say
 from edgepeft.errors import ConfigError, DataError
 from edgepeft.runtime.manifest import NAME, unseal
-from edgepeft.runtime.session import KV_CACHES, check_threads, known_task, load
+from edgepeft.runtime.session import DEVICES, KV_CACHES, check_threads, known_task, load
 from edgepeft.runtime.tasks import inputs, run_cli
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def run(
     as_json: bool = False,
     adapter: str | None = None,
     threads: int = 0,
+    device: str = DEVICES[0],
     **options: Any,
 ) -> int:
     """Classify or answer texts with a bundle, as its task is, and return how many there were."""
@@ -61,7 +62,7 @@ def run(
     task, asked = task_of(bundle), given(options)
     check_options(bundle, task, list(asked))
     command = run_cli if task == "text-classification" else write_cli
-    return command(bundle, texts, file, as_json, adapter=adapter, threads=threads, **asked)
+    return command(bundle, texts, file, as_json, adapter=adapter, threads=threads, device=device, **asked)
 
 
 def as_prompt(model: Generator, text: str, system: str | None, raw: bool) -> str | list[dict[str, str]]:
@@ -113,6 +114,7 @@ def write_cli(
     raw: bool = False,
     stream: bool | None = None,
     kv_cache: str = KV_CACHES[0],
+    device: str = DEVICES[0],
     **options: Any,
 ) -> int:
     """Answer prompts with a language model and write the answers to standard output; return how many there were.
@@ -124,7 +126,7 @@ def write_cli(
     count = 0
     prompts = _prompts(prompt, texts, file)
     first = next(prompts, [])  # a mistake is said before a model is loaded
-    model: Generator = load(bundle, threads=threads, library=library, kv_cache=kv_cache)
+    model: Generator = load(bundle, threads=threads, library=library, kv_cache=kv_cache, device=device)
     if adapter is not None:
         model.use(adapter)
     try:

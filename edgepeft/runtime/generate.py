@@ -283,6 +283,7 @@ class Generator(Bundle):
         kept = np.array([keep], np.int64)
         binding.bind_cpu_input("input_ids", ids)
         if self.gpu:
+            self._bind_past(binding, cache, first, rows)  # binding copies to a GPU once, there and then
             for name, array in webgpu.decoder_inputs(mask, new, keep).items():
                 binding.bind_cpu_input(name, array)
         else:
@@ -304,12 +305,21 @@ class Generator(Bundle):
         if key not in cache.bindings:
             feeds = self._feeds(adapters, sequence=1, kept=1)
             binding = self._bind(feeds)
-            for place, view in enumerate(cache.views(first, rows)):
-                name = f"{place // 2}.{'key' if place % 2 == 0 else 'value'}"
-                self._bind_memory(binding.bind_ortvalue_input, f"past_key_values.{name}", view)
+            self._bind_past(binding, cache, first, rows)
+            for name, view in self._named(cache, first, rows):
                 self._bind_memory(binding.bind_ortvalue_output, f"present.{name}", view)
             cache.bindings[key] = (binding, (feeds, adapters))
         return cache.bindings[key]
+
+    @staticmethod
+    def _named(cache: Cache, first: int, rows: int) -> list[tuple[str, np.ndarray]]:
+        """Return the memory of some rows by "<layer>.key" and "<layer>.value"."""
+        views = enumerate(cache.views(first, rows))
+        return [(f"{place // 2}.{'key' if place % 2 == 0 else 'value'}", view) for place, view in views]
+
+    def _bind_past(self, binding: Any, cache: Cache, first: int, rows: int) -> None:
+        for name, view in self._named(cache, first, rows):
+            self._bind_memory(binding.bind_ortvalue_input, f"past_key_values.{name}", view)
 
     @staticmethod
     def _bind_memory(bind: Any, name: str, array: np.ndarray) -> None:

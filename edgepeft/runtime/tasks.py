@@ -121,6 +121,7 @@ def run_cli(
     top_k: int | None = None,
     threads: int = 0,
     library: str = "auto",
+    device: str = "cpu",
 ) -> int:
     """Classify texts with a bundle and write the answers to standard output; return how many there were.
 
@@ -130,7 +131,7 @@ def run_cli(
 
     if top_k is not None and top_k < 1:
         raise DataError(f"--top-k: expected at least 1, found {top_k}.")
-    model: Model = load(bundle, threads=threads, library=library)
+    model: Model = load(bundle, threads=threads, library=library, device=device)
     if adapter is not None:
         model.use(adapter)
     keep = top_k if top_k is not None or as_json else 1

@@ -167,6 +167,15 @@ def classifier_inputs(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     return {**{name: array for name, array in arrays.items() if name != "attention_mask"}, **counted}
 
 
+def inputs(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return what this graph takes for what the CPU's takes, in either task."""
+    if "token_type_ids" in feeds:
+        return classifier_inputs(feeds)
+    keep = int(feeds.get("logits_to_keep", np.ones(1, np.int64))[0])
+    rest = {name: array for name, array in feeds.items() if name not in ("attention_mask", "logits_to_keep")}
+    return {**rest, **decoder_inputs(feeds["attention_mask"], feeds["input_ids"].shape[1], keep)}
+
+
 def decoder_inputs(mask: np.ndarray, columns: int, keep: int) -> dict[str, np.ndarray]:
     """Return what attention counts for `columns` new tokens, the last `keep` kept; mask is int64 [batch, total]."""
     count = columns if keep == 0 else min(keep, columns)

@@ -36,7 +36,7 @@ def test_right_export_passes_and_reports(copy):
     report = run_stage(config, run)
     assert list(report) == list(stage.CHECKS[config.task])
     skipped = {name for name, figures in report.items() if figures["status"] == "skipped"}
-    assert skipped <= {"device", "library", "rounding"}
+    assert skipped <= {"device", "gpu", "library", "rounding"}
     assert report["device"]["reason"]
     assert report["stock"]["largest_error"] < 1e-5
     assert report["answers"]["agreement"] == 1
@@ -267,6 +267,6 @@ def test_without_a_compiler_the_bodies_are_verified(copy, monkeypatch):
 
     monkeypatch.setattr(compile, "host_library", no_library)
     report = run_stage(*copy)
-    assert {name for name, f in report.items() if f["status"] == "skipped"} == {"library", "rounding", "device"}
+    assert {name for name, f in report.items() if f["status"] == "skipped"} == {"library", "rounding", "device", "gpu"}
     assert "no C++ compiler" in report["library"]["reason"]
     assert report["effect"]["tensors_in_use"] == 28

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import LABELS
 
 from edgepeft.deploy import softgpu
 from edgepeft.errors import ArtifactError, ConfigError, ModelError, TargetError
@@ -13,6 +16,7 @@ from edgepeft.export import webgpu as export
 from edgepeft.runtime import webgpu
 from tests.export.tiny_decoder import export_decoder
 from tests.export.tiny_run import export_run, make_run
+from tests.runtime import standin, writer
 
 TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order
 FORMATS = ("i4b32", "i8c")
@@ -158,3 +162,40 @@ def test_no_provider_and_no_gpu_are_told_apart(tmp_path: Path, monkeypatch) -> N
     monkeypatch.setattr(webgpu, "_device", lambda: None)
     with pytest.raises(TargetError, match="no GPU was found"):
         webgpu.check(tmp_path)
+
+
+def _sealed(exported_folder: Path, bundle: Path, kind: str) -> Path:
+    """Make a bundle of an exported folder."""
+    quantized = exported_folder.parent / "quantized"
+    about = json.loads((quantized / "quantized.json").read_text())
+    shutil.copytree(exported_folder, bundle)
+    for name in ("tokenizer.json", "config.json"):
+        shutil.copy(quantized / name, bundle)
+    same = {"base_digest": about["base_digest"], "format": about["format"], "activation": "float"}
+    if kind == "bert":
+        standin.reseal(bundle, labels=list(LABELS), **same)
+    else:
+        settings = exported_folder.parents[1] / "adapter" / "device" / "adapter_config.json"
+        shutil.copy(settings, bundle / "adapters" / "default")
+        writer.reseal(bundle, context=64, **same)
+    return bundle
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_loaded_bundle_answers_on_a_gpu_as_on_the_cpu(gpu, exported, tmp_path: Path, kind: str) -> None:
+    from edgepeft.runtime import load
+
+    bundle = _sealed(exported(kind, "i4b32"), tmp_path / "bundle", kind)
+    cpu, found = load(bundle, library="none"), load(bundle, device="webgpu")
+    assert (cpu.gpu, found.gpu) == (False, True)
+    if kind == "llama":
+        found.chunk = 4  # so that runs go on from each other
+    for name in ("default", "none"):
+        given = list(range(5, 17)) if kind == "llama" else ["turn off the lamp", "play a jazz in the hall please"]
+        wanted = cpu.logits(given, name)
+        assert np.abs(found.logits(given, name) - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+    if kind == "llama":
+        words = [model.generate("turn on the lamp", max_new_tokens=6).text for model in (cpu, found)]
+        assert words[0] == words[1]
+        with pytest.raises(ConfigError, match="one adapter for all its rows"):
+            found.generate(["a", "b"], adapter=["default", "none"])
