@@ -26,6 +26,7 @@ PACKED = "edgepeft.packed"
 PROVIDER = "WebGpuExecutionProvider"
 HIDDEN = np.float32(-1e4)  # far below any score of attention
 RANKS = 4  # a vector of WebGPU
+SEVERITY = 4  # of ONNX Runtime's log: fatal errors alone; a bench takes 0
 INSTALL = "pip install 'edgepeft[webgpu]'"
 
 
@@ -145,7 +146,7 @@ def open_session(folder: Path, **settings: str) -> Any:
 
     check(folder)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
+    options.log_severity_level = SEVERITY
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     options.add_provider_for_devices([_device()], dict(settings))
     try:

@@ -20,6 +20,7 @@ from tests.runtime import standin, writer
 
 TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order
 FORMATS = ("i4b32", "i8c")
+DISPATCHES = {"bert": 70, "llama": 59}  # at most, of one run of two layers: 25 a layer of the language model
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,16 @@ def test_other_adapters_and_none_are_fed_packed(gpu, exported, kind: str) -> Non
         found = session.run(["logits"], {**gpu_feeds, **packed})[0]
         assert np.abs(found - answers[-1]).max() <= TOLERANCE * np.abs(answers[-1]).max()
     assert np.abs(answers[0] - answers[1]).max() > 0.01
+
+
+@pytest.mark.parametrize("kind", DISPATCHES)
+def test_a_run_takes_no_more_shaders_than_it_did(gpu, exported, tmp_path: Path, kind: str) -> None:
+    from edgepeft.bench import dispatches
+
+    bundle = _sealed(exported(kind, "i4b32"), tmp_path / "bundle", kind)
+    found = dispatches.count(bundle)
+    assert found["MatMulNBits"] + found["MatMulNBitsWideTile"] >= 9
+    assert found.total() <= DISPATCHES[kind], found
 
 
 def test_weights_without_a_packed_product_are_refused(exported) -> None:
