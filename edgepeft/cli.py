@@ -195,6 +195,22 @@ def chat(bundle: Path, **options: Any) -> None:
 
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--port", type=int, default=8000, show_default=True, help="Where it listens; 0 takes a free one.")
+@click.option("--open", "open_it", is_flag=True, help="Open the page in the usual browser.")
+def serve(bundle: Path, port: int, open_it: bool) -> None:
+    """Show a bundle's page in a browser on this machine; for bundles of --target web.
+
+    \b
+    Example:
+      edgepeft serve edgepeft-out/bundle --open
+    """
+    from edgepeft.deploy.serve import serve_cli
+
+    serve_cli(bundle, port, open_it)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--threads", type=int, multiple=True, help="Thread counts to measure; may be repeated.")
 @click.option("--baseline", is_flag=True, help="Also measure the same model in float32 (needs the build extra).")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures to this file.")
