@@ -15,6 +15,9 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from edgepeft.console import table
 from edgepeft.errors import EdgePeftError, VerifyError
@@ -53,6 +56,37 @@ def _logged(bundle: Path) -> None:
             model.logits([3])
         else:
             model.logits(["one text"])
+
+
+def moved(model: Any, context: int) -> int:
+    """Return the bytes that a language model's next token copies to a GPU and back, behind `context` tokens.
+
+    What is bound in the CPU's memory is copied, what is bound in the GPU's is not.
+    """
+    cache = model._cache(model._get(None), 1)
+    for start in range(0, context, model.chunk):
+        model._run(cache, 0, np.full((1, min(model.chunk, context - start)), 3, np.int64))
+    cache.reserve(context + 1)
+    binding, _ = model._bound(cache, 0, 1)
+    watched = _Watched(binding)
+    cache.bindings = {key: (watched, kept) for key, (_, kept) in cache.bindings.items()}
+    logits = model._run(cache, 0, np.full((1, 1), 3, np.int64))
+    return watched.bytes + logits.nbytes
+
+
+class _Watched:
+    """A binding that counts the bytes of what it is given in the CPU's memory."""
+
+    def __init__(self, binding: Any) -> None:
+        self._binding = binding
+        self.bytes = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._binding, name)
+
+    def bind_cpu_input(self, name: str, array: np.ndarray) -> None:
+        self.bytes += array.nbytes
+        self._binding.bind_cpu_input(name, array)
 
 
 def main(arguments: list[str] | None = None) -> int:

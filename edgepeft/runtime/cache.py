@@ -14,6 +14,9 @@ another adapter may have to bear. A token's keys and values are rounded before a
 in one run or many makes no difference. It is ONNX Runtime's own attention: 1.32 has it, 1.20 has not. Steps
 behind a long text are faster with it, but a long prompt is read more slowly.
 
+On a GPU the memory is the GPU's (GpuCache): keys and values leave it only where it grows or is copied to another cache,
+which goes through the CPU. A token copies its number and its logits however long the text is.
+
 What a row holds is true for its adapter alone, since keys and values went through it. Idle caches wait in a Pool. A
 prompt of the same adapter that begins as one of them does goes on in it, or, where that would throw away more than half
 of it, in a new one that the beginning is copied to: so conversations that share no more than how they open do not take
@@ -28,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from edgepeft.runtime import webgpu
 from edgepeft.runtime.adapters import Adapter
 
 STEP = 256  # columns
@@ -53,12 +57,9 @@ class Cache:
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.context = context
         self.bindings: dict[tuple[int, ...], Any] = {}
-        self._buffers = [np.zeros((rows, self._heads, 0, self._width), dtype) for _ in range(2 * layers)]
-
-    @property
-    def capacity(self) -> int:
-        """Return for how many columns there is memory."""
-        return self._buffers[0].shape[2]
+        self.capacity = 0  # columns that there is memory for
+        self._dtype = dtype
+        self._buffers: list[Any] = [np.zeros((rows, self._heads, 0, self._width), dtype) for _ in range(2 * layers)]
 
     def reserve(self, length: int) -> None:
         """Make memory for `length` columns and some more. Bindings made before are void."""
@@ -68,8 +69,25 @@ class Cache:
         self.bindings.clear()
         used = max(map(len, self.tokens))
         for place, old in enumerate(self._buffers):
-            self._buffers[place] = new = np.zeros((len(self.tokens), self._heads, columns, self._width), old.dtype)
-            new[:, :, :used] = old[:, :, :used]
+            new = np.zeros((len(self.tokens), self._heads, columns, self._width), self._dtype)
+            if used:
+                new[:, :, :used] = self._array(old)[:, :, :used]
+            self._put(place, new)
+        self.capacity = columns
+
+    def _array(self, buffer: Any) -> np.ndarray:
+        """Return what a buffer holds."""
+        return buffer
+
+    def _put(self, place: int, array: np.ndarray) -> None:
+        """Let a buffer be what an array is."""
+        self._buffers[place] = array
+
+    def values(self, first: int, count: int) -> list[Any]:
+        """Return the memory of some rows as ONNX Runtime binds it; this cache keeps it alive."""
+        from onnxruntime import OrtValue
+
+        return [OrtValue.ortvalue_from_numpy(view) for view in self.views(first, count)]
 
     def views(self, first: int, count: int) -> list[np.ndarray]:
         """Return the memory of some rows: key and value of the first layer, of the second, and so on."""
@@ -82,14 +100,31 @@ class Cache:
     def copy(self, row: int, source: Cache, source_row: int, length: int) -> None:
         """Take over the first `length` tokens of a row, of this cache or another, and what adapter they are of."""
         self.reserve(length)
-        for mine, other in zip(self._buffers, source._buffers, strict=True):
-            mine[row, :, :length] = other[source_row, :, :length]
+        for place, other in enumerate(source._buffers):
+            mine = self._array(self._buffers[place])
+            mine[row, :, :length] = source._array(other)[source_row, :, :length]
+            self._put(place, mine)
         self.tokens[row], self.adapters[row] = source.tokens[source_row][:length], source.adapters[source_row]
 
     def clear(self) -> None:
         """Forget everything, as after a run that failed."""
         for tokens in self.tokens:
             tokens.clear()
+
+
+class GpuCache(Cache):
+    """Keys and values of one sequence in a GPU's memory."""
+
+    def _array(self, buffer: Any) -> np.ndarray:
+        return buffer.numpy()
+
+    def _put(self, place: int, array: np.ndarray) -> None:
+        self._buffers[place] = webgpu.on_device(array)
+        self.bindings.clear()
+
+    def values(self, first: int, count: int) -> list[Any]:
+        """Return the memory where it is."""
+        return self._buffers
 
 
 class Pool:

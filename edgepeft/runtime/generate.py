@@ -29,7 +29,7 @@ from edgepeft.runtime import library as lib
 from edgepeft.runtime import webgpu
 from edgepeft.runtime.adapters import Adapter
 from edgepeft.runtime.answer import Answer, Clock, Row, Stream
-from edgepeft.runtime.cache import Cache, Pool
+from edgepeft.runtime.cache import Cache, GpuCache, Pool
 from edgepeft.runtime.chat import ChatTemplate
 from edgepeft.runtime.manifest import Manifest
 from edgepeft.runtime.sampling import Sampler, Sampling
@@ -181,6 +181,10 @@ class Generator(Bundle):
 
     # --- how it is done ---
 
+    def trial(self) -> None:
+        """Read a token."""
+        self.logits([0])
+
     def _row(
         self,
         prompt: Prompt,
@@ -204,7 +208,7 @@ class Generator(Bundle):
 
     def _write_all(self, rows: list[Row], adapters: list[Adapter], cancel: threading.Event | None) -> None:
         """Write the answers of a batch, together where their adapters can share a run."""
-        for group in self._mixes.groups(adapters):
+        for group in self._groups(adapters):
             places = [place for place in group if not rows[place].finish]
             for _ in self._write([rows[place] for place in places], [adapters[place] for place in places], cancel):
                 pass
@@ -216,7 +220,7 @@ class Generator(Bundle):
         if not active:
             return
         known = self.pool.take(adapters[0], active[0].prompt) if len(active) == 1 else None
-        cache = known or Cache(adapters, self._shape, self.context, self._kept_as)
+        cache = known or self._empty(adapters)
         stopped = (cancel or threading.Event()).is_set
         try:
             for place, row in enumerate(active):
@@ -267,13 +271,23 @@ class Generator(Bundle):
             return [(row, row.take(found)) for row, found in zip(active, logits[:, -1], strict=True)]
 
     def _cache(self, adapter: Adapter, rows: int) -> Cache:
-        return Cache([adapter] * rows, self._shape, self.context, self._kept_as)
+        return self._empty([adapter] * rows)
+
+    def _empty(self, adapters: list[Adapter]) -> Cache:
+        """Return an empty cache of rows of some adapters: of one row on a GPU."""
+        return (GpuCache if self.gpu else Cache)(adapters, self._shape, self.context, self._kept_as)
+
+    def _groups(self, adapters: Sequence[Adapter]) -> list[list[int]]:
+        """Return the places of rows that are written together: each by itself on a GPU."""
+        return [[place] for place in range(len(adapters))] if self.gpu else self._mixes.groups(adapters)
 
     def _run(self, cache: Cache, first: int, ids: np.ndarray, keep: int = 1) -> np.ndarray:
         """Run new tokens [rows, sequence] of the cache's rows from `first` on; return logits [rows, keep, vocabulary].
 
         More than one token at a time is for one row alone: attention takes no more in one run.
         """
+        from onnxruntime import OrtValue
+
         rows, new = ids.shape
         lengths = np.array([[len(cache.tokens[first + row]) + new] for row in range(rows)])
         total = int(lengths.max())
@@ -283,14 +297,13 @@ class Generator(Bundle):
         kept = np.array([keep], np.int64)
         binding.bind_cpu_input("input_ids", ids)
         if self.gpu:
-            self._bind_past(binding, cache, first, rows)  # binding copies to a GPU once, there and then
             for name, array in webgpu.decoder_inputs(mask, new, keep).items():
                 binding.bind_cpu_input(name, array)
         else:
             binding.bind_cpu_input("attention_mask", mask)
-            self._bind_memory(binding.bind_ortvalue_input, "logits_to_keep", kept)  # bind_cpu_input: no overridable
+            binding.bind_ortvalue_input("logits_to_keep", OrtValue.ortvalue_from_numpy(kept))  # a default's: no array
         binding.bind_output("logits")  # into memory of its own: the graph may declare it for one token alone
-        self.session.run_with_iobinding(binding)
+        self._run_bound(binding)
         for row in range(rows):
             cache.tokens[first + row] += ids[row].tolist()
         return binding.get_outputs()[-1].numpy()
@@ -305,28 +318,12 @@ class Generator(Bundle):
         if key not in cache.bindings:
             feeds = self._feeds(adapters, sequence=1, kept=1)
             binding = self._bind(feeds)
-            self._bind_past(binding, cache, first, rows)
-            for name, view in self._named(cache, first, rows):
-                self._bind_memory(binding.bind_ortvalue_output, f"present.{name}", view)
+            for place, value in enumerate(cache.values(first, rows)):
+                name = f"{place // 2}.{'key' if place % 2 == 0 else 'value'}"
+                binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+                binding.bind_ortvalue_output(f"present.{name}", value)
             cache.bindings[key] = (binding, (feeds, adapters))
         return cache.bindings[key]
-
-    @staticmethod
-    def _named(cache: Cache, first: int, rows: int) -> list[tuple[str, np.ndarray]]:
-        """Return the memory of some rows by "<layer>.key" and "<layer>.value"."""
-        views = enumerate(cache.views(first, rows))
-        return [(f"{place // 2}.{'key' if place % 2 == 0 else 'value'}", view) for place, view in views]
-
-    def _bind_past(self, binding: Any, cache: Cache, first: int, rows: int) -> None:
-        for name, view in self._named(cache, first, rows):
-            self._bind_memory(binding.bind_ortvalue_input, f"past_key_values.{name}", view)
-
-    @staticmethod
-    def _bind_memory(bind: Any, name: str, array: np.ndarray) -> None:
-        """Bind an array as it lies in memory; whoever binds it keeps it alive."""
-        from onnxruntime import OrtValue
-
-        bind(name, OrtValue.ortvalue_from_numpy(array))
 
 
 __all__ = ["Answer", "Generator", "Stream"]

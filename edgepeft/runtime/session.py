@@ -266,10 +266,15 @@ class Bundle:
     def _feeds(self, rows: Sequence[ad.Adapter], **sizes: int) -> Mapping[str, Any]:
         """Return what a run's rows feed; `sizes` are those of the dimensions beside the batch where adapters differ."""
         if any(adapter is not rows[0] for adapter in rows):
-            if self.gpu:
-                raise ConfigError("adapter: a run on a GPU takes one adapter for all its rows; call once for each.")
             return self._mixes.of(rows).feeds(rows, sizes)
         return {} if rows[0].name == ad.DEFAULT else rows[0].feeds  # the default's are the graph's own values
+
+    def _groups(self, adapters: Sequence[ad.Adapter]) -> list[list[int]]:
+        """Return the places of rows that can share a run: those of one adapter on a GPU."""
+        if not self.gpu:
+            return self._mixes.groups(adapters)
+        own = {id(adapter): adapter for adapter in adapters}.values()
+        return [[place for place, one in enumerate(adapters) if one is adapter] for adapter in own]
 
     def _bind(self, feeds: Mapping[str, Any]) -> Any:
         """Return a new binding of adapters' tensors; whoever runs it keeps them alive."""
@@ -277,6 +282,19 @@ class Bundle:
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)
         return binding
+
+    def _run_bound(self, binding: Any) -> None:
+        """Run what is bound. Raises TargetError with ONNX Runtime's words where a GPU gives up."""
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # ORT's own exceptions share no base
+            if not self.gpu:
+                raise
+            raise TargetError(f"{self.manifest.folder}: the GPU gave up: {error}. device='cpu' works.") from None
+
+    def trial(self) -> None:
+        """Run the least there is, to see whether it runs."""
+        raise NotImplementedError
 
     def verify(self) -> None:
         """Hash every file of the bundle again. Raises ArtifactError, naming each that changed."""
@@ -305,6 +323,10 @@ class Model(Bundle):
             kept[adapter.name] = self._bind(self._feeds([adapter]))
         return kept[adapter.name]
 
+    def trial(self) -> None:
+        """Classify a word."""
+        self.logits(["a"])
+
     def run(self, arrays: dict[str, np.ndarray], adapter: str | None = None) -> np.ndarray:
         """Return logits float32 [batch, labels] for ready input arrays, int64 [batch, sequence]."""
         return self._run(self._binding(self._get(adapter)), arrays)
@@ -314,7 +336,7 @@ class Model(Bundle):
         for name in self._inputs:
             binding.bind_cpu_input(name, arrays[name])
         binding.bind_output(self._output)  # anew each time: a kept one would be written into, whatever its shape
-        self.session.run_with_iobinding(binding)
+        self._run_bound(binding)
         return binding.copy_outputs_to_cpu()[0]
 
     def _run_rows(self, arrays: dict[str, np.ndarray], rows: Sequence[ad.Adapter]) -> list[np.ndarray]:
@@ -349,7 +371,7 @@ class Model(Bundle):
     ) -> list[np.ndarray]:
         """Return the logits [labels] of each text under its adapter."""
         out: list[Any] = [None] * len(texts)
-        for group in self._mixes.groups(adapters):
+        for group in self._groups(adapters):
             for places, arrays in self.tokens.batches([texts[place] for place in group], batch_size):
                 rows = [group[place] for place in places]
                 for row, found in zip(rows, self._run_rows(arrays, [adapters[row] for row in rows]), strict=True):
@@ -398,26 +420,28 @@ def check_threads(threads: int) -> None:
         raise ConfigError(f"threads: expected 0 (all cores) to {MOST_THREADS} on this machine, found {threads}.")
 
 
-def _on_gpu(folder: Path, device: str) -> bool:
-    """Tell whether to run on a GPU; say why not where it was left open. Raises for a GPU that cannot be used."""
-    if device not in DEVICES:
-        raise ConfigError("device: " + unknown("device", device, DEVICES))
-    if device == "cpu":
-        return False
+def _on_gpu(manifest: Manifest, kind: type[Bundle], adapter: str, threads: int) -> Any:
+    """Return a bundle loaded on a GPU. Raises ArtifactError and TargetError for one that cannot be."""
+    model = kind(manifest, webgpu.open_session(manifest.folder), None, threads)
+    model.use(adapter)
+    return model
+
+
+def _on_gpu_if_it_runs(*given: Any) -> Any:
+    """Return a bundle loaded on a GPU and tried there once, or None, saying why."""
     try:
-        webgpu.check(folder)
+        model = _on_gpu(*given)
+        model.trial()
     except (ArtifactError, TargetError) as reason:
-        if device == "webgpu":
-            raise
         _say_once(f"running on the CPU: {reason}")
-        return False
-    return True
+        return None
+    return model
 
 
-def _check_gpu_options(activation: str | None, kv_cache: str) -> None:
-    """Raise ConfigError for what only the CPU's graph can do."""
-    if activation == "int8" or kv_cache != KV_CACHES[0]:
-        raise ConfigError("device 'webgpu': activations and cache are float there; leave activation and kv_cache out.")
+def _only_cpu(activation: str | None, kv_cache: str) -> str:
+    """Return what was asked for that the CPU's graph alone can do, or ""."""
+    asked = {"activation='int8'": activation == "int8", f"kv_cache={kv_cache!r}": kv_cache != KV_CACHES[0]}
+    return " and ".join(name for name, wanted in asked.items() if wanted)
 
 
 def load(
@@ -434,7 +458,7 @@ def load(
 
     threads 0 takes all cores; library is "auto", "none" or a path; activation None is as exported. kv_cache "int8"
     keeps a language model's keys and values in a quarter of the memory: see edgepeft.runtime.cache. device "webgpu"
-    runs every node on a GPU, "auto" does so where it can and says why where it cannot.
+    runs every node on a GPU, "auto" does so where a first run succeeds and says why where it does not.
 
     Raises ArtifactError for a folder that is no bundle or was changed, TargetError for a library or an ONNX Runtime
     that cannot work here, ConfigError for what does not exist. `check` is "auto", "full" or "quick":
@@ -443,12 +467,16 @@ def load(
     check_threads(threads)
     if kv_cache not in KV_CACHES:
         raise ConfigError("kv_cache: " + unknown("kind of cache", kv_cache, KV_CACHES))
+    if device not in DEVICES:
+        raise ConfigError("device: " + unknown("device", device, DEVICES))
+    cpu_asked = _only_cpu(activation, kv_cache)
+    if device == "webgpu" and cpu_asked:
+        raise ConfigError(f"device 'webgpu': activations and cache are float there; leave {cpu_asked} out.")
     manifest = check_bundle(bundle, check)
     kind = task_class(manifest)
-    if _on_gpu(manifest.folder, device):
-        _check_gpu_options(activation, kv_cache)
-        model = kind(manifest, webgpu.open_session(manifest.folder), None, threads)
-        model.use(adapter)
+    if device == "webgpu":
+        return _on_gpu(manifest, kind, adapter, threads)
+    if device == "auto" and not cpu_asked and (model := _on_gpu_if_it_runs(manifest, kind, adapter, threads)):
         return model
     found = _library(manifest, library)
     model = kind(manifest, open_session(manifest, threads, found, activation, kv_cache), found, threads)

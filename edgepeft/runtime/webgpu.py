@@ -4,8 +4,9 @@
     adapter ──► A [K, S], B [S, N] float32, packed once per adapter and node ──┘
 
 Needs a bundle that was built for a target with a GPU (it holds model.webgpu.onnx) and the package
-onnxruntime-ep-webgpu, the extra `webgpu`. No node may fall back to the CPU: ONNX Runtime is told to refuse that. Left
-out: keys and values that stay on the GPU between runs (they are copied each time), rows of adapters of their own.
+onnxruntime-ep-webgpu, the extra `webgpu`. No node may fall back to the CPU: ONNX Runtime is told to refuse that.
+Adapters, keys and values stay in the GPU's memory between runs; tokens go in and logits come out. Left out: several
+sequences in one run of a language model, rows of adapters of their own in one run.
 """
 
 from __future__ import annotations
@@ -87,8 +88,6 @@ def packed(session: Any) -> dict[str, list[dict[str, Any]]]:
 
 def feeds(session: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what to feed the graph for an adapter's own feeds, packed where the graph takes that."""
-    from onnxruntime import OrtValue
-
     values, inside = {name: value.numpy() for name, value in given.items()}, set()
     out = {}
     for name, groups in packed(session).items():
@@ -98,8 +97,21 @@ def feeds(session: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             continue
         k = values[groups[0]["a"]].shape[1]
         for ending, array in zip("AB", pack(groups, values, k), strict=True):
-            out[f"{name}.lora_{ending}"] = OrtValue.ortvalue_from_numpy(array)
-    return {**{name: value for name, value in given.items() if name not in inside}, **out}
+            out[f"{name}.lora_{ending}"] = array
+    rest = {name: array for name, array in values.items() if name not in inside}
+    return {name: on_device(array) for name, array in {**rest, **out}.items()}
+
+
+def on_device(array: np.ndarray) -> Any:
+    """Return an OrtValue that holds a copy of an array in the GPU's memory; an empty one stays where it is."""
+    import onnxruntime
+
+    if not array.size:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    memory = _device().memory_info(onnxruntime.OrtDeviceMemoryType.DEFAULT)
+    value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype, memory_info=memory)
+    value.update_inplace(array)
+    return value
 
 
 # --- the session ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from builders import LABELS
 
+from edgepeft.bench import dispatches
 from edgepeft.deploy import softgpu
 from edgepeft.errors import ArtifactError, ConfigError, ModelError, TargetError
 from edgepeft.export import webgpu as export
@@ -29,7 +30,7 @@ def gpu() -> None:
     pytest.importorskip("onnxruntime_ep_webgpu", reason="pip install 'edgepeft[webgpu]'")
     if reason := softgpu.missing():
         pytest.skip(reason)
-    softgpu.use(softgpu.available()[-1])
+    softgpu.use(softgpu.available()[0])
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +134,6 @@ def test_other_adapters_and_none_are_fed_packed(gpu, exported, kind: str) -> Non
 
 @pytest.mark.parametrize("kind", DISPATCHES)
 def test_a_run_takes_no_more_shaders_than_it_did(gpu, exported, tmp_path: Path, kind: str) -> None:
-    from edgepeft.bench import dispatches
-
     bundle = _sealed(exported(kind, "i4b32"), tmp_path / "bundle", kind)
     found = dispatches.count(bundle)
     assert found["MatMulNBits"] + found["MatMulNBitsWideTile"] >= 9
@@ -160,6 +159,19 @@ def test_what_is_missing_is_said(sealed: Path, monkeypatch, capsys) -> None:
         load(sealed, device="webgp")
     monkeypatch.setattr(session, "_said", set())
     assert not load(sealed, device="auto", library="none").gpu
+    assert "running on the CPU" in capsys.readouterr().err
+
+
+def test_a_gpu_that_does_not_run_the_graph_leaves_it_to_the_cpu(gpu, sealed: Path, monkeypatch, capsys) -> None:
+    from edgepeft.runtime import load, session
+
+    (sealed / webgpu.FILE).write_bytes(b"no graph")
+    with pytest.raises(TargetError, match="this GPU does not run it"):
+        load(sealed, device="webgpu", check="quick")
+    shutil.copy(sealed / "model.onnx", sealed / webgpu.FILE)  # opens where the CPU's operators are on the GPU too
+    monkeypatch.setattr(session, "_said", set())
+    model = load(sealed, device="auto", library="none", check="quick")
+    assert not model.gpu
     assert "running on the CPU" in capsys.readouterr().err
 
 
@@ -206,7 +218,26 @@ def test_a_loaded_bundle_answers_on_a_gpu_as_on_the_cpu(gpu, exported, tmp_path:
         wanted = cpu.logits(given, name)
         assert np.abs(found.logits(given, name) - wanted).max() <= TOLERANCE * np.abs(wanted).max()
     if kind == "llama":
-        words = [model.generate("turn on the lamp", max_new_tokens=6).text for model in (cpu, found)]
+        asked = ["turn on the lamp", "turn on the light", "play"]  # some begin alike: keys and values are copied
+        words = [
+            [answer.text for answer in model.generate(asked, adapter=["default", "none", "default"], max_new_tokens=6)]
+            for model in (cpu, found)
+        ]
         assert words[0] == words[1]
-        with pytest.raises(ConfigError, match="one adapter for all its rows"):
-            found.generate(["a", "b"], adapter=["default", "none"])
+    else:
+        mixed = [model.classify(given, adapter=["none", "default"]) for model in (cpu, found)]
+        assert [one.label for one in mixed[0]] == [one.label for one in mixed[1]]
+
+
+def test_keys_and_values_stay_on_the_gpu(gpu, exported, tmp_path: Path, monkeypatch) -> None:
+    from edgepeft.runtime import cache, load
+
+    bundle = _sealed(exported("llama", "i4b32"), tmp_path / "bundle", "llama")
+    monkeypatch.setattr(cache, "STEP", 16)  # so that memory grows
+    cpu, found = load(bundle, library="none"), load(bundle, device="webgpu")
+    wanted, got = (model.generate("turn on", max_new_tokens=40, temperature=1, seed=3) for model in (cpu, found))
+    assert wanted.tokens == got.tokens
+    held = found.pool._idle[0]
+    assert held.capacity > 32
+    assert {value.device_name() for value in held.values(0, 1)} == {"webgpu"}
+    assert dispatches.moved(found, 4) == dispatches.moved(found, 50) < 10 * 4 * found.vocabulary
