@@ -7,13 +7,15 @@ Packages come by name through apt-get, from the system's own sources and keys, w
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from edgepeft.errors import TargetError
@@ -24,6 +26,15 @@ SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
 def tell(who: str, text: str) -> None:
     """Say a step of a set-up."""
     print(f"{who}: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def alone(home: Path) -> Iterator[None]:
+    """Set a folder up alone: who comes second waits for the first, and finds it done."""
+    home.mkdir(parents=True, exist_ok=True)
+    with open(home / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def step(who: str, command: Sequence[str], what: str) -> None:

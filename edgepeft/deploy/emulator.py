@@ -11,6 +11,7 @@ up again goes on where it stopped and costs nothing when all is there. An instru
 with SIGILL, as on the board; instruction counts repeat, emulated seconds mean nothing.
 
     python -m edgepeft.deploy.emulator install
+    python -m edgepeft.deploy.emulator run cortex-a72 BUNDLE --prompt "..."     what `edgepeft run` does, on that CPU
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from edgepeft.export.ops import MINIMUM_ONNXRUNTIME
 QEMU = "qemu-aarch64"
 DEBS = ("python3", "libstdc++6")
 WHEEL_PLATFORMS = tuple(f"manylinux{tag}_aarch64" for tag in ("_2_28", "_2_27", "_2_17", "2014"))
+DEVICE_WHEELS = ("numpy", "tokenizers", "click", "jinja2", "markupsafe")
 MARK = 0x45500000  # kMark of kernels/emulation/count.cc
 NEWEST = "1.32.0"
 SAFE = MINIMUM_ONNXRUNTIME
@@ -89,20 +91,27 @@ class Emulator:
         options: Sequence[str] = (),
     ) -> subprocess.CompletedProcess[str]:
         """Run a program on an emulated CPU; its environment is `env` and nothing of this process's but the paths."""
-        if cpu not in CPUS:
-            raise TargetError(unknown("emulated CPU", cpu, CPUS))
-        view = _cpu_view(self.home, cpu)
-        command = [self.qemu, "-cpu", CPUS[cpu].qemu, "-L", str(view), *options, *map(str, argv)]
-        kept = {key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR", "EDGEPEFT_CACHE") if key in os.environ}
+        command, variables = self._guest(cpu, argv, env, options)
         try:
             done = subprocess.run(
-                command, env={**kept, **(env or {})}, capture_output=True, text=True, timeout=timeout_s, check=False
+                command, env=variables, capture_output=True, text=True, timeout=timeout_s, check=False
             )
         except subprocess.TimeoutExpired:
             raise TargetError(f"emulated {cpu}: no end after {timeout_s:g} s: {shlex.join(map(str, argv))}") from None
         if check and done.returncode:
             raise TargetError(_failure(cpu, argv, done))
         return done
+
+    def _guest(
+        self, cpu: str, argv: Sequence[str], env: Mapping[str, str] | None, options: Sequence[str] = ()
+    ) -> tuple[list[str], dict[str, str]]:
+        """Return the host's command of a guest program, and the variables it is to see."""
+        if cpu not in CPUS:
+            raise TargetError(unknown("emulated CPU", cpu, CPUS))
+        view = _cpu_view(self.home, cpu)
+        kept = {key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR", "EDGEPEFT_CACHE") if key in os.environ}
+        command = [self.qemu, "-cpu", CPUS[cpu].qemu, "-L", str(view), *options, *map(str, argv)]
+        return command, {**kept, **(env or {})}
 
     def python(
         self,
@@ -120,11 +129,23 @@ class Emulator:
         `paths` come first on its import path: give the folder that holds edgepeft. numpy, tokenizers and the asked
         release of ONNX Runtime are there; that release is fetched when it is not.
         """
-        wheels = [_wheel(self.home, name) for name in (f"onnxruntime=={onnxruntime}", "numpy", "tokenizers")]
-        search = os.pathsep.join(map(str, [*paths, *wheels]))
-        guest = {"PYTHONPATH": search, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0", "PYTHONNOUSERSITE": "1"}
-        program = str(_guest_python(self.home / "root"))
+        program, guest = self._python((f"onnxruntime=={onnxruntime}", "numpy", "tokenizers"), paths)
         return self.run(cpu, [program, *argv], {**guest, **(env or {})}, timeout_s, check, options)
+
+    def _python(self, wheels: Sequence[str], paths: Sequence[Path]) -> tuple[str, dict[str, str]]:
+        """Return the guest's Python and the variables by which it finds wheels and `paths`."""
+        search = os.pathsep.join(map(str, [*paths, *(_wheel(self.home, name) for name in wheels)]))
+        guest = {"PYTHONPATH": search, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0", "PYTHONNOUSERSITE": "1"}
+        return str(_guest_python(self.home / "root")), guest
+
+    def edgepeft(self, cpu: str, words: Sequence[str], onnxruntime: str = SAFE) -> int:
+        """Run this edgepeft's command line on an emulated CPU, on this terminal; return its exit status.
+
+        It has what `pip install edgepeft` brings to a board, and jinja2 for chat templates.
+        """
+        program, guest = self._python((f"onnxruntime=={onnxruntime}", *DEVICE_WHEELS), [Path(__file__).parents[2]])
+        command, variables = self._guest(cpu, [program, "-m", "edgepeft", *words], guest)
+        return subprocess.run(command, env=variables, check=False).returncode
 
     def count_options(self) -> list[str]:
         """Return the qemu options that make a run print "instructions N" on its standard error."""
@@ -284,16 +305,23 @@ def _failure(cpu: str, argv: Sequence[str], done: subprocess.CompletedProcess[st
     return f"emulated {cpu}: {shlex.join(map(str, argv))[:300]} {how}\n{tail}"
 
 
+USAGE = "usage: python -m edgepeft.deploy.emulator install|check|run CPU BUNDLE [options and texts of edgepeft run]"
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Serve `python -m edgepeft.deploy.emulator install|check`."""
-    if list(arguments) not in (["install"], ["check"]):
-        print("usage: python -m edgepeft.deploy.emulator install|check", file=sys.stderr)
+    """Serve `python -m edgepeft.deploy.emulator install|check|run`."""
+    verb, *rest = arguments or [""]
+    if verb not in ("install", "check", "run") or (len(rest) < 2 if verb == "run" else rest):
+        print(USAGE, file=sys.stderr)
         return 2
     try:
-        if arguments[0] == "install":
-            install()
+        if verb == "install":
+            with debs.alone(folder()):
+                install()
         if reason := missing():
             raise TargetError(f"emulator: {reason}")
+        if verb == "run":
+            return Emulator(str(shutil.which(QEMU)), folder()).edgepeft(rest[0], ["run", *rest[1:]])
     except TargetError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -210,7 +210,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     try:
         if verb == "install":
-            install()
+            with debs.alone(folder()):
+                install()
         if reason := missing():
             raise TargetError(f"{WHO}: {reason}")
         names = available()

@@ -56,7 +56,18 @@ def find_library(manifest: Manifest, choice: str | Path) -> Path | None:
     inside = f"lib/{platform_tag()}/{FILE_NAME}"
     if inside in manifest.files:
         return manifest.folder / inside
-    return INSTALLED if INSTALLED.exists() else None
+    return INSTALLED if INSTALLED.exists() and not _is_foreign(INSTALLED) else None
+
+
+def _is_foreign(path: Path) -> bool:
+    """Tell whether a library is whole in its header and for another processor: a package shared with other machines."""
+    with open(path, "rb") as stream:
+        header = stream.read(20)
+    return header.startswith(b"\x7fELF") and len(header) == 20 and not platform_tag().endswith(f"-{_machine(header)}")
+
+
+def _machine(header: bytes) -> str:
+    return MACHINES.get(struct.unpack_from("<H", header, 18)[0], "another processor")
 
 
 def _check_elf(path: Path) -> None:
@@ -67,11 +78,10 @@ def _check_elf(path: Path) -> None:
         raise TargetError(f"{path}: the op library cannot be read ({error.strerror}).") from None
     if len(data) < 64 or data[:4] != b"\x7fELF":
         raise TargetError(f"{path}: not a Linux shared library, or cut short ({len(data)} bytes).")
-    machine = MACHINES.get(struct.unpack_from("<H", data, 18)[0], "another processor")
-    if not platform_tag().endswith(f"-{machine}"):
+    if not platform_tag().endswith(f"-{_machine(data)}"):
         raise TargetError(
-            f"{path}: built for {machine}, this process is {platform_tag()}. Leave the library at 'auto', or take "
-            "'none' to run on stock ONNX Runtime."
+            f"{path}: built for {_machine(data)}, this process is {platform_tag()}. Leave the library at 'auto', or "
+            "take 'none' to run on stock ONNX Runtime."
         )
     if data[4] == 2 and (end := _elf_end(data)) > len(data):
         raise TargetError(f"{path}: cut short: expected {end} bytes, found {len(data)}. Copy it again.")
