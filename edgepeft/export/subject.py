@@ -118,6 +118,12 @@ class Subject:
         """The PyTorch model with the adapter that was chosen."""
         return self.adapters[self.chosen]
 
+    def bare(self) -> Any:
+        """Return the packed model in PyTorch as it was before any training: PEFT does not give its biases back."""
+        from edgepeft.backbone.load import quantized_model
+
+        return quantized_model(self.run.path("quantized"), self.splits.labels, self.config)
+
     def adapter(self, name: str) -> None:
         """Put an adapter in place: "trained" or "exported"; nothing to choose in a merged model."""
         self.chosen = name

@@ -160,9 +160,7 @@ def check_metric(work: Written) -> Figures:
             "float or a finer --format."
         )
     perplexity: dict[str, Any] = {"exported": found.perplexity, "trained": wanted.perplexity}
-    if not work.merged:
-        with work.model.disable_adapter():
-            perplexity["base"] = judge(work.examples, of_torch(work.model)).perplexity
+    perplexity["base"] = judge(work.examples, of_torch(work.bare())).perplexity
     perplexity["float_base"] = _float_perplexity(work)
     where = {"split": work.split_name, "examples": len(work.judged), "tokens": len(wanted.likeliest)}
     return {"loss": found.loss, "trained_loss": wanted.loss, "perplexity": perplexity, **where}

@@ -8,6 +8,7 @@ import onnx
 import pytest
 from builders import conversations, tiny_decoder, write_rows
 
+from edgepeft.adapt import peft_files
 from edgepeft.artifact import Run, read_json, read_tensors, write_json
 from edgepeft.config import Config
 from edgepeft.errors import VerifyError
@@ -69,6 +70,28 @@ def test_right_export_passes_and_reports(tiny, tmp_path, kind):
     assert sum(scale.size for scale in scales.values()) == cache["bytes_a_token"]
     assert all(np.isfinite(scale).all() and (scale > 0).all() for scale in scales.values())
     assert read_json(tmp_path / "report.json")["checks"] == json.loads(json.dumps(report))
+
+
+def test_the_base_is_what_it_was_before_its_biases_were_trained(tmp_path):
+    """PEFT switches an adapter off, but leaves the biases that it trained in the base."""
+    from edgepeft.backbone.load import quantized_model
+    from edgepeft.train.loop import adapted
+    from tests.adapt.foreign_settings import randomize
+
+    config, run = make_run(tmp_path, "qwen2", activation="float")
+    before = stage.verify(config, run, tmp_path)["metric"]["perplexity"]
+    tuned = adapted(quantized_model(run.path("quantized"), [], config), config.replace(method="bitfit"))
+    randomize(tuned)
+    shutil.rmtree(run.path("export"))
+    tuned.save_pretrained(str(tmp_path / "tuned"))
+    adapter = peft_files.read(tmp_path / "tuned", foreign=True)
+    about = read_json(run.path("quantized") / "quantized.json")
+    peft_files.write(run.path("adapter"), adapter.settings, adapter.tensors, about["base_digest"], about["format"])
+    run.make("export", "biases", lambda out: export(config, run, out))
+    after = stage.verify(config, run, tmp_path)["metric"]["perplexity"]
+    assert after["base"] == before["base"]
+    assert after["trained"] != pytest.approx(before["base"], rel=1e-3)
+    assert after["exported"] == pytest.approx(after["trained"], rel=1e-3)
 
 
 def flip_a_scale(run):
