@@ -77,7 +77,9 @@ class Base:
         if packed is None:
             return np.asarray(self.tensors[f"{self.stored(module)}.weight"], np.float32)
         rows = self._parts()[module].get("layout") == "rows"
-        return EMBEDDING_FORMATS[packed.format].dequantize(packed) if rows else native.dequantize(packed)
+        w_nk = EMBEDDING_FORMATS[packed.format].dequantize(packed) if rows else native.dequantize(packed)
+        offset = self.tensors.get(f"{self.stored(module)}.qoffset")
+        return w_nk if offset is None else w_nk + np.repeat(offset[: packed.n], packed.k // offset.shape[1], axis=1)
 
     def relative_error(self, module: str) -> float:
         """Return ‖W - Ŵ‖ / ‖W‖ as measured when a module was packed; 0 where it was kept in float."""
@@ -91,6 +93,6 @@ class Base:
     def floats(self) -> dict[str, tuple[int, ...]]:
         """Return {tensor name: shape} of what is kept in float, biases of linears left out."""
         biases = {f"{name}.bias" for name in self.linears}
-        packed = ("qweight", "qscale", "absmax_")
+        packed = ("qweight", "qscale", "qoffset", "absmax_")
         floats = {name: t for name, t in self.tensors.items() if not name.rpartition(".")[2].startswith(packed)}
         return {name: t.shape for name, t in floats.items() if name not in biases}

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from edgepeft.adapt.doctor_base import Base
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
-VARIANTS = ("use_dora", "use_rslora")
+VARIANTS = ("use_dora", "use_rslora", "use_qalora")
 VOCABULARY = ("embed_tokens", "lm_head", "word_embeddings")
 SHOWN = (
     "adapter", "tool", "layout", "method", "rank", "alpha", "scale", "modules", "heads", "dtype", "bytes", "trained_on",

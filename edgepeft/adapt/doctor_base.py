@@ -96,7 +96,11 @@ def _packed(path: Path, kind: str) -> Base:
     parts = [*about["layers"], *about["kept"]]
     linears = {part["name"]: tuple(part["shape"]) for part in parts if part["kind"] == "linear"}
     packed = {f"{part['name']}.weight": tuple(part["shape"]) for part in parts if part["kind"] != "linear"}
-    others = {name: tuple(entry["shape"]) for name, entry in header.items() if not name.endswith(("qweight", "qscale"))}
+    others = {
+        name: tuple(entry["shape"])
+        for name, entry in header.items()
+        if not name.endswith(("qweight", "qscale", "qoffset"))
+    }
     settings = read_json(path / "config.json")
     digest, tag = about["base_digest"], about["format"]
     return Base(kind, path, digest, tag, settings, linears, {**others, **packed}, token_count(path))

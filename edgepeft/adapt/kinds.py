@@ -4,6 +4,7 @@
 |---|---|---|
 | LORA      | scale·B·A x, scale = alpha/r or alpha/√r         | a = A, b = scale·B                                    |
 |  lora_bias| + scale·c                                        | bias = the base's + scale·c                           |
+|  use_qalora| scale·B·A (J·x̄), x̄ means of x over J blocks     | a = A·J/G, each column for the G of a block           |
 |  use_dora | y = m ⊙ (W + scale·BA) x / ‖W + scale·BA‖ + bias | s_out = m / ‖W + scale·BA‖, row by row                |
 | ADALORA   | B·diag(E)·A x · alpha/(init_r + 1e-5)            | a = A, b = B·E·scale, less the ranks whose E is zero  |
 | VERA      | λb ⊙ B(λd ⊙ (A x)), A and B shared, cut to size  | a = A[:, :K], b = λb ⊙ B[:N] ⊙ λd                     |
@@ -153,6 +154,8 @@ def _lora(module: Module, base: Base | None) -> Terms:
     if "lora_embedding_A" in module.tensors:
         return Terms(a_rk=module["lora_embedding_A"], b_nr=module["lora_embedding_B"] * scale)
     found = Terms(a_rk=module["lora_A.weight"], b_nr=module["lora_B.weight"] * scale)
+    if module.settings.get("use_qalora"):
+        found = _spread(found, lora_group(module.settings))
     if "lora_B.bias" in module.tensors:
         own = needed(base, module).bias(module.name)
         shift = module["lora_B.bias"] * scale
@@ -161,6 +164,17 @@ def _lora(module: Module, base: Base | None) -> Terms:
         norms = row_norms(needed(base, module), module.name, found)
         found = dataclasses.replace(found, s_out=module["lora_magnitude_vector"] / norms)
     return found
+
+
+def lora_group(settings: Mapping[str, Any]) -> int:
+    """Return how many inputs of a linear QA-LoRA takes the mean of."""
+    return int(settings.get("qalora_group_size", 16))
+
+
+def _spread(terms: Terms, group: int) -> Terms:
+    """Return the terms of A [R, J] over means of blocks, times J as PEFT has it, as those of A [R, K]."""
+    a_rj, b_nr = terms.low_rank
+    return Terms(a_rk=np.repeat(a_rj * np.float32(a_rj.shape[1] / group), group, axis=1), b_nr=b_nr, group=group)
 
 
 def row_norms(base: Base, module: str, terms: Terms) -> np.ndarray:
@@ -257,7 +271,7 @@ def _row(peft_type: str, understood: str, training: set[str], required: list[str
     return Kind(peft_type, known, frozenset(training), endings, groups, terms, **more)
 
 
-LORA_SETTINGS = "r lora_alpha use_rslora rank_pattern alpha_pattern bias use_dora lora_bias"
+LORA_SETTINGS = "r lora_alpha use_rslora rank_pattern alpha_pattern bias use_dora lora_bias use_qalora"
 KINDS: dict[str, Kind] = {
     row.peft_type: row
     for row in (

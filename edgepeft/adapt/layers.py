@@ -1,19 +1,22 @@
-"""Layers of methods that Hugging Face PEFT does not have, injected and saved by it like its own LoRA layers.
+"""Layers of methods that Hugging Face PEFT does not have here, injected and saved by it like its own LoRA layers.
 
     experts      y = W x + Σ_e p_e · scale · B_e (A_e x)              p = softmax(router x), one p for each token
     bottleneck   z = y + scale · ( U·gelu(D·y + d) + u )              y = W x + bias, what the linear gives
     parallel     z = y + scale · ( U·gelu(D·h + d) + u )              h: what goes into the feed-forward
+    pooled       y = W x + scale · B ( A (J · x̄) )                    x̄ [J]: means of x over J blocks of its K numbers
 
 A layer wraps a linear, packed or not, through PEFT's registry of custom LoRA modules, so its parameters are named,
 saved, switched and frozen as a LoRA's are. The experts' A [E R, K] and B [N, E R] are stacked along the rank; D [R, N],
 U [N, R], as h is as wide as y. U starts at zero, so training starts from the base.
 
 What is saved says `peft_type` EXPERTS, BOTTLENECK or PARALLEL, which PEFT itself refuses: as a LoRA it would load
-without the router, or do nothing. `load` reads it, and every folder that PEFT reads.
+without the router, or do nothing. `load` reads it, and every folder that PEFT reads. The arithmetic of `pooled` is
+PEFT's own, which uses it on GPTQ's linears alone; so it is saved as PEFT saves it.
 
-Sources: mixtures of LoRA experts as in MoLE (Wu et al. 2024) and LoRAMoE (Dou et al. 2023), dense, since few experts of
-small rank cost little; adapters by Houlsby et al. 2019 (behind both halves of a layer), Pfeiffer et al. 2021 (behind
-the feed-forward alone) and He et al. 2022 (beside the feed-forward). Left out: sparse routing, a loss that balances it.
+Sources: mixtures of LoRA experts as in MoLE (Wu et al. 2024) and LoRAMoE (Dou et al. 2023), dense, since few experts
+of small rank cost little; adapters by Houlsby et al. 2019 (behind both halves of a layer), Pfeiffer et al. 2021
+(behind the feed-forward alone) and He et al. 2022 (beside the feed-forward); QA-LoRA by Xu et al. 2023. Left out:
+sparse routing, a loss that balances it.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import QALoraLinearVariant
 
 from edgepeft.artifact import read_json, read_tensors
 from edgepeft.backbone.families import family_of
@@ -126,6 +130,20 @@ class Beside(Bottleneck):
         return self._caches.pop("h")
 
 
+class Pooled(LoraLinear):
+    """A linear beside a LoRA of block means; see the module's docstring."""
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **named: Any) -> QALoraLinearVariant:
+        """Return what PEFT has for GPTQ's linears."""
+        return QALoraLinearVariant()
+
+
+def pooled(config: Any) -> Any:
+    """Let a LoRA's settings that say `use_qalora` inject `Pooled` into any linear; return them."""
+    config._register_custom_module({torch.nn.Linear: Pooled})
+    return config
+
+
 LAYERS: dict[str, type[LoraLinear]] = {"EXPERTS": Experts, "BOTTLENECK": Bottleneck, "PARALLEL": Beside}
 READ = ("r", "lora_alpha", "target_modules", "modules_to_save", "task_type", "inference_mode", "experts")
 
@@ -167,6 +185,8 @@ def load(model: Any, folder: Path) -> Any:
 
     settings = read_json(folder / "adapter_config.json")
     kind = settings.get("peft_type")
+    if settings.get("use_qalora"):
+        return PeftModel.from_pretrained(model, str(folder), config=pooled(LoraConfig.from_pretrained(str(folder))))
     if kind not in LAYERS:
         return PeftModel.from_pretrained(model, str(folder))
     given = {name: settings[name] for name in READ if settings.get(name) is not None}

@@ -4,6 +4,9 @@ Per adapted linear the weight is dequantized, what the adapter makes of it quant
 
     Ŵ' = quantize(Ŵ + ΔW)        ΔW = s_out ⊙ (Ŵ ⊙ s_in + B·A) - Ŵ        moved = Ŵ' - Ŵ
 
+A ΔW that is one number for all of a block (QA-LoRA's) need not enter the grid: it becomes the weight's offset, float32
+[N, J], which the op adds from sums of x over the blocks, exactly as the adapter did, under any format.
+
 A coarse grid swallows small changes, so two figures say what is left of ΔW, per layer and over all layers together:
 
     retention = 1 - ‖moved - ΔW‖ / ‖ΔW‖        1: exact; 0: as far off as without any adapter; below 0: farther
@@ -30,12 +33,12 @@ import numpy as np
 
 from edgepeft.adapt import choice, peft_files
 from edgepeft.adapt.base import Base
-from edgepeft.adapt.terms import Effect
+from edgepeft.adapt.terms import Effect, Terms
 from edgepeft.artifact import Run, read_json, read_tensors, write_json, write_tensors
 from edgepeft.console import progress, say, table
 from edgepeft.errors import ArtifactError, VerifyError
 from edgepeft.quant import native
-from edgepeft.quant.formats import FORMATS, Packed
+from edgepeft.quant.formats import FORMATS, TILE_COLUMNS, TILE_ROWS, Packed
 from edgepeft.quant.solvers import SOLVERS
 from edgepeft.quant.stage import describe, packed_tensors
 
@@ -61,8 +64,7 @@ def merge(config: Config, run: Run, out: Path) -> dict[str, Any]:
     rows, layers = [], {layer["name"]: dict(layer) for layer in about["layers"]}
     changes = {name: terms for name, terms in effect.modules.items() if set(terms.present) - {"bias"}}
     for module, terms in progress(changes.items(), "merge", len(changes)):
-        delta_nk = terms.delta(base.weight(module))
-        figures, changed = merge_module(module, delta_nk, layers.get(module), tensors, about)
+        figures, changed = merge_terms(module, terms, base, layers.get(module))
         tensors.update(changed)
         rows.append(figures)
     tensors.update(whole_tensors(effect, base))
@@ -101,6 +103,31 @@ def whole_tensors(effect: Effect, base: Base) -> dict[str, np.ndarray]:
     biases = {f"{name}.bias": terms.bias for name, terms in effect.modules.items() if terms.bias is not None}
     whole = {name: value for name, value in effect.replaced.items() if name.split(".")[0] not in base.heads}
     return {**biases, **whole}
+
+
+def merge_terms(
+    module: str, terms: Terms, base: Base, layer: dict[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Put the terms of one linear into its weight, as an offset where they are one; else as `merge_module`."""
+    if (
+        layer is not None
+        and terms.group
+        and terms.group % TILE_COLUMNS == 0
+        and not {"s_in", "s_out"} & set(terms.present)
+    ):
+        return offset_module(module, terms, layer)
+    return merge_module(module, terms.delta(base.weight(module)), layer, base.tensors, base.about)
+
+
+def offset_module(module: str, terms: Terms, layer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the figures of a linear whose ΔW is one number for each block, and that offset [16T, J]."""
+    a_rk, b_nr = terms.low_rank
+    delta_nj = b_nr.astype(np.float64) @ a_rk[:, :: terms.group]
+    offset = np.zeros((-(-len(delta_nj) // TILE_ROWS) * TILE_ROWS, delta_nj.shape[1]), np.float32)
+    offset[: len(delta_nj)] = delta_nj
+    layer.update(offset_blocks=offset.shape[1], bytes=layer["bytes"] + offset.nbytes)
+    moved, delta = (np.repeat(value, terms.group, axis=1) for value in (offset[: len(delta_nj)], delta_nj))
+    return _figures(module, layer["format"], moved, delta), {f"{module}.qoffset": offset}
 
 
 def merge_module(
@@ -153,8 +180,8 @@ def overall(rows: list[dict[str, Any]]) -> dict[str, float]:
 def _metrics(config: Config, run: Run, out: Path) -> dict[str, Any]:
     """Return the validation metric of base and adapter apart, and of the merged model as written."""
     import torch
-    from peft import PeftModel
 
+    from edgepeft.adapt import layers
     from edgepeft.backbone.load import quantized_model
     from edgepeft.train.data import load_splits
     from edgepeft.train.loop import load_tokenizer, predict
@@ -166,9 +193,7 @@ def _metrics(config: Config, run: Run, out: Path) -> dict[str, Any]:
     splits, task = load_splits(config), TASKS[config.task]
     with quiet():
         tokenizer = load_tokenizer(run.path("quantized"))
-        apart = PeftModel.from_pretrained(
-            quantized_model(run.path("quantized"), splits.labels, config), str(run.path("adapter"))
-        )
+        apart = layers.load(quantized_model(run.path("quantized"), splits.labels, config), run.path("adapter"))
         merged = merged_model(out, run.path("adapter"), splits.labels, config)
     labels = np.asarray(splits.validation.labels)
     answers = [predict(model, config, splits.validation, tokenizer) for model in (apart, merged)]

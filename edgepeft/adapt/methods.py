@@ -6,9 +6,9 @@ stage knows the terms of the one equation alone (`terms`):
     y = s_out ⊙ ( W·(s_in ⊙ x) + B·( gate ⊙ (A·x) ) ) + bias
 
 A row builds the PEFT configuration and may say more: what is done to the model before PEFT sees it (`prepare`) and
-after (`attach`), with which optimizer (`optimizer`), and what happens when training begins and after each of its steps
-(`begin`, `step`); those live in `training`. A method whose effect is not on a linear (prompts, prefixes, bottlenecks)
-is a row as well: its hooks put it into the model.
+after (`attach`), with which optimizer (`optimizer`), and what happens when training begins, goes on from a checkpoint,
+and after each of its steps (`begin`, `resume`, `step`); those live in `training`. A method whose effect is not on a
+linear (prompts, prefixes, bottlenecks) is a row as well: its hooks put it into the model.
 
 The table is named by the command line, so this module imports neither numpy, torch nor peft at its top.
 """
@@ -37,7 +37,7 @@ class Method:
 
     peft_type: how adapter_config.json names what is saved.  words: what it is, for the documentation.
     hooks: {moment: name of a function in `edgepeft.adapt.training`}; moments are "prepare", "attach", "optimizer",
-    "begin" and "step".  trains_base: it trains tensors of the base that stay in float (biases).
+    "begin", "resume" and "step".  trains_base: it trains tensors of the base that stay in float (biases).
     """
 
     tag: str
@@ -77,6 +77,13 @@ def _rslora(*given: Any) -> Any:
 
 def _dora(*given: Any) -> Any:
     return _lora(*given, use_dora=True)
+
+
+def _qalora(config: Config, *given: Any) -> Any:
+    from edgepeft.adapt import layers
+    from edgepeft.quant.formats import FORMATS
+
+    return layers.pooled(_lora(config, *given, use_qalora=True, qalora_group_size=FORMATS[config.format].group))
 
 
 def _bitfit(config: Config, modules: list[str], heads: list[str], task_type: str) -> Any:
@@ -153,8 +160,11 @@ ROWS = (
     Method("loraplus", "LORA", "LoRA whose B learns faster (--lora-plus-ratio)", _lora, {"optimizer": "loraplus"}),
     Method("dora", "LORA", "LoRA beside a magnitude for each row of W", _dora),
     Method(
+        "qalora", "LORA", "LoRA on sums of x over blocks, whose merge is exact", _qalora, {"prepare": "whole_blocks"}
+    ),
+    Method(
         "adalora", "ADALORA", "ranks given, while training, to the linears that need them", _adalora,
-        {"attach": "adalora_apart", "begin": "adalora_begin", "step": "adalora_step"},
+        {"attach": "adalora_apart", "begin": "adalora_begin", "resume": "adalora_keep", "step": "adalora_step"},
     ),
     Method("vera", "VERA", "two random matrices for all linears, vectors of each", _vera, {"attach": "vera_halves"}),
     Method("share-layers", "LORA", "one A, B for a role in all layers", _lora, {"attach": "share_layers"}),

@@ -26,7 +26,16 @@ import numpy as np
 
 from edgepeft.adapt.foreign import some
 from edgepeft.adapt.foreign.peft import read_settings
-from edgepeft.adapt.kinds import KINDS, WITHOUT_EFFECT, Kind, Module, lora_rank, lora_scale, vera_projections
+from edgepeft.adapt.kinds import (
+    KINDS,
+    WITHOUT_EFFECT,
+    Kind,
+    Module,
+    lora_group,
+    lora_rank,
+    lora_scale,
+    vera_projections,
+)  # fmt: skip
 from edgepeft.adapt.terms import BOTTLENECK, PARALLEL, PREFIX, ROUTER, Effect, Terms
 from edgepeft.artifact import read_tensor, tensor_header, write_json, write_tensors
 from edgepeft.errors import ArtifactError
@@ -196,9 +205,15 @@ def _setting_problems(settings: Mapping[str, Any]) -> list[str]:
             "save_pretrained(path_initial_model_for_weight_conversion=...), or give the changed base as the model and "
             "set init_lora_weights to true."
         )
+    if settings.get("use_qalora") and (settings.get("use_dora") or not _whole(settings.get("qalora_group_size", 16))):
+        problems.append("use_qalora: expected a whole qalora_group_size and no use_dora, which PEFT has not together.")
     if settings.get("use_dora") and settings.get("lora_bias"):
         problems.append("use_dora with lora_bias: PEFT leaves that bias out, so it says two things; train with one.")
     return problems + _number_problems(settings)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _number_problems(settings: Mapping[str, Any]) -> list[str]:
@@ -290,6 +305,8 @@ def _shape_problems(adapter: Adapter, shapes: Mapping[str, tuple[int, int]] | No
     problems = []
     for name in adapter.modules:
         tensors = {ending: list(value.shape) for ending, value in adapter.module(name).tensors.items()}
+        if adapter.settings.get("use_qalora") and len(tensors.get("lora_A.weight", ())) == 2:
+            tensors["lora_A.weight"][1] *= lora_group(adapter.settings)
         if shapes is not None and name not in shapes:
             problems.append(f"{name}: the base has no such linear.")
         elif wrong := _wrong_shape(adapter, name, tensors, shapes):

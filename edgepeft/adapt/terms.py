@@ -49,6 +49,7 @@ class Terms:
     """The terms of one adapted module, float32, scale folded into b; None is neutral.
 
     a_rk [R, K], b_nr [N, R], gate [R], s_in [K], s_out [N], bias [N].  beside: {ending: array}.
+    group: how many columns of a in turn are the same by construction; 0: one.
     """
 
     a_rk: np.ndarray | None = None
@@ -58,6 +59,7 @@ class Terms:
     s_out: np.ndarray | None = None
     bias: np.ndarray | None = None
     beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    group: int = 0
 
     @property
     def present(self) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 
 from edgepeft.adapt import layers
 from edgepeft.errors import ConfigError
+from edgepeft.quant.formats import FORMATS
 
 if TYPE_CHECKING:
     from edgepeft.config import Config
@@ -58,6 +59,20 @@ def share_groups(peft: Any, config: Config) -> None:
     _share(peft, -(-layers // config.share_groups))
 
 
+# --- QA-LoRA -------------------------------------------------------------------------------------------------------
+
+
+def whole_blocks(model: Any, config: Config) -> None:
+    """Raise ConfigError for a linear whose inputs the format's blocks do not cut into equal parts."""
+    group = FORMATS[config.format].group
+    linears = [(name, m.in_features) for name, m in model.base_model.named_modules() if isinstance(m, torch.nn.Linear)]
+    if odd := [f"{name} (K={k})" for name, k in linears if k % group]:
+        raise ConfigError(
+            f"--method qalora: expected inputs in blocks of {group}, those of --format {config.format}; found "
+            f"{', '.join(odd)}. Take --method lora, or a format of smaller blocks."
+        )
+
+
 # --- VeRA ----------------------------------------------------------------------------------------------------------
 
 
@@ -94,7 +109,8 @@ def adalora_apart(peft: Any, config: Config) -> None:
 def adalora_begin(peft: Any, steps: int, epochs: int) -> None:
     """Plan the allocation: a sixth of the first epoch as it is, ranks given away until its end, then fixed.
 
-    So every checkpoint, whichever is the best, keeps to the ranks asked for. steps: of one epoch; a training of one
+    So every checkpoint, whichever is the best, keeps to the ranks asked for, and none needs what the allocation goes by
+    (averages over the steps), as it is over. steps: of one epoch; a training of one
     epoch keeps its last third for the ranks that are left.
     """
     settings = peft.peft_config["default"]
@@ -115,10 +131,16 @@ def adalora_step(peft: Any, step: int) -> None:
     if step <= last:
         tuner.update_and_allocate(step)
         settings.rank_pattern = None
-    kept = tuner.__dict__.setdefault("_kept_ranks", {})
+    if step == last:
+        adalora_keep(peft)
     with torch.no_grad():
-        for name, values in _singular_values(peft) if step >= last else ():
-            values.mul_(kept.setdefault(name, values != 0))
+        for name, values in _singular_values(peft) if step > last else ():
+            values.mul_(vars(tuner)["_kept_ranks"][name])
+
+
+def adalora_keep(peft: Any) -> None:
+    """Fix the ranks that are not empty now: where allocation ends, and of a checkpoint, which is always later."""
+    vars(peft.base_model)["_kept_ranks"] = {name: values != 0 for name, values in _singular_values(peft)}
 
 
 def _singular_values(peft: Any) -> Iterator[tuple[str, torch.Tensor]]:

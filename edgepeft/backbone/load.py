@@ -338,7 +338,8 @@ def _swap(model: Any, layer: Mapping[str, Any]) -> None:
         new: Any = QuantEmbedding.like(old, layer["format"], layer.get("layout", "rows"), "meta")
     else:
         found = old.out_features, old.in_features
-        new = QuantLinear(k, n, old.bias is not None, layer["format"], device="meta")
+        blocks = layer.get("offset_blocks", 0)
+        new = QuantLinear(k, n, old.bias is not None, layer["format"], device="meta", offset_blocks=blocks)
     if found != (n, k):
         raise ModelError(f"{layer['name']}: packed as {n} x {k}, config.json makes it {found[0]} x {found[1]}.")
     _put(model, layer["name"], new)

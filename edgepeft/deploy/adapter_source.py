@@ -66,7 +66,7 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def _scale_is_folded(settings: Mapping[str, Any]) -> bool:
     """Tell whether PEFT's settings mean y + B·(A·x) with no factor."""
     ranks, alphas = (settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
-    plain = not any(settings.get(key) for key in ("use_dora", "use_rslora", "fan_in_fan_out"))
+    plain = not any(settings.get(key) for key in ("use_dora", "use_rslora", "use_qalora", "fan_in_fan_out"))
     same = settings.get("lora_alpha") == settings.get("r") and ranks == alphas
     return settings.get("peft_type") == "LORA" and same and plain
 

@@ -263,7 +263,8 @@ class Emitter:
         tags = {self.format(module) for module in modules}
         rows = [self.shape_nk(module)[0] for module in modules]
         own_s_in = any(self.adapter.term(module, "s_in") for module in modules)
-        if len(tags) == 1 and None not in tags and not own_s_in and all(n % TILE_ROWS == 0 for n in rows):
+        alike = len(tags) == len({self.offset_blocks(module) for module in modules}) == 1
+        if alike and None not in tags and not own_s_in and all(n % TILE_ROWS == 0 for n in rows):
             return self.packed_linears(modules, x)
         return [self.linear(module, x) for module in modules]
 
@@ -296,6 +297,10 @@ class Emitter:
         n, k = packed["shape"] if packed else self.weights[f"{stored}.weight"].shape
         return n, k
 
+    def offset_blocks(self, module: str) -> int:
+        """Return J of a module whose weight has offsets, else 0."""
+        return self.weights.layers.get(self.stored(module), {}).get("offset_blocks", 0)
+
     def packed_linears(self, modules: Sequence[str], x: Value, names: Sequence[str] = ()) -> list[Value]:
         """One fused op over modules whose weights stack along N; values get `names`, or the modules'."""
         graph = self.graph
@@ -303,17 +308,19 @@ class Emitter:
         tag = self.weights.layers[stored[0]]["format"]
         shapes = [self.shape_nk(module) for module in modules]
         rows, k = [n for n, _ in shapes], shapes[0][1]
-        stacked = [
+        parts = ["qweight", "qscale", *(["qoffset"] if self.offset_blocks(modules[0]) else [])]
+        w, scale, *offset = (
             graph.constant(f"{'|'.join(stored)}.{part}", *(self.weights[f"{m}.{part}"] for m in stored))
-            for part in ("qweight", "qscale")
-        ]
+            for part in parts
+        )
         s_in = self.term(modules[0], "s_in", self.one(), (k,))
-        inputs = [x, *stacked, s_in]
+        inputs = [x, w, scale, s_in]
         for module, n in zip(modules, rows, strict=True):
             inputs += [*self.terms(module, n, k, x), self.bias(module, n)]
+        inputs += offset
         outputs = [Value(m, FLOAT, (*x.shape[:-1], n)) for m, n in zip(names or modules, rows, strict=True)]
-        kind = ops.op_type(tag, len(modules))
-        graph.function(kind, lambda: ops.function_proto(tag, len(modules)))
+        kind = ops.op_type(tag, len(modules), bool(offset))
+        graph.function(kind, lambda: ops.function_proto(tag, len(modules), bool(offset)))
         attrs = ops.attributes(k, rows, self.activation)
         return list(graph.nodes_outputs(kind, inputs, outputs, "|".join(names or modules), ops.DOMAIN, **attrs))
 

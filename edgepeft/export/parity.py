@@ -214,7 +214,7 @@ def int8_activations(model: Any) -> Iterator[None]:
             q, scale = ops.quantize_activations(x.numpy().reshape(-1, x.shape[-1]), block)
             near = torch.from_numpy(q * scale[:, :, None]).reshape(x.shape)
             pieces = [near @ torch.from_numpy(weight).T for weight in _rounded_weight(layer)]
-            y = torch.cat(pieces, -1)[..., : layer.out_features]
+            y = torch.cat(pieces, -1)[..., : layer.out_features] + layer.offset_product(x)
             return y if layer.bias is None else y + layer.bias
 
         return forward

@@ -65,6 +65,11 @@ class WeightFormat:
         """What K must be a multiple of."""
         return max(self.block, self.act_block, TILE_COLUMNS) if self.layout == "tiles" else self.block
 
+    @property
+    def group(self) -> int:
+        """How many columns of K share an offset, where weights have offsets (`qoffset` of linears)."""
+        return self.block or self.act_block
+
     def check_shape(self, n: int, k: int) -> str | None:
         """Return why an N x K weight cannot take this format, or nothing."""
         if n < 1 or k < 1:

@@ -1,13 +1,14 @@
 """Linear and embedding layers that hold packed bits only; a float weight exists for one layer at a time.
 
-    y = x Ŵᵀ + bias        dx = dy Ŵ        Ŵ[n, k] = value(code[n, k]) * scale[n, k // block]
+    y = x Ŵᵀ + bias        dx = dy Ŵ        Ŵ[n, k] = value(code[n, k]) * scale[n, k // block] + offset[n, k J // K]
 
 `QuantLinear` is a `torch.nn.Linear` whose `weight` has a shape and no numbers (NaN), so PEFT injects adapters on it as
 on any other linear, and a method reaches the weight by `get_weight` / `set_weight` alone (PEFT: by `dequantize`).
 Forward dequantizes, multiplies and forgets; backward dequantizes again; W itself gets no gradient, a bias that is a
 parameter does; a head over a large vocabulary is multiplied PIECE weights at a time. `qweight` and `qscale` are buffers
 in the layout of the format's table row, so `state_dict` holds what the export reads. Casting a model (`.half()`,
-`.to(dtype)`) never rounds scales: the bits trained against are the bits shipped.
+`.to(dtype)`) never rounds scales: the bits trained against are the bits shipped. `qoffset` [16T, J], float32, is there
+where a merge wrote one: a number more for all weights of a row in each of J blocks, which no grid rounds.
 
 `activation` says how forward multiplies: "float", or "int8" as the op that ships does, by its kernel (`multiply_int8`).
 Backward is the same for both: what rounds x counts as the identity (straight through).
@@ -122,14 +123,16 @@ class _PackedModule(torch.nn.Module):
         self.register_buffer("qscale", torch.zeros(scale_shape, dtype=getattr(torch, fmt.scale_dtype), device=device))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Move the scales as bytes, so that a change of dtype cannot round them."""
-        scale = self._buffers.pop("qscale")
-        assert scale is not None
+        """Move scales and offsets as bytes, so that a change of dtype cannot round them."""
+        exact: dict[str, torch.Tensor | None] = {
+            n: self._buffers.pop(n) for n in ("qscale", "qoffset") if n in self._buffers
+        }
         try:
             super()._apply(fn, recurse)
         finally:
-            self._buffers["qscale"] = scale
-        self._buffers["qscale"] = fn(scale.view(torch.uint8)).view(scale.dtype)
+            self._buffers.update(exact)
+        for name, value in exact.items():
+            self._buffers[name] = None if value is None else fn(value.view(torch.uint8)).view(value.dtype)
         return self
 
     def _set(self, packed: Packed) -> None:
@@ -139,17 +142,26 @@ class _PackedModule(torch.nn.Module):
 
 
 class QuantLinear(_PackedModule, torch.nn.Linear):  # type: ignore[override]  # weight is a parameter there
-    """A frozen linear layer of packed bits: x [..., K] to y [..., N]. Buffers: qweight, qscale, bias."""
+    """A frozen linear layer of packed bits: x [..., K] to y [..., N]. Buffers: qweight, qscale, qoffset, bias."""
 
+    qoffset: torch.Tensor | None
     activation = "float"
     gather: Callable[[torch.Tensor], torch.Tensor] | None = None  # makes the whole of a process's share of tiles
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, format: str = "i4b32", device: Any = None
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        format: str = "i4b32",
+        device: Any = None,
+        offset_blocks: int = 0,
     ) -> None:
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features, self.format = in_features, out_features, format
         self._register(FORMATS[format], out_features, in_features, device)
+        offset = torch.zeros(len(self.qweight) * TILE_ROWS, offset_blocks, device=device) if offset_blocks else None
+        self.register_buffer("qoffset", offset)
         self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
         self._bitsandbytes: Any = None
 
@@ -179,7 +191,21 @@ class QuantLinear(_PackedModule, torch.nn.Linear):  # type: ignore[override]  # 
 
     def get_weight(self) -> torch.Tensor:
         """Return the weight as it multiplies: float32 [N, K], new memory."""
-        return dequantize(FORMATS[self.format], *self.tiles(), self.out_features, self.in_features)
+        w_nk = dequantize(FORMATS[self.format], *self.tiles(), self.out_features, self.in_features)
+        return self._shifted(w_nk, slice(0, self.out_features))
+
+    def _shifted(self, w_nk: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Return some rows of the weight with their offsets."""
+        if self.qoffset is not None:
+            w_nk.view(len(w_nk), self.qoffset.shape[1], -1).add_(self.qoffset[rows, :, None])
+        return w_nk
+
+    def offset_product(self, x: torch.Tensor) -> torch.Tensor | float:
+        """Return what the offsets add to y [..., N]: in float, whatever x is rounded to elsewhere."""
+        if self.qoffset is None:
+            return 0.0
+        sums = x.float().unflatten(-1, (self.qoffset.shape[1], -1)).sum(-1)
+        return sums @ self.qoffset[: self.out_features].T
 
     def pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield (rows, float32 weight of these rows) of the whole weight, at most PIECE elements at a time."""
@@ -189,7 +215,8 @@ class QuantLinear(_PackedModule, torch.nn.Linear):  # type: ignore[override]  # 
             rows = slice(start, min(start + step, self.out_features))
             tiles = slice(start // TILE_ROWS, -(-rows.stop // TILE_ROWS))
             w, scale = qweight[tiles], qscale[tiles]
-            yield rows, dequantize(FORMATS[self.format], w, scale, rows.stop - start, self.in_features)
+            w_nk = dequantize(FORMATS[self.format], w, scale, rows.stop - start, self.in_features)
+            yield rows, self._shifted(w_nk, rows)
 
     def int8_product(self, x: torch.Tensor) -> torch.Tensor:
         """Return x Ŵᵀ + bias in the dtype of x, on the CPU, x rounded to 8 bits by row and block as the format says."""
@@ -198,6 +225,7 @@ class QuantLinear(_PackedModule, torch.nn.Linear):  # type: ignore[override]  # 
         w, scale = (tensor.numpy() for tensor in self.tiles())
         threads = torch.get_num_threads()
         native.matmul_into(self.format, w, scale, self.out_features, x_mk.numpy(), y_mn.numpy(), threads)
+        y_mn += self.offset_product(x_mk)
         if self.bias is not None:
             y_mn += self.bias
         return y_mn.view(*x.shape[:-1], self.out_features).to(x.dtype)
@@ -216,13 +244,15 @@ class QuantLinear(_PackedModule, torch.nn.Linear):  # type: ignore[override]  # 
         return Packed(self.format, self.out_features, self.in_features, w, scale)
 
     def set_packed(self, packed: Packed) -> None:
-        """Take over a packed weight."""
+        """Take over a packed weight, which has no offsets."""
         self._set(packed)
+        self.qoffset = None
         self._bitsandbytes = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x Ŵᵀ + bias in the dtype of x."""
-        if x.is_cuda and FORMATS[self.format].codec == "nf4_block" and self.gather is None:
+        plain = self.gather is None and self.qoffset is None
+        if x.is_cuda and FORMATS[self.format].codec == "nf4_block" and plain:
             return _bitsandbytes_matmul(self, x)
         return _PackedMatmul.apply(x, self, self.bias)
 
@@ -324,6 +354,7 @@ class TiedLinear(QuantLinear):
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.format, self._bitsandbytes = embedding.format, None
         self._embedding = (embedding,)  # in a tuple it is no part of this layer
+        self.register_buffer("qoffset", None)
         self.register_buffer("bias", None)
 
     @property

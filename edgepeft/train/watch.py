@@ -80,13 +80,18 @@ class Progress(TrainerCallback):
 
 
 class MethodSteps(TrainerCallback):
-    """Lets a method do its part after each step of the optimizer, while the gradients are there."""
+    """Lets a method do its part: when training goes on from a checkpoint, and after each step of the optimizer."""
 
     def __init__(self, method: Method, model: Any) -> None:
         self.method, self.model = method, model
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Call the method when the tensors of a checkpoint are in place."""
+        if state.global_step:
+            self.method.at("resume", self.model)
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Call the method with the number of the step."""
+        """Call the method with the number of the step, while the gradients are there."""
         self.method.at("step", self.model, state.global_step + 1)
 
 

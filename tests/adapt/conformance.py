@@ -161,7 +161,7 @@ def layer_error(subject: Subject, adapter: peft_files.Adapter, peft: Any) -> flo
 
 def merged(subject: Subject, name: str) -> dict[str, float]:
     """Return how far the merged weights lie from what they were to be, before the grid: the rest is retention's."""
-    from edgepeft.adapt.merge import check_mergeable, merge_module, overall
+    from edgepeft.adapt.merge import check_mergeable, merge_terms, overall
 
     adapter = subject.adapter(subject.made(name))
     effect = adapter.effect(subject.base)
@@ -170,8 +170,7 @@ def merged(subject: Subject, name: str) -> dict[str, float]:
     rows = []
     for module, terms in effect.modules.items():
         if set(terms.present) - {"bias"}:
-            delta = terms.delta(subject.base.weight(module))
-            rows.append(merge_module(module, delta, layers[module], subject.base.tensors, subject.base.about)[0])
+            rows.append(merge_terms(module, terms, subject.base, layers[module])[0])
     return overall(rows) if rows else {"retention": 1.0, "share": 1.0}
 
 

@@ -19,9 +19,9 @@ def test_a_row_is_whole(tag: str) -> None:
     row = METHODS[tag]
     assert row.tag == tag
     assert row.peft_type in KINDS
-    assert set(row.hooks) <= {"prepare", "attach", "optimizer", "begin", "step"}
+    assert set(row.hooks) <= {"prepare", "attach", "optimizer", "begin", "resume", "step"}
     assert all(hasattr(training, name) for name in row.hooks.values())
-    config = SimpleNamespace(rank=8, alpha=12.0, dropout=0.1, seed=3, experts=4)
+    config = SimpleNamespace(rank=8, alpha=12.0, dropout=0.1, seed=3, experts=4, format="i4b32")
     made = row.peft_config(config, [KEY, DOWN], ["head"], "SEQ_CLS")
     saved = made.to_dict()["peft_type"]
     assert getattr(saved, "value", saved) == row.peft_type

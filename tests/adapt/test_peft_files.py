@@ -71,7 +71,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "DoRA and a bias of B": ({"use_dora": True, "lora_bias": True}, "use_dora with lora_bias"),
     "an activated LoRA": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     "repeated layers": ({"layer_replication": [[0, 2]]}, "layer_replication"),
-    "QA-LoRA": ({"use_qalora": True}, "use_qalora"),
+    "QA-LoRA of no blocks": ({"use_qalora": True, "qalora_group_size": 0.5}, "a whole qalora_group_size"),
     "trained tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     "a setting nobody knows": ({"use_something_new": 3}, "use_something_new = 3"),
     "PiSSA unconverted": ({"init_lora_weights": "pissa"}, "changed the base weights"),

@@ -5,13 +5,17 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from edgepeft.adapt.methods import METHODS
 from edgepeft.adapt.peft_files import SETTINGS, TENSORS
 from edgepeft.artifact import Run
 from edgepeft.config import Config
 from edgepeft.train import checkpoints
+from edgepeft.train.loop import train
+from edgepeft.train.watch import Sealer
 from tests.train.killing import train_in_child
 
 CHAIN = (
@@ -92,3 +96,29 @@ def test_best_goes_by_accuracy_then_loss_then_time() -> None:
     rows = [(5, 0.8, 0.5), (10, 0.9, 0.4), (15, 0.9, 0.3), (20, 0.9, 0.3), (25, 0.7, 0.1)]
     log = [{"step": step, "eval_accuracy": accuracy, "eval_loss": loss} for step, accuracy, loss in rows]
     assert checkpoints.best_step([{"step": 1, "loss": 2.0}, *log], "accuracy") == 15
+
+
+@pytest.mark.parametrize(
+    "tag", [tag if tag in ("adalora", "qalora") else pytest.param(tag, marks=pytest.mark.slow) for tag in METHODS]
+)
+def test_every_method_goes_on_to_the_same_bytes(
+    new_run: Callable[..., Run], tiny_config: Config, monkeypatch: pytest.MonkeyPatch, tag: str
+) -> None:
+    """AdaLoRA's checkpoints come after its ranks were given away: what is left is a mask that must go on to hold."""
+
+    def interrupt(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 9:
+            raise KeyboardInterrupt
+
+    def trained(run: Run) -> tuple[bytes, bytes]:
+        run.make("adapter", run.key, lambda out: train(config, run, out))
+        return adapter_bytes(run)
+
+    config = tiny_config.replace(method=tag, epochs=3)
+    whole, broken = new_run(name="whole"), new_run(name="broken")
+    with monkeypatch.context() as patched:
+        patched.setattr(Sealer, "on_step_end", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            trained(broken)
+    assert checkpoints.newest(broken.folder / ".train.work") == 6
+    assert trained(broken) == trained(whole)
