@@ -111,5 +111,4 @@ extern const OrtApi* api;
     return reinterpret_cast<result(*) arguments>(api->entry[index])(a...);         \
   }
 EP_ORT_API(EP_ORT_CALL)
-#undef EP_ORT_CALL
 }  // namespace ort

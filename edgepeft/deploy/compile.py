@@ -34,12 +34,14 @@ from edgepeft.artifact import cache_dir
 from edgepeft.errors import TargetError, unknown
 
 LIBRARY = "libedgepeft_ops.so"
+VULKAN_LIBRARY = "libedgepeft_vulkan.so"
 CHECKS = ("check.cc", "check_functions.cc")  # the check program's own sources
 PACKAGE = Path(__file__).resolve().parent.parent
 # One product and one sum stay two roundings, so that every compiler computes what the reference says.
 OPTIMISE = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fomit-frame-pointer", "-fno-math-errno", "-ffp-contract=off"]
 FREE = ["-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
 SHARED = ["-shared", "-nostdlib", "-s", "-Wl,-z,defs", "-Wl,-z,max-page-size=16384", "-Wl,--build-id=none"]
+PLUGIN = ["-shared", "-s", "-Wl,-z,max-page-size=16384", "-Wl,--build-id=none", "-ldl", "-lpthread", "-lm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +122,20 @@ def cross_library(os_arch: str, dest: Path) -> Path:
     """
     command = _compiler(os_arch, program=False)
     return _link([*command, *SHARED], _library_jobs(os_arch), Path(dest))
+
+
+def vulkan_library(os_arch: str, dest: Path) -> Path:
+    """Build the Vulkan execution provider of a platform at `dest`; return `dest`. Its shaders are compiled already."""
+    command, flags = _compiler(os_arch, program=True), _flags(os_arch)
+    sources = sorted((kernel_folder() / "gpu").glob("*.cc"))
+    return _link([*command, *PLUGIN], [_job(command, flags, source, kernel_folder()) for source in sources], Path(dest))
+
+
+def host_vulkan_library() -> Path:
+    """Return this machine's Vulkan execution provider from the cache, built when it is not there."""
+    words = [*_flags(_known(host_platform())), *PLUGIN, _digest([], kernel_folder())]
+    dest = cache_dir() / "host" / _digest(words, kernel_folder() / "gpu")[:24] / VULKAN_LIBRARY
+    return dest if dest.exists() else vulkan_library(host_platform(), dest)
 
 
 def check_program(os_arch: str, dest: Path, simde: bool = False) -> Path:
@@ -217,9 +233,10 @@ def _stamp(library: Path) -> Path:
 Job = tuple[list[str], Path]  # a compiler command, and the object it makes
 
 
-def _job(command: list[str], flags: list[str], source: Path) -> Job:
-    """Return how to compile one source, and where its object lies in the cache."""
-    key = _digest([_identity(tuple(command)), *flags], source.parent, source)
+def _job(command: list[str], flags: list[str], source: Path, headers: Path | None = None) -> Job:
+    """Return how to compile one source, and where its object lies in the cache; `headers`: more of them lie there."""
+    more = [_digest([], headers, headers)] if headers else []
+    key = _digest([_identity(tuple(command)), *flags, *more], source.parent, source)
     return [*command, *flags, "-c", str(source)], cache_dir() / "objects" / f"{source.stem}-{key[:24]}.o"
 
 

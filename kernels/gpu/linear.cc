@@ -1,0 +1,162 @@
+// The adapted linear, packed weights of kernels/formats.h: one dispatch for few rows; for many a product behind one that
+// computes A x once. Factors that are their neutral number are not read.
+#include <string.h>
+
+#include "operators.h"
+#include "../formats.h"
+
+namespace {
+
+enum Whole { kFormat, kGroups, kK, kN, kRows };  // kRows and two more: of the groups
+enum Input { kX, kW, kScale, kSIn, kFirst };
+enum Own { kA, kB, kGate, kSOut, kBias, kPerGroup };
+constexpr uint32_t kHalfFlag = 1, kGateNumber = 2, kGateRows = 4, kSOutNumber = 8, kBiasNumber = 16;
+constexpr uint32_t kThreads = 64, kProductThreads = 128;
+constexpr int64_t kFewRows = 4;     // of x, that the first shader takes
+constexpr int64_t kInsideRank = 64;  // up to which a workgroup computes A x for itself
+constexpr uint32_t kTiles = 4;       // that share it
+
+struct Part {
+  Value *a, *b, *gate, *s_out, *bias;
+  uint32_t rank, flags;
+};
+
+// Reads "i4b32_g3" behind the operator's name.
+Failure parse(const char* name, Step* step) {
+  for (int f = 0; f < static_cast<int>(Format::count); f++) {
+    const char* tag = kFormats[f].tag;
+    const size_t length = strlen(tag);
+    if (strncmp(name, tag, length) || name[length] != '_') continue;
+    const char* end = name + length;
+    if (strlen(end) != 3 || end[1] != 'g' || end[2] < '1' || end[2] > '3') return "weights with offsets have no shader";
+    step->whole[kFormat] = f;
+    step->whole[kGroups] = end[2] - '0';
+    return nullptr;
+  }
+  return "its format has no shader";
+}
+
+Value* or_neutral(Value& value, float neutral) { return value.holds(neutral) ? nullptr : &value; }
+
+// Reads a group's adapter; `rows` are those of x.
+Failure read_part(Run& run, const Step& s, int g, int64_t rows, Part* part) {
+  const int at = kFirst + g * kPerGroup;
+  *part = {&run.in(s, at + kA), &run.in(s, at + kB), nullptr, nullptr, nullptr, 0, 0};
+  const int64_t rank = part->a->dims.rank == 2 ? part->a->dims.d[0] : -1, n = s.whole[kRows + g];
+  if (rank < 0 || part->a->dims.d[1] != s.whole[kK] || part->b->type != part->a->type || part->b->dims.d[0] != n ||
+      part->b->dims.d[1] != rank || (part->a->type != kHalf && part->a->type != kFloat))
+    return run.refuse(s, "expected a [R, K] and b [N, R], both float16 or both float32");
+  part->rank = static_cast<uint32_t>(rank);
+  part->gate = or_neutral(run.in(s, at + kGate), 1);
+  part->s_out = or_neutral(run.in(s, at + kSOut), 1);
+  part->bias = or_neutral(run.in(s, at + kBias), 0);
+  if (part->a->type == kHalf) part->flags |= kHalfFlag;
+  if (part->gate) {
+    const int64_t gates = part->gate->dims.last(), count = part->gate->dims.count();
+    if (count != 1 && gates != rank) return run.refuse(s, "expected a gate for all ranks or one for each");
+    if (count == 1) part->flags |= kGateNumber;
+    else if (count != gates) part->flags |= kGateRows;
+    if (count != 1 && count != gates && count != rows * rank) return run.refuse(s, "expected gates for each row of x");
+  }
+  if (part->s_out && part->s_out->dims.count() == 1) part->flags |= kSOutNumber;
+  if (part->bias && part->bias->dims.count() == 1) part->flags |= kBiasNumber;
+  return nullptr;
+}
+
+uint32_t place(const Value* value) { return value ? static_cast<uint32_t>(value->element()) : kNeutral; }
+
+// What all three shaders read.
+Failure describe(Run& run, const Step& s, int64_t rows, Dispatch* d, uint32_t* ranks) {
+  Part parts[3];
+  Value *adapter[6], *factors[7], *biases[3];
+  const int groups = static_cast<int>(s.whole[kGroups]);
+  Value& x = run.in(s, kX);
+  *ranks = 0;
+  for (int g = 0; g < groups; g++) {
+    Part& part = parts[g];
+    GPU_TRY(read_part(run, s, g, rows, &part));
+    *ranks += part.rank;
+    adapter[2 * g] = part.rank ? part.a : nullptr;
+    adapter[2 * g + 1] = part.rank ? part.b : nullptr;
+    factors[2 * g] = part.rank ? part.gate : nullptr;
+    factors[2 * g + 1] = part.s_out;
+    biases[g] = part.bias;
+  }
+  factors[2 * groups] = or_neutral(run.in(s, kSIn), 1);
+  GPU_TRY(run.to_gpu(x));
+  GPU_TRY(run.together(adapter, 2 * groups, &d->buffers[4]));
+  GPU_TRY(run.together(factors, 2 * groups + 1, &d->buffers[5]));
+  GPU_TRY(run.together(biases, groups, &d->buffers[6]));
+  const Buffer* low;
+  uint64_t low_at = 0;
+  GPU_TRY(run.temporary(*ranks * static_cast<uint64_t>(rows) * 4, &low, &low_at));
+  d->buffers[0] = run.in(s, kW).buffer;
+  d->buffers[1] = run.in(s, kScale).buffer;
+  d->offsets[0] = run.in(s, kW).offset;
+  d->offsets[1] = run.in(s, kScale).offset;
+  d->buffers[2] = x.buffer;
+  d->buffers[3] = run.out(s, 0).buffer;
+  d->buffers[7] = low;
+  uint32_t flags = 0;
+  for (int g = 0; g < groups; g++) flags |= parts[g].flags << 5 * g;
+  const uint64_t head[] = {static_cast<uint64_t>(s.whole[kK]), static_cast<uint64_t>(rows), static_cast<uint64_t>(s.whole[kN]) / kTileRows,
+                           x.element(), place(factors[2 * groups]), low_at / 4, flags, *ranks};
+  for (uint64_t word : head) d->word(word);
+  for (int g = 0; g < 3; g++) {
+    const bool real = g < groups, low_rank = real && parts[g].rank;
+    const uint64_t words[] = {real ? static_cast<uint64_t>(s.whole[kRows + g]) : 0, real ? parts[g].rank : 0,
+                              low_rank ? parts[g].a->element() : 0, low_rank ? parts[g].b->element() : 0,
+                              low_rank ? place(parts[g].gate) : kNeutral, real ? place(parts[g].s_out) : kNeutral,
+                              real ? place(parts[g].bias) : kNeutral, real ? run.out(s, g).element() : 0};
+    for (uint64_t word : words) d->word(word);
+  }
+  return nullptr;
+}
+
+void specialise(const FormatInfo& f, uint32_t threads, bool inside, uint32_t tiles, Dispatch* d) {
+  d->constant_count = 0;
+  for (uint32_t value : {threads, static_cast<uint32_t>(f.bits), static_cast<uint32_t>(f.block), uint32_t{f.nf4},
+                         uint32_t{f.half_scale}, uint32_t{inside}, tiles})
+    d->constant(value);
+}
+
+}  // namespace
+
+Failure set_linear(const Node& node, Step* step) {
+  GPU_TRY(parse(node.op + strlen("AdapterMatMul_"), step));
+  step->whole[kK] = node.whole("K", 0);
+  step->whole[kN] = node.whole("N", 0);
+  const char* const rows[] = {"n0", "n1", "n2"};
+  for (int g = 0; g < 3; g++) step->whole[kRows + g] = node.whole(rows[g], 0);
+  return columns_fit(kFormats[step->whole[kFormat]], step->whole[kK]) ? nullptr : "its columns do not fill whole blocks";
+}
+
+Failure run_linear(Run& run, const Step& s) {
+  Dims dims = run.in(s, kX).dims;
+  if (dims.last() != s.whole[kK]) return run.refuse(s, "expected x with K columns");
+  const int64_t rows = dims.count() / dims.last();
+  for (int g = 0; g < s.whole[kGroups]; g++) {
+    dims.d[dims.rank - 1] = s.whole[kRows + g];
+    GPU_TRY(run.make(s, g, dims));
+  }
+  const FormatInfo& f = kFormats[s.whole[kFormat]];
+  Dispatch d;
+  uint32_t ranks;
+  GPU_TRY(describe(run, s, rows, &d, &ranks));
+  if (rows == 0) return nullptr;
+  const uint32_t tiles = static_cast<uint32_t>(s.whole[kN] / kTileRows), m = static_cast<uint32_t>(rows);
+  const bool few = rows <= kFewRows, inside = few && ranks <= kInsideRank;
+  if (ranks && !inside) {
+    d.shader = Shader::low;
+    specialise(f, kThreads, false, 1, &d);
+    d.groups[0] = (ranks + kThreads / 16 - 1) / (kThreads / 16);
+    d.groups[1] = m;
+    GPU_TRY(run.record(d));
+  }
+  const uint32_t shared = inside && ranks ? kTiles : 1;
+  d.shader = few ? Shader::linear : Shader::product;
+  specialise(f, few ? kThreads : kProductThreads, inside, shared, &d);
+  d.groups[0] = few ? (tiles + shared - 1) / shared : (tiles + 3) / 4;
+  d.groups[1] = few ? m : (m + 31) / 32;
+  return run.record(d);
+}

@@ -1,0 +1,157 @@
+// The plugin: what ONNX Runtime calls to find the device, to ask which nodes it takes, and to run them.
+//
+// A graph is taken whole or not at all: a node without a shader would bring activations back to the CPU and out again.
+// edgepeft_vulkan_missing() says why there is no device, edgepeft_vulkan_refused() which node was in the way.
+#include <stdio.h>
+#include <string.h>
+
+#include "program.h"
+
+const OrtApi* ort::api;
+
+namespace {
+
+constexpr char kName[] = "EdgePeftVulkanExecutionProvider";
+constexpr uint32_t kVendor = 0xED9E;
+const OrtEpApi* ep_api;
+char refused[640];
+
+OrtStatus* status_of(Failure failure) {
+  return failure ? ort::CreateStatus(static_cast<OrtErrorCode>(kOrtEpFail), failure) : nullptr;
+}
+
+struct Compiled : OrtNodeComputeInfo {
+  Program program;
+};
+
+// ---- running --------------------------------------------------------------------------------------------------------
+OrtStatus* create_state(OrtNodeComputeInfo* self, OrtNodeComputeContext*, void** state) { return *state = self, nullptr; }
+void release_state(OrtNodeComputeInfo*, void*) {}
+OrtStatus* compute(OrtNodeComputeInfo* self, void*, OrtKernelContext* context) {
+  Program& program = static_cast<Compiled*>(self)->program;
+  pthread_mutex_lock(&program.device->lock);
+  Failure failure = program.run(context);
+  pthread_mutex_unlock(&program.device->lock);
+  return status_of(failure);
+}
+
+// ---- taking a graph -------------------------------------------------------------------------------------------------
+OrtStatus* capability(OrtEp*, const OrtGraph* graph, OrtEpGraphSupportInfo* info) {
+  size_t count = 0;
+  if (OrtStatus* status = ort::Graph_GetNumNodes(graph, &count)) return status;
+  Array<const OrtNode*> nodes;
+  nodes.resize(count);
+  OrtStatus* status = count ? ort::Graph_GetNodes(graph, nodes.data, count) : nullptr;
+  Failure failure = nullptr;
+  for (size_t i = 0; i < count && !status && !failure; i++) {
+    Node about;
+    Step step;
+    failure = set_up(nodes[i], &about, &step);
+  }
+  if (failure && !refused[0]) snprintf(refused, sizeof(refused), "%s", failure);  // what comes later is of inlined parts
+  const OrtNodeFusionOptions options = {kEpApiVersion, true};
+  if (!status && !failure && count) status = ep_api->EpGraphSupportInfo_AddNodesToFuse(info, nodes.data, count, &options);
+  nodes.free();
+  return status;
+}
+
+OrtStatus* compile(OrtEp*, const OrtGraph** graphs, const OrtNode** fused, size_t count, OrtNodeComputeInfo** made, OrtNode**) {
+  Failure failure = nullptr;
+  Device* own = device(&failure);
+  for (size_t i = 0; i < count && !failure; i++) {
+    Compiled* one = static_cast<Compiled*>(__builtin_calloc(1, sizeof(Compiled)));
+    *static_cast<OrtNodeComputeInfo*>(one) = {kEpApiVersion, create_state, compute, release_state};
+    one->program.device = own;
+    pthread_mutex_lock(&own->lock);
+    failure = one->program.compile(graphs[i], fused[i]);
+    if (failure) one->program.free();
+    pthread_mutex_unlock(&own->lock);
+    if (failure) __builtin_free(one);
+    else made[i] = one;
+  }
+  return status_of(failure);
+}
+
+void release_compiled(OrtEp*, OrtNodeComputeInfo** made, size_t count) {
+  for (size_t i = 0; i < count; i++) {
+    Compiled* one = static_cast<Compiled*>(made[i]);
+    pthread_mutex_lock(&one->program.device->lock);
+    one->program.free();
+    pthread_mutex_unlock(&one->program.device->lock);
+    __builtin_free(one);
+  }
+}
+
+// ---- the provider and its factory -----------------------------------------------------------------------------------
+OrtStatus* create_ep(OrtEpFactory*, const OrtHardwareDevice* const*, const OrtKeyValuePairs* const*, size_t, const OrtSessionOptions*,
+                     const OrtLogger*, OrtEp** made) {
+  static OrtEp ep = {kEpApiVersion, [](const OrtEp*) -> const char* { return kName; }, capability, compile, release_compiled, {}};
+  refused[0] = 0;
+  return *made = &ep, nullptr;
+}
+
+// One device for ONNX Runtime: its GPU, or its CPU where it knows of none, as for a driver that computes there.
+OrtStatus* devices(OrtEpFactory* factory, const OrtHardwareDevice* const* all, size_t count, OrtEpDevice** made, size_t most, size_t* found) {
+  *found = 0;
+  Failure reason;
+  if (!device(&reason) || !most) return nullptr;
+  for (int kind : {kOrtGpuDevice, kOrtCpuDevice})
+    for (size_t i = 0; i < count; i++) {
+      if (ort::HardwareDevice_Type(all[i]) != kind) continue;
+      OrtStatus* status = ep_api->CreateEpDevice(factory, all[i], nullptr, nullptr, made);
+      if (!status) *found = 1;
+      return status;
+    }
+  return nullptr;
+}
+
+OrtEpFactory make_factory() {
+  OrtEpFactory f = {};
+  f.version = kEpApiVersion;
+  f.GetName = [](const OrtEpFactory*) -> const char* { return kName; };
+  f.GetVendor = [](const OrtEpFactory*) -> const char* { return "edgepeft"; };
+  f.GetVersion = [](const OrtEpFactory*) -> const char* { return "1.0.0"; };
+  f.GetVendorId = [](const OrtEpFactory*) { return kVendor; };
+  f.GetSupportedDevices = devices;
+  f.CreateEp = create_ep;
+  f.ReleaseEp = [](OrtEpFactory*, OrtEp*) {};
+  f.CreateDataTransfer = [](OrtEpFactory*, void** transfer) -> OrtStatus* { return *transfer = nullptr, nullptr; };
+  f.IsStreamAware = [](const OrtEpFactory*) { return false; };
+  return f;
+}
+
+}  // namespace
+
+#define EP_EXPORT extern "C" __attribute__((visibility("default")))
+
+EP_EXPORT OrtStatus* CreateEpFactories(const char*, const OrtApiBase* base, const OrtLogger*, OrtEpFactory** factories, size_t most, size_t* count) {
+  static OrtEpFactory factory = make_factory();
+  ort::api = base->GetApi(kEpApiVersion);
+  *count = 0;
+  if (!ort::api) {
+    ort::api = base->GetApi(1);
+    return ort::CreateStatus(kOrtFail, fail("edgepeft: Vulkan needs ONNX Runtime 1.23 or later, found %s", base->GetVersionString()));
+  }
+  ep_api = ort::GetEpApi();
+  if (most) factories[(*count)++] = &factory;
+  return nullptr;
+}
+EP_EXPORT OrtStatus* ReleaseEpFactory(OrtEpFactory*) { return nullptr; }
+
+EP_EXPORT const char* edgepeft_vulkan_missing() {
+  Failure reason;
+  return device(&reason) ? "" : reason;
+}
+EP_EXPORT const char* edgepeft_vulkan_device() {
+  Failure reason;
+  const Device* own = device(&reason);
+  return own ? own->properties.deviceName : "";
+}
+EP_EXPORT const char* edgepeft_vulkan_refused() { return refused; }
+// How many command buffers were submitted and shaders dispatched since the process began.
+EP_EXPORT void edgepeft_vulkan_counts(uint64_t* submits, uint64_t* dispatches) {
+  Failure reason;
+  const Device* own = device(&reason);
+  *submits = own ? own->submits : 0;
+  *dispatches = own ? own->dispatches : 0;
+}

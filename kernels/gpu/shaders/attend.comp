@@ -1,0 +1,85 @@
+#version 450
+// y = softmax(scale q K + what is added to scores) V, a workgroup for one query of one head, 64 keys at a time.
+layout(local_size_x = 64) in;
+layout(constant_id = 0) const uint MASK = 0;  // 0: a causal one, of a cache's lengths; 1: of padded keys; 2: a bias; 3: none
+layout(push_constant) uniform Words {
+  uint queries, keys, heads, kv_heads, dim, q, key, value, y, key_batch, key_head, key_row, lengths, mask, window;
+  float scale, softcap;
+} p;
+layout(std430, binding = 0) readonly buffer Q { float q[]; };
+layout(std430, binding = 1) readonly buffer Key { float key[]; };
+layout(std430, binding = 2) readonly buffer Value { float value[]; };
+layout(std430, binding = 3) buffer Y { float y[]; };
+layout(std430, binding = 4) readonly buffer Lengths { int lengths[]; };
+layout(std430, binding = 5) readonly buffer Mask { float mask[]; };
+const uint THREADS = 64u, NONE = 0xffffffffu;
+const float HIDDEN = -10000.0, LOWEST = -3.0e38;
+shared float query[256];
+shared float share[THREADS];
+shared float scratch[THREADS];
+
+float highest(float v) {
+  const uint id = gl_LocalInvocationID.x;
+  barrier();
+  scratch[id] = v;
+  for (uint s = THREADS / 2u; s > 0u; s /= 2u) {
+    barrier();
+    if (id < s) scratch[id] = max(scratch[id], scratch[id + s]);
+  }
+  barrier();
+  return scratch[0];
+}
+
+float add_up(float v) {
+  const uint id = gl_LocalInvocationID.x;
+  barrier();
+  scratch[id] = v;
+  for (uint s = THREADS / 2u; s > 0u; s /= 2u) {
+    barrier();
+    if (id < s) scratch[id] += scratch[id + s];
+  }
+  barrier();
+  return scratch[0];
+}
+
+void main() {
+  const uint id = gl_LocalInvocationID.x, head = gl_WorkGroupID.x, row = gl_WorkGroupID.y, batch = gl_WorkGroupID.z;
+  const uint at = ((batch * p.queries + row) * p.heads + head) * p.dim;
+  const uint own = batch * p.key_batch + head / (p.heads / p.kv_heads) * p.key_head;
+  for (uint d = id; d < p.dim; d += THREADS) query[d] = q[p.q + at + d] * p.scale;
+  uint first = 0u, last = p.keys;
+  if (MASK == 0u) {
+    last = uint(lengths[p.lengths + batch]) + row + 1u;
+    if (p.window != 0u && last > p.window) first = last - p.window;
+  }
+  float top = LOWEST, sum = 0.0, mixed[4] = float[](0.0, 0.0, 0.0, 0.0);
+  for (uint start = first; start < last; start += THREADS) {
+    barrier();
+    const uint j = start + id, from = p.key + own + j * p.key_row;
+    float score = LOWEST;
+    if (j < last) {
+      score = 0.0;
+      for (uint d = 0u; d < p.dim; d++) score += query[d] * key[from + d];
+      if (p.softcap != 0.0) score = p.softcap * tanh(score / p.softcap);
+      if (MASK == 1u && lengths[p.lengths + batch * p.keys + j] == 0) score += HIDDEN;
+      if (MASK == 2u) score += mask[p.mask + ((batch * p.heads + head) * p.queries + row) * p.keys + j];
+    }
+    const float new_top = max(top, highest(score)), kept = exp(top - new_top);
+    const float part = j < last ? exp(score - new_top) : 0.0;
+    share[id] = part;
+    sum = sum * kept + add_up(part);
+    top = new_top;
+    const uint count = min(THREADS, last - start);
+    for (uint i = 0u; i < 4u; i++) {
+      const uint d = id + i * THREADS;
+      if (d >= p.dim) break;
+      float v = mixed[i] * kept;
+      for (uint n = 0u; n < count; n++) v += share[n] * value[p.value + own + (start + n) * p.key_row + d];
+      mixed[i] = v;
+    }
+  }
+  for (uint i = 0u; i < 4u; i++) {
+    const uint d = id + i * THREADS;
+    if (d < p.dim) y[p.y + at + d] = mixed[i] / sum;
+  }
+}

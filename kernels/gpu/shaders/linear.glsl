@@ -1,0 +1,110 @@
+// What the shaders of an adapted linear share: y_g = s_out_g (W_g (s_in x) + B_g (gate_g (A_g x))) + bias_g.
+// Weights lie in tiles as kernels/formats.h says: a unit of 16 rows x 32 columns is 16 or 32 vectors of four rows' lanes.
+layout(local_size_x_id = 0) in;
+layout(constant_id = 0) const uint THREADS = 64;
+layout(constant_id = 1) const uint BITS = 4;
+layout(constant_id = 2) const uint BLOCK = 32;        // columns that share a scale; 0: the whole row
+layout(constant_id = 3) const bool NF4 = false;
+layout(constant_id = 4) const bool HALF_SCALE = true;
+layout(constant_id = 5) const bool LOW_INSIDE = false; // A x is computed by each workgroup for itself, not read
+layout(constant_id = 6) const uint TILES = 1;          // tiles a workgroup goes through, one after the other
+
+const uint NONE = 0xffffffffu;
+const uint HALF = 1u, GATE_NUMBER = 2u, GATE_ROWS = 4u, S_OUT_NUMBER = 8u, BIAS_NUMBER = 16u;
+const uint LANES = BITS * 4u;    // vectors in a unit
+const uint MOST_RANK = 256u;     // that fits into a workgroup's own memory
+
+struct Group { uint n, rank, a, b, gate, s_out, bias, y; };  // offsets in elements
+layout(push_constant) uniform Words {
+  uint k, m, tiles, x, s_in, t, flags, ranks;
+  Group group[3];
+} p;
+
+layout(std430, binding = 0) readonly buffer W { uvec4 w4[]; };
+layout(std430, binding = 1) readonly buffer ScaleHalf { uvec2 scale_half[]; };
+layout(std430, binding = 1) readonly buffer ScaleFloat { vec4 scale_float[]; };
+layout(std430, binding = 2) readonly buffer X { vec4 x4[]; };
+layout(std430, binding = 3) buffer Y { float y[]; };
+layout(std430, binding = 4) readonly buffer Adapter { uint adapter[]; };
+layout(std430, binding = 4) readonly buffer Adapter4 { uvec4 adapter4[]; };
+layout(std430, binding = 5) readonly buffer Factors { float factor[]; };
+layout(std430, binding = 6) readonly buffer Bias { float bias[]; };
+layout(std430, binding = 7) buffer T { float t[]; };
+
+const float NF4_VALUES[16] = float[](
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0);
+
+bool flag(uint g, uint bit) { return (p.flags >> (5u * g) & bit) != 0u; }
+
+vec4 nibbles(uint v) {
+  const uvec4 code = uvec4(v, v >> 8, v >> 16, v >> 24) & 15u;
+  if (NF4) return vec4(NF4_VALUES[code.x], NF4_VALUES[code.y], NF4_VALUES[code.z], NF4_VALUES[code.w]);
+  return vec4(code) - 8.0;
+}
+vec4 bytes(uint v) { return vec4(uvec4(v, v >> 8, v >> 16, v >> 24) & 255u) - 128.0; }
+
+// The scales of rows 4 n4 .. 4 n4 + 3 of a tile for a unit of columns.
+vec4 scales(uint tile, uint unit, uint n4) {
+  const uint blocks = BLOCK == 0u ? 1u : p.k / BLOCK, block = BLOCK == 0u ? 0u : unit * 32u / BLOCK;
+  const uint at = (tile * blocks + block) * 4u + n4;
+  if (!HALF_SCALE) return scale_float[at];
+  const uvec2 pair = scale_half[at];
+  return vec4(unpackHalf2x16(pair.x), unpackHalf2x16(pair.y));
+}
+
+// Columns 4 k4 .. 4 k4 + 3 of row m of x, alone and times s_in.
+vec4 plain_x(uint m, uint k4) { return x4[(p.x + m * p.k) / 4u + k4]; }
+vec4 scaled_x(uint m, uint k4) {
+  vec4 v = plain_x(m, k4);
+  if (p.s_in != NONE)
+    for (uint i = 0u; i < 4u; i++) v[i] *= factor[p.s_in + 4u * k4 + i];
+  return v;
+}
+
+// Eight columns of A, which is [R, K], times x.
+float low8(uint g, uint row, uint m, uint k8) {
+  const vec4 lo = plain_x(m, 2u * k8), hi = plain_x(m, 2u * k8 + 1u);
+  const uint at = p.group[g].a + row * p.k + 8u * k8;
+  if (flag(g, HALF)) {
+    const uvec4 v = adapter4[at / 8u];
+    return dot(vec4(unpackHalf2x16(v.x), unpackHalf2x16(v.y)), lo) + dot(vec4(unpackHalf2x16(v.z), unpackHalf2x16(v.w)), hi);
+  }
+  return dot(uintBitsToFloat(adapter4[at / 4u]), lo) + dot(uintBitsToFloat(adapter4[at / 4u + 1u]), hi);
+}
+
+float gated(uint g, uint row, uint m, float low) {
+  const Group group = p.group[g];
+  if (group.gate == NONE) return low;
+  if (flag(g, GATE_ROWS)) return low * factor[group.gate + m * group.rank + row];
+  return low * factor[group.gate + (flag(g, GATE_NUMBER) ? 0u : row)];
+}
+
+float b_at(uint g, uint n, uint r) {
+  const uint at = p.group[g].b + n * p.group[g].rank + r;
+  if (!flag(g, HALF)) return uintBitsToFloat(adapter[at]);
+  const vec2 pair = unpackHalf2x16(adapter[at / 2u]);
+  return at % 2u == 0u ? pair.x : pair.y;
+}
+
+// Writes y of row n of a group, when it is one.
+void finish(uint g, uint m, uint n, float v) {
+  const Group group = p.group[g];
+  if (group.s_out != NONE) v *= factor[group.s_out + (flag(g, S_OUT_NUMBER) ? 0u : n)];
+  if (group.bias != NONE) v += bias[group.bias + (flag(g, BIAS_NUMBER) ? 0u : n)];
+  if (n < group.n) y[group.y + m * group.n + n] = v;
+}
+
+// The group that a tile is of; `first` is the group's first row, `rank` where its ranks begin among all.
+uint group_of(uint tile, out uint first, out uint rank) {
+  uint g = 0u;
+  first = 0u;
+  rank = 0u;
+  while (g < 2u && tile * 16u >= first + p.group[g].n) {
+    first += p.group[g].n;
+    rank += p.group[g].rank;
+    g++;
+  }
+  return g;
+}

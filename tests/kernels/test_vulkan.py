@@ -1,0 +1,98 @@
+"""The Vulkan execution provider, node by node, on software GPUs: against the references that the CPU's kernels are held to."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edgepeft.deploy import shaders, softgpu
+from edgepeft.deploy.compile import host_vulkan_library
+from edgepeft.export import ops
+from edgepeft.export.functions import FUNCTIONS
+from edgepeft.quant.formats import FORMATS
+from edgepeft.runtime import vulkan
+from tests.kernels import small_functions
+from tests.kernels.test_ort_op import ELEMENT, GROUPS, agree, inputs
+
+RELATIVE = 2e-6  # what drivers may lose in exp, tanh and roots
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    """A software GPU in this process, and the provider's library."""
+    if reason := softgpu.missing():
+        pytest.skip(reason)
+    softgpu.use(os.environ.get("EDGEPEFT_TEST_GPU", softgpu.available()[-1]))
+    return host_vulkan_library()
+
+
+def linear(format: str, k: int, rows: Sequence[int], values, fed: Sequence[str] = ("x",)) -> bytes:
+    """Return a model of one adapted linear with its function body; inputs named in `fed` are the graph's, the others constants."""
+    names, outs = ops.input_names(len(rows)), ops.output_names(len(rows))
+    pairs = dict(zip(names, values, strict=True))
+    node = helper.make_node(
+        ops.op_type(format, len(rows)), names, outs, "node", domain=ops.DOMAIN, **ops.attributes(k, rows, "float")
+    )
+    graph = helper.make_graph(
+        [node], "g",
+        [helper.make_tensor_value_info(n, ELEMENT[pairs[n].dtype.name], [f"{n}{i}" for i in range(pairs[n].ndim)]) for n in fed],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in outs],
+        [numpy_helper.from_array(pairs[n], n) for n in names if n not in fed],
+    )  # fmt: skip
+    domains = (("", ops.OPSET), (ops.DOMAIN, ops.VERSION), ("com.microsoft", 1))
+    imports = [helper.make_opsetid(*domain) for domain in domains]
+    functions = [ops.function_proto(format, len(rows))]
+    made = helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=ops.IR_VERSION)
+    return made.SerializeToString()
+
+
+def run_linear(gpu, format: str, k: int, rows, values, fed=("x",)) -> list[np.ndarray]:
+    session = vulkan.open_session(gpu, linear(format, k, rows, values, fed))
+    return session.run(None, {n: v for n, v in zip(ops.input_names(len(rows)), values, strict=True) if n in fed})
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_formats_and_groups(gpu, format: str) -> None:
+    for groups, leading, rank in (1, (1,), 16), (3, (2, 1), [5, 0, 70]), (2, (40,), 8), (3, (3,), 0):
+        rows = GROUPS[groups]
+        values = inputs(format, 384, rows, leading, rank)
+        agree(format, "float", rows, values, run_linear(gpu, format, 384, rows, values))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("m", [2, 33])
+def test_gates_scales_and_adapters_at_run_time(gpu, m: int, dtype) -> None:
+    fed = [name for name in ops.input_names(2) if name not in ("w", "w_scale")]
+    for gate in ("number", "vector", "per row", "for all rows"):
+        values = inputs("i4b32", 128, [32, 16], (m,), 3, dtype, scaled=True, gate=gate)
+        agree("i4b32", "float", [32, 16], values, run_linear(gpu, "i4b32", 128, [32, 16], values, fed))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_small_functions(gpu, name: str) -> None:
+    for leading, columns in ((1,), 1), ((2, 3), 30), ((33,), 896):
+        packed = name.startswith("PackedEmbedding")
+        values = small_functions.inputs(name, leading, -(-columns // 128) * 128 if packed else columns)
+        fed = [key for key in values if key not in ("weight", "w", "scale")]
+        session = vulkan.open_session(gpu, small_functions.model(name, values, fed, body=True))
+        found = session.run(None, {key: values[key] for key in fed})
+        for y, want in zip(found, small_functions.reference(name, values), strict=True):
+            size = np.abs(values["gate"] * values["up"]) if name in small_functions.GATED else np.abs(want)
+            assert np.all(np.abs(y - want) <= (0 if packed else RELATIVE) * size)
+
+
+def test_the_kept_words_are_of_these_shaders() -> None:
+    assert shaders.digest() == shaders.kept_digest(), "python -m edgepeft.deploy.shaders write"
+    assert sorted(shaders.words()) == shaders.names()
+
+
+@pytest.mark.skipif(not shutil.which("spirv-val"), reason="no spirv-val: apt-get install spirv-tools")
+@pytest.mark.parametrize("name", shaders.names())
+def test_the_kept_words_are_valid(name: str, tmp_path) -> None:
+    (tmp_path / "shader.spv").write_bytes(shaders.words()[name].tobytes())
+    shaders.validate(tmp_path / "shader.spv")
