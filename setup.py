@@ -18,7 +18,7 @@ from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 CARRIED = {"kernels": "_kernels", "targets": "_targets"}
-SUFFIXES = {".cc", ".h", ".inc", ".toml"}
+SUFFIXES = {".cc", ".h", ".inc", ".comp", ".glsl", ".toml"}
 
 
 def _files(folder: str) -> list[Path]:

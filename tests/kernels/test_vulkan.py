@@ -1,4 +1,4 @@
-"""The Vulkan execution provider, node by node, on software GPUs: against the references that the CPU's kernels are held to."""
+"""The Vulkan execution provider node by node, on software GPUs, against the references of the CPU's kernels."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ def gpu():
 
 
 def linear(format: str, k: int, rows: Sequence[int], values, fed: Sequence[str] = ("x",)) -> bytes:
-    """Return a model of one adapted linear with its function body; inputs named in `fed` are the graph's, the others constants."""
+    """Return a model of one adapted linear with its body; inputs named in `fed` are the graph's, others constants."""
     names, outs = ops.input_names(len(rows)), ops.output_names(len(rows))
     pairs = dict(zip(names, values, strict=True))
     node = helper.make_node(
         ops.op_type(format, len(rows)), names, outs, "node", domain=ops.DOMAIN, **ops.attributes(k, rows, "float")
     )
+    shapes = {name: [f"{name}{i}" for i in range(value.ndim)] for name, value in pairs.items()}
     graph = helper.make_graph(
         [node], "g",
-        [helper.make_tensor_value_info(n, ELEMENT[pairs[n].dtype.name], [f"{n}{i}" for i in range(pairs[n].ndim)]) for n in fed],
+        [helper.make_tensor_value_info(n, ELEMENT[pairs[n].dtype.name], shapes[n]) for n in fed],
         [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in outs],
         [numpy_helper.from_array(pairs[n], n) for n in names if n not in fed],
     )  # fmt: skip
