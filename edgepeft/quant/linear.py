@@ -4,11 +4,11 @@
 
 `QuantLinear` is a `torch.nn.Linear` whose `weight` has a shape and no numbers (NaN), so PEFT injects adapters on it as
 on any other linear, and a method reaches the weight by `get_weight` / `set_weight` alone (PEFT: by `dequantize`).
-Forward dequantizes, multiplies and forgets; backward dequantizes again; W itself gets no gradient, a bias that is a
-parameter does; a head over a large vocabulary is multiplied PIECE weights at a time. `qweight` and `qscale` are buffers
-in the layout of the format's table row, so `state_dict` holds what the export reads. Casting a model (`.half()`,
-`.to(dtype)`) never rounds scales: the bits trained against are the bits shipped. `qoffset` [16T, J], float32, is there
-where a merge wrote one: a number more for all weights of a row in each of J blocks, which no grid rounds.
+How it multiplies, PIECE weights at a time and without a gradient for W, is `multiply`'s. `qweight` and `qscale` are
+buffers in the layout of the format's table row, so `state_dict` holds what the export reads. Casting a model
+(`.half()`, `.to(dtype)`) never rounds scales: the bits trained against are the bits shipped. `qoffset` [16T, J],
+float32, is there where a merge wrote one: a number more for all weights of a row in each of J blocks, which no grid
+rounds.
 
 `activation` says how forward multiplies: "float", or "int8" as the op that ships does, by its kernel (`multiply_int8`).
 Backward is the same for both: what rounds x counts as the identity (straight through).
@@ -24,17 +24,16 @@ Left out: gradients of second order, training W.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from edgepeft.quant import native
 from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, TILE_COLUMNS, TILE_ROWS, Packed, WeightFormat
+from edgepeft.quant.multiply import PackedMatmul, room
 
-PIECE = 1 << 24  # the most weights that exist as floats at a time
+PIECE = 1 << 23  # the most weights that exist as floats at a time
 
 
 def _values(fmt: WeightFormat, codes: torch.Tensor) -> torch.Tensor:
@@ -62,44 +61,17 @@ def _tile_rows(fmt: WeightFormat, w: torch.Tensor, rows: torch.Tensor) -> torch.
     return codes.reshape(len(rows), k)
 
 
-def dequantize(fmt: WeightFormat, w: torch.Tensor, scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
-    """Return the float32 [N, K] weight of packed tiles, on their device."""
+def dequantize(
+    fmt: WeightFormat, w: torch.Tensor, scale: torch.Tensor, n: int, k: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the float32 [N, K] weight of packed tiles, on their device; in `out` where the host library is at hand."""
     if w.device.type == "cpu" and native.available():
-        out = torch.empty(n, k)
+        out = torch.empty(n, k) if out is None else out
         native.dequantize_into(fmt.tag, w.numpy(), scale.numpy(), n, k, out.numpy())
         return out
     values = _values(fmt, _codes(fmt, w)).view(-1, fmt.blocks(k), k // fmt.blocks(k))
     values *= scale.float().permute(0, 2, 1).reshape(-1, fmt.blocks(k), 1)
     return values.view(-1, k)[:n]
-
-
-class _PackedMatmul(torch.autograd.Function):
-    """y = x Ŵᵀ that keeps the packed tensors for backward, not Ŵ."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: QuantLinear, bias_n: torch.Tensor | None) -> torch.Tensor:
-        ctx.layer, ctx.x_dtype = layer, x.dtype
-        if layer.activation == "int8" and x.device.type == "cpu" and x.numel():
-            return layer.int8_product(x)
-        y = None
-        for rows, w_nk in layer.pieces():
-            bias = None if bias_n is None else bias_n[rows].to(x.dtype)
-            part = torch.nn.functional.linear(x, w_nk.to(x.dtype), bias)
-            if len(w_nk) == layer.out_features:
-                return part
-            y = part.new_empty(*x.shape[:-1], layer.out_features) if y is None else y
-            y[..., rows] = part
-        assert y is not None
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None]:
-        dbias = dy.flatten(0, -2).sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        if not ctx.needs_input_grad[0]:
-            return None, None, dbias
-        parts = (dy[..., rows] @ w_nk.to(dy.dtype) for rows, w_nk in ctx.layer.pieces())
-        return functools.reduce(torch.Tensor.add_, parts).to(ctx.x_dtype), None, dbias
 
 
 class _PackedModule(torch.nn.Module):
@@ -207,16 +179,24 @@ class QuantLinear(_PackedModule, torch.nn.Linear):  # type: ignore[override]  # 
         sums = x.float().unflatten(-1, (self.qoffset.shape[1], -1)).sum(-1)
         return sums @ self.qoffset[: self.out_features].T
 
-    def pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield (rows, float32 weight of these rows) of the whole weight, at most PIECE elements at a time."""
-        step = max(PIECE // self.in_features // TILE_ROWS, 1) * TILE_ROWS
+    def pieces(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield (rows, weight of these rows) of the whole weight, PIECE elements or less at a time, like sizes.
+
+        A piece on the CPU lies where the one before it lay: what is to be kept must be copied.
+        """
+        n, k, on_cpu = self.out_features, self.in_features, self.qweight.device.type == "cpu"
+        tiles, most = -(-n // TILE_ROWS), max(PIECE // (TILE_ROWS * k), 1)
+        step = -(-tiles // -(-tiles // most))
         qweight, qscale = self.tiles()
-        for start in range(0, self.out_features, step):
-            rows = slice(start, min(start + step, self.out_features))
-            tiles = slice(start // TILE_ROWS, -(-rows.stop // TILE_ROWS))
-            w, scale = qweight[tiles], qscale[tiles]
-            w_nk = dequantize(FORMATS[self.format], w, scale, rows.stop - start, self.in_features)
-            yield rows, self._shifted(w_nk, rows)
+        for first in range(0, tiles, step):
+            chosen, rows = slice(first, first + step), slice(first * TILE_ROWS, min((first + step) * TILE_ROWS, n))
+            count = rows.stop - rows.start
+            out = room(count, k) if on_cpu else None
+            w_nk = dequantize(FORMATS[self.format], qweight[chosen], qscale[chosen], count, k, out)
+            w_nk = self._shifted(w_nk, rows)
+            if dtype != torch.float32:
+                w_nk = room(count, k, dtype).copy_(w_nk) if on_cpu else w_nk.to(dtype)
+            yield rows, w_nk
 
     def int8_product(self, x: torch.Tensor) -> torch.Tensor:
         """Return x Ŵᵀ + bias in the dtype of x, on the CPU, x rounded to 8 bits by row and block as the format says."""
@@ -254,7 +234,7 @@ class QuantLinear(_PackedModule, torch.nn.Linear):  # type: ignore[override]  # 
         plain = self.gather is None and self.qoffset is None
         if x.is_cuda and FORMATS[self.format].codec == "nf4_block" and plain:
             return _bitsandbytes_matmul(self, x)
-        return _PackedMatmul.apply(x, self, self.bias)
+        return PackedMatmul.apply(x, self, self.bias)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self._bitsandbytes = None
@@ -389,7 +369,7 @@ def _bitsandbytes_matmul(layer: QuantLinear, x: torch.Tensor) -> torch.Tensor:
     try:
         import bitsandbytes
     except ImportError:
-        return _PackedMatmul.apply(x, layer, layer.bias)
+        return PackedMatmul.apply(x, layer, layer.bias)
     if layer._bitsandbytes is None:
         layer._bitsandbytes = bitsandbytes_state(layer)
     w, state = layer._bitsandbytes

@@ -4,8 +4,9 @@
 
 Only positions that have a target pass the head, CHUNK_BYTES of logits at a time. The head is frozen, so all that
 backward needs is dh, which is as small as h: it is computed while the logits of a chunk are there, and nothing is
-computed twice. A packed head is dequantized piece by piece, twice per chunk. What is asked of a chunk of logits is a
-`Score`: their labels here, a teacher in `lesson`.
+computed twice. A packed head is dequantized piece by piece, twice per chunk. Products are made in autocast's dtype
+where it is on, what follows in float32. What is asked of a chunk of logits is a `Score`: their labels here, a teacher
+in `lesson`. Labels ask a few rows after the other, which stay in the cache meanwhile.
 
 `without_logits` lets a model answer with three figures per row in place of its logits: the sum of the losses, the
 number of targets and how many of them were the likeliest token. The method is replaced on the instance alone, so
@@ -26,9 +27,10 @@ from torch.autograd.function import once_differentiable
 from transformers.utils import ModelOutput
 
 from edgepeft.backbone.decoder import describe
+from edgepeft.quant.multiply import product_dtype
 from edgepeft.train.chats import IGNORED
 
-CHUNK_BYTES = 128 << 20
+CHUNK_BYTES, CACHED_BYTES = 128 << 20, 2 << 20
 FLOAT_BYTES = 4
 # (logits [T, V], targets [T], which of all positions these are) -> loss [T], hits [T], d loss / d logits [T, V], which
 # may use up the logits.
@@ -42,12 +44,12 @@ class Figures(ModelOutput):
     figures: torch.Tensor | None = None
 
 
-def _pieces(head: Any) -> Iterator[tuple[slice, torch.Tensor]]:
+def _pieces(head: Any, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield (rows, weight of these rows) of a packed head, or of a float one the whole."""
     if hasattr(head, "pieces"):
-        yield from head.pieces()
+        yield from head.pieces(dtype)
     else:
-        yield slice(0, head.out_features), head.weight.detach()
+        yield slice(0, head.out_features), head.weight.detach().to(dtype)
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -60,11 +62,12 @@ class _TokenLosses(torch.autograd.Function):
         loss_t = h_tk.new_empty(len(h_tk), dtype=torch.float32)
         hit_t = torch.empty_like(target_t, dtype=torch.bool)
         dh_tk = torch.empty_like(h_tk) if ctx.needs_input_grad[0] else None
+        z_tv: torch.Tensor | None = None
         for part in chunks(len(h_tk), head.out_features):
-            z_tv, slope_tv = head_logits(h_tk[part], head, softcap, dh_tk is not None)
+            z_tv, slope_tv = head_logits(h_tk[part], head, softcap, dh_tk is not None, z_tv)
             loss_t[part], hit_t[part], dz_tv = score(z_tv, target_t[part], part)
             if dh_tk is not None:
-                dh_tk[part] = _gradient(dz_tv, slope_tv, head)
+                dh_tk[part] = _gradient(dz_tv, slope_tv, head, product_dtype(h_tk))
         ctx.save_for_backward(dh_tk)
         ctx.mark_non_differentiable(hit_t)
         return loss_t, hit_t
@@ -76,22 +79,26 @@ class _TokenLosses(torch.autograd.Function):
         return dh_tk * dloss_t[:, None].to(dh_tk.dtype), None, None, None, None
 
 
-def chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
-    """Yield the positions whose logits exist at a time."""
-    step = max(1, CHUNK_BYTES // (FLOAT_BYTES * vocabulary))
-    return (slice(start, start + step) for start in range(0, tokens, step))
+def chunks(tokens: int, vocabulary: int, most_bytes: int | None = None) -> Iterator[slice]:
+    """Yield the positions whose logits are used at a time: CHUNK_BYTES of them unless told otherwise."""
+    step = max(1, (most_bytes or CHUNK_BYTES) // (FLOAT_BYTES * vocabulary))
+    return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
 
 def head_logits(
-    h_tk: torch.Tensor, head: Any, softcap: float, slope: bool = False
+    h_tk: torch.Tensor, head: Any, softcap: float, slope: bool = False, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return float32 logits [T, V], and the slope of their softcap where one is asked for."""
+    """Return float32 logits [T, V], and the slope of their softcap where one is asked for.
+
+    out: logits of as many positions or more that are done with; their memory is taken.
+    """
     if getattr(head, "activation", "float") == "int8" and h_tk.device.type == "cpu":
         z_tv = head.int8_product(h_tk).float()
     else:
-        z_tv = h_tk.new_empty(len(h_tk), head.out_features, dtype=torch.float32)
-        for rows, w_vk in _pieces(head):
-            z_tv[:, rows] = h_tk @ w_vk.to(h_tk).T
+        if out is None or len(out) < len(h_tk):
+            out = h_tk.new_empty(len(h_tk), head.out_features, dtype=torch.float32)
+        z_tv = out[: len(h_tk)]
+        _multiply(h_tk, head, z_tv)
     if not softcap:
         return z_tv, None
     tanh_tv = z_tv.div_(softcap).tanh_()
@@ -99,25 +106,53 @@ def head_logits(
     return tanh_tv.mul_(softcap), slope_tv
 
 
+def _multiply(h_tk: torch.Tensor, head: Any, z_tv: torch.Tensor) -> None:
+    """Write h Wᵀ into float32 z [T, V]."""
+    dtype = product_dtype(h_tk)
+    h_tk = h_tk.to(dtype)
+    for rows, w_vk in _pieces(head, dtype):
+        if dtype == torch.float32:
+            torch.mm(h_tk, w_vk.T, out=z_tv[:, rows])
+        else:
+            z_tv[:, rows] = h_tk @ w_vk.T
+
+
 def label_score(
     z_tv: torch.Tensor, target_t: torch.Tensor, part: slice
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross-entropy of the targets: loss [T], hits [T] and the gradient, which takes the place of the logits."""
-    hit_t = z_tv.argmax(-1) == target_t
-    z_tv -= z_tv.logsumexp(-1, keepdim=True)
-    loss_t = -z_tv.gather(1, target_t[:, None])[:, 0]
-    dz_tv = z_tv.exp_()
-    dz_tv[torch.arange(len(dz_tv), device=dz_tv.device), target_t] -= 1
-    return loss_t, hit_t, dz_tv
+    loss_t, hit_t = z_tv.new_empty(len(z_tv)), torch.empty_like(target_t, dtype=torch.bool)
+    for rows in chunks(len(z_tv), z_tv.shape[1], CACHED_BYTES):
+        z, at = z_tv[rows], target_t[rows, None]
+        hit_t[rows] = _likeliest(z, at)
+        z -= z.amax(-1, keepdim=True)
+        chosen = z.gather(1, at)
+        total = z.exp_().sum(-1, keepdim=True)
+        loss_t[rows] = (total.log() - chosen)[:, 0]
+        z /= total
+        z.scatter_add_(1, at, torch.full_like(chosen, -1))
+    return loss_t, hit_t, z_tv
 
 
-def _gradient(dz_tv: torch.Tensor, slope_tv: torch.Tensor | None, head: Any) -> torch.Tensor:
-    """Return dh [T, K] of dz [T, V], which is used up."""
+def _likeliest(z: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Tell of each row [T, V] whether the token `at` [T, 1] is its likeliest, the first of several that are."""
+    hit_t = z.gather(1, at)[:, 0] == z.amax(-1)
+    if hit_t.any():  # finding where a largest value is takes far longer than finding it
+        hit_t[hit_t.clone()] = z[hit_t].argmax(-1) == at[hit_t, 0]
+    return hit_t
+
+
+def _gradient(dz_tv: torch.Tensor, slope_tv: torch.Tensor | None, head: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return float32 dh [T, K] of dz [T, V], which is used up, by products in `dtype`."""
     if slope_tv is not None:
         dz_tv *= slope_tv
     dh_tk = dz_tv.new_zeros(len(dz_tv), head.in_features)
-    for rows, w_vk in _pieces(head):
-        dh_tk += dz_tv[:, rows] @ w_vk.to(dz_tv.dtype)
+    for rows, w_vk in _pieces(head, dtype):
+        dz = dz_tv[:, rows]
+        if dtype == torch.float32:
+            dh_tk.addmm_(dz, w_vk)
+        else:
+            dh_tk += dz.to(dtype) @ w_vk
     return dh_tk
 
 

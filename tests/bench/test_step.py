@@ -9,15 +9,17 @@ from edgepeft.config import Config
 MIB = 1 << 20
 
 
-def result(candidate: str, cpu_s: float, mib: int) -> dict:
-    return {"candidate": candidate, "loss": 5.0, "step_s": 2 * cpu_s, "step_cpu_s": cpu_s, "memory_bytes": mib * MIB}
+def answers(seconds: float, mib: int) -> list[dict]:
+    return [{"seconds": turn * seconds, "cpu_s": seconds, "memory_bytes": mib * MIB} for turn in (1, 2, 3)]
 
 
 def test_rows_compare_with_bitsandbytes_where_it_took_part():
-    ours, peer = result("edgepeft", 2.0, 100), result("bitsandbytes", 3.0, 400)
-    assert [row.get("times as fast") for row in step.summary([ours, peer])] == [1.5, 1.0]
-    assert step.summary([ours, peer])[0]["of its memory"] == 0.25
-    assert "times as fast" not in step.summary([ours])[0]
+    first = {"edgepeft": 5.0, "bitsandbytes": 5.0}
+    rows = step.summary({"edgepeft": answers(2.0, 100), "bitsandbytes": answers(3.0, 400)}, first, 1)
+    assert [row["times as fast"] for row in rows] == [1.5, 1.0]
+    assert [row["s/step"] for row in rows] == [4.0, 6.0]
+    assert rows[0]["of its memory"] == 0.25
+    assert "times as fast" not in step.summary({"edgepeft": answers(2.0, 100)}, first, 1)[0]
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +34,30 @@ def prepared(tmp_path_factory) -> Config:
     return config
 
 
-def test_every_candidate_starts_from_about_the_same_loss_on_the_same_targets(prepared):
-    found = {name: step.steps(prepared, name, 24, 0.5, 1) for name in step.CANDIDATES}
-    losses = {name: figures["loss"] for name, figures in found.items()}
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_candidate_starts_from_about_the_same_loss_on_the_same_targets(prepared, precision):
+    found = {}
+    for name in step.CANDIDATES:
+        with step.training(prepared.replace(precision=precision), name, 24, 0.5) as one:
+            found[name] = one(), one()
+    losses = {name: steps[0]["loss"] for name, steps in found.items()}
     assert losses["edgepeft"] == pytest.approx(losses["bitsandbytes"], rel=3e-2)  # which packs other layers
     assert losses["edgepeft-int8"] != losses["edgepeft"]
     assert losses["edgepeft-int8"] == pytest.approx(losses["edgepeft"], rel=1e-2)
-    assert min(figures["step_cpu_s"] for figures in found.values()) > 0
+    assert all(after["loss"] < before["loss"] and after["cpu_s"] > 0 for before, after in found.values())
+
+
+def test_processes_take_their_steps_by_turns():
+    asked = []
+
+    class Asked:
+        def __init__(self, name):
+            self.name = name
+
+        def ask(self, **question):
+            asked.append((self.name, question["threads"]))
+            return {}
+
+    found = step.by_turns([Asked("a"), Asked("b")], 2, 2)
+    assert asked == [("a", 2), ("b", 2), ("b", 2), ("a", 2)]
+    assert {name: len(rows) for name, rows in found.items()} == {"a": 2, "b": 2}

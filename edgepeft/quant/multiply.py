@@ -1,0 +1,70 @@
+"""The product of a packed linear, forward and backward, without a float weight that outlives it.
+
+    y = x Ŵᵀ + bias        dx = dy Ŵ
+
+Forward dequantizes a piece of Ŵ, multiplies it and forgets it; backward dequantizes again. W gets no gradient, a bias
+that is a parameter does. Pieces lie in memory that is kept for the next ones (`room`): fresh pages would cost more than
+dequantizing into them does. The product is made in the dtype of x, or in that of autocast.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from edgepeft.quant.linear import QuantLinear
+
+_rooms = threading.local()
+
+
+def room(n: int, k: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return [N, K] on the CPU whose memory the next call for this dtype in this thread returns again."""
+    kept: dict[torch.dtype, torch.Tensor] = _rooms.__dict__.setdefault("kept", {})
+    if dtype not in kept or kept[dtype].numel() < n * k:
+        with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside of it
+            kept[dtype] = torch.empty(n * k, dtype=dtype)
+    return kept[dtype][: n * k].view(n, k)
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which x is multiplied here: autocast's where that is on, else its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class PackedMatmul(torch.autograd.Function):
+    """y = x Ŵᵀ + bias that keeps the packed tensors for backward, not Ŵ."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: QuantLinear, bias_n: torch.Tensor | None) -> torch.Tensor:
+        """Return y [..., N] of x [..., K]."""
+        ctx.layer, ctx.x_dtype = layer, x.dtype
+        if layer.activation == "int8" and x.device.type == "cpu" and x.numel():
+            return layer.int8_product(x)
+        dtype = product_dtype(x)
+        x_mk = x.reshape(-1, layer.in_features).to(dtype)
+        y = x_mk.new_empty(*x.shape[:-1], layer.out_features)
+        y_mn = y.view(-1, layer.out_features)
+        for rows, w_nk in layer.pieces(dtype):
+            if bias_n is None:
+                torch.mm(x_mk, w_nk.T, out=y_mn[:, rows])
+            else:
+                torch.addmm(bias_n[rows].to(dtype), x_mk, w_nk.T, out=y_mn[:, rows])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None]:
+        """Return the gradients of x and of the bias."""
+        layer, dy_mn = ctx.layer, dy.reshape(-1, ctx.layer.out_features)
+        dbias = dy_mn.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        if not ctx.needs_input_grad[0]:
+            return None, None, dbias
+        dx_mk = dy_mn.new_empty(len(dy_mn), layer.in_features)
+        for rows, w_nk in layer.pieces(dy.dtype):
+            torch.addmm(dx_mk, dy_mn[:, rows], w_nk, beta=int(rows.start > 0), out=dx_mk)
+        return dx_mk.view(*dy.shape[:-1], layer.in_features).to(ctx.x_dtype), None, dbias
