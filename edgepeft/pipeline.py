@@ -115,8 +115,9 @@ class Stage:
 
 TRAINING = (
     "text_column", "label_column", "task", "method", "rank", "alpha", "experts", "share_groups", "lora_plus_ratio",
-    "dropout", "epochs", "batch_size", "accumulation", "learning_rate", "max_length", "packing", "checkpointing",
-    "precision", "train_activation", "seed", "teacher", "lesson_weight", "lesson_temperature", "lesson_hidden", "start",
+    "prompt_tokens", "dropout", "epochs", "batch_size", "accumulation", "learning_rate", "max_length", "packing",
+    "checkpointing", "precision", "train_activation", "seed", "teacher", "lesson_weight", "lesson_temperature",
+    "lesson_hidden", "start",
 )  # fmt: skip
 STAGES = (
     Stage(

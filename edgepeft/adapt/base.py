@@ -23,20 +23,26 @@ LINEAR_KINDS = ("linear", "head")
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A folder of packed weights. tensors: as stored.  about: quantized.json."""
+    """A folder of packed weights. tensors: as stored.  about: quantized.json.  folder: None for tensors in memory."""
 
     tensors: Mapping[str, np.ndarray]
     about: Mapping[str, Any]
+    folder: Path | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Self:
         """Map a folder that `quantize` or `merge` wrote."""
-        return cls(read_tensors(folder / "weights.safetensors"), read_json(folder / "quantized.json"))
+        return cls(read_tensors(folder / "weights.safetensors"), read_json(folder / "quantized.json"), folder)
 
     @property
     def digest(self) -> str:
         """The digest of the model that was packed."""
         return self.about["base_digest"]
+
+    @property
+    def decodes(self) -> bool:
+        """Tell whether it is a causal language model."""
+        return FAMILIES[self.about["family"]].kind == "decoder"
 
     @property
     def heads(self) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ rank_pattern too), so that PEFT, which multiplies by alpha / r = 1, and the devi
 numbers. s_out beside a and b is a DoRA whose magnitude is s_out·‖W + BA‖; s_in, or s_out alone, an IA3; biases are a
 LoRA with bias "all". Rounding to float16 happens once, before either file is written.
 
+A prompt keeps PEFT's rows, in float32, and the device its own form of them (`prompts`).
+
 A kind of our own (experts, bottlenecks) stays what it is: PEFT does not load it, `layers.load` does.
 
 terms.safetensors is there when the graph's tensors are others than PEFT's (s_in, s_out, embeddings, biases), or when
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepeft.adapt import peft_files
+from edgepeft.adapt import peft_files, prompts
 from edgepeft.adapt.kinds import row_norms
 from edgepeft.adapt.terms import ALIAS, BESIDE, ENDINGS, PREFIX, TERMS_FILE, Effect, Terms, shared
 from edgepeft.artifact import write_tensors
@@ -46,7 +48,10 @@ def write_form(folder: Path, adapter: peft_files.Adapter, base: Base | None, exa
     effect = adapter.effect(base)
     effect = effect if exact else effect.rounded()
     ours = any(terms.beside for terms in effect.modules.values())
-    settings, tensors = own_form(effect, adapter.settings) if ours else peft_form(effect, adapter.settings, base)
+    if effect.prompt:
+        settings, tensors = prompt_form(adapter)
+    else:
+        settings, tensors = own_form(effect, adapter.settings) if ours else peft_form(effect, adapter.settings, base)
     if not exact:
         halves = [name for name in tensors if name.endswith(HALVES)]
         tensors.update({name: tensors[name].astype(np.float16) for name in halves})
@@ -60,6 +65,13 @@ def write_form(folder: Path, adapter: peft_files.Adapter, base: Base | None, exa
         metadata = {"format": "pt", "edgepeft.base": digest, "edgepeft.format": tag}
         write_tensors(folder / TERMS_FILE, stored, {**metadata, ALIAS: json.dumps(alias, sort_keys=True)})
     return peft_files.Adapter(settings, tensors, adapter.metadata)
+
+
+def prompt_form(adapter: peft_files.Adapter) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the settings and tensors (float32) of a prompt as PEFT loads it, whatever network made it."""
+    names = ("peft_type", *KEPT_SETTINGS, *prompts.SETTINGS, "modules_to_save")
+    kept = {name: adapter.settings[name] for name in names if adapter.settings.get(name) is not None}
+    return {**kept, "inference_mode": True}, {n: value.astype(np.float32) for n, value in adapter.tensors.items()}
 
 
 def own_form(effect: Effect, source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -173,14 +185,14 @@ def _magnitude(name: str, terms: Terms, base: Base | None) -> np.ndarray:
 def neutral_values(inputs: Mapping[str, tuple[int, ...]], base: Base) -> dict[str, np.ndarray]:
     """Return {input of the graph: the base's own tensor} of those that an adapter replaces and another one may not.
 
-    inputs: {input of the graph: shape}. Scales are neutral at 1 and heads have no value of the base, so neither
-    is among them.
+    inputs: {input of the graph: shape}. Scales are neutral at 1, a prompt with none of its rows, and heads have no
+    value of the base, so they are not among them.
     """
     low = tuple(f".{ENDINGS[term]}" for term in ("a_rk", "b_nr", "gate", "s_in", "s_out")) + BESIDE
     found = {}
     for name, shape in inputs.items():
         inner = name.removeprefix(PREFIX)
-        if inner.endswith(low) or inner.split(".")[0] in base.heads:
+        if not name.startswith(PREFIX) or inner.endswith(low) or inner.split(".")[0] in base.heads:
             continue
         own = base.tensors.get(inner)
         found[name] = np.zeros(shape, np.float32) if own is None else np.asarray(own, np.float32)[: shape[0]]

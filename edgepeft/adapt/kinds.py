@@ -17,6 +17,9 @@ Kinds of our own, which PEFT does not load (`layers`):
 | EXPERTS   | Σ_e p_e·scale·B_e A_e x, p = softmax(router x)  | a = A, b = scale·B of all experts, router beside      |
 | BOTTLENECK, PARALLEL | scale·(U·gelu(D·h + d) + u)          | D, d, scale·U, scale·u beside                         |
 
+Kinds without modules, whose rows or keys and values stand before the text (`prompts`): PROMPT_TUNING, P_TUNING,
+PREFIX_TUNING.
+
 A rank above min(N, K) is written as the matrix itself and an identity, which is the smaller form of the same. Products
 are balanced between a and b by powers of two, which changes nothing but what float16 can hold.
 
@@ -33,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgepeft.adapt import prompts
 from edgepeft.adapt.terms import BOTTLENECK, PARALLEL, ROUTER, Terms
 from edgepeft.errors import ArtifactError
 
@@ -51,6 +55,11 @@ UNDERSTOOD = {"peft_type", "modules_to_save"}
 LORA_TRAINING = {
     "lora_dropout", "megatron_core", "eva_config", "qalora_group_size", "init_lora_weights", "loftq_config",
     "corda_config", "lora_ga_config",
+}  # fmt: skip
+PROMPT_TRAINING = {
+    "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "init_weights",
+    "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout",
+    "prefix_projection",
 }  # fmt: skip
 LYCORIS_TRAINING = {"rank_dropout", "module_dropout", "rank_dropout_scale", "init_weights", "use_effective_conv2d"}
 
@@ -81,7 +90,7 @@ class Kind:
     """One kind. understood: settings that the row reads.  training: settings without effect on what was trained.
 
     endings: what follows a module's name in the file, those that a module must have in groups of alternatives.
-    terms(module, base) -> Terms; `base` is needed where the row says so.  ranks: (setting, pattern) of whole numbers.
+    terms(module, base) -> Terms; `base` is needed where the row says so.  prompt: it has no modules (`prompts`).
     """
 
     peft_type: str
@@ -91,6 +100,7 @@ class Kind:
     required: tuple[tuple[str, ...], ...]
     terms: Callable[[Module, Base | None], Terms]
     common: tuple[str, ...] = ()
+    prompt: bool = False
 
     def match(self, name: str) -> tuple[str, str] | None:
         """Return (module, ending) of a tensor's name below the prefix, or None."""
@@ -271,6 +281,15 @@ def _row(peft_type: str, understood: str, training: set[str], required: list[str
     return Kind(peft_type, known, frozenset(training), endings, groups, terms, **more)
 
 
+def _prompt(peft_type: str) -> Kind:
+    known = frozenset({*UNDERSTOOD, *prompts.SETTINGS})
+    return Kind(peft_type, known, frozenset(PROMPT_TRAINING), (), (), _no_terms, (prompts.ROWS,), prompt=True)
+
+
+def _no_terms(module: Module, base: Base | None) -> Terms:
+    raise NotImplementedError("a prompt adapts no module")
+
+
 LORA_SETTINGS = "r lora_alpha use_rslora rank_pattern alpha_pattern bias use_dora lora_bias use_qalora"
 KINDS: dict[str, Kind] = {
     row.peft_type: row
@@ -311,5 +330,6 @@ KINDS: dict[str, Kind] = {
             _row(kind, "r lora_alpha bias", LORA_TRAINING, [" ".join(endings)], _bottleneck)
             for kind, endings in (("BOTTLENECK", BOTTLENECK), ("PARALLEL", PARALLEL))
         ),
+        *(_prompt(kind) for kind in prompts.TYPES),
     )
 }  # fmt: skip

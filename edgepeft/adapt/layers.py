@@ -32,6 +32,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import QALoraLinearVariant
 
+from edgepeft.adapt import prompts
 from edgepeft.artifact import read_json, read_tensors
 from edgepeft.backbone.families import family_of
 
@@ -188,7 +189,7 @@ def load(model: Any, folder: Path) -> Any:
     if settings.get("use_qalora"):
         return PeftModel.from_pretrained(model, str(folder), config=pooled(LoraConfig.from_pretrained(str(folder))))
     if kind not in LAYERS:
-        return PeftModel.from_pretrained(model, str(folder))
+        return prompts.embeds(PeftModel.from_pretrained(model, str(folder)))
     given = {name: settings[name] for name in READ if settings.get(name) is not None}
     peft = get_peft_model(model, OwnConfig(kind=kind, **given))
     connect(peft)

@@ -56,7 +56,7 @@ def merge(config: Config, run: Run, out: Path) -> dict[str, Any]:
     """
     quantized, about = run.path("quantized"), read_json(run.path("quantized") / "quantized.json")
     tensors = read_tensors(quantized / "weights.safetensors")
-    base = Base(dict(tensors), about)
+    base = Base(dict(tensors), about, quantized)
     effect = peft_files.read(run.path("adapter"), base=base).effect(base)
     if config.adapter == choice.AUTO and (parts := unmergeable(effect, base)):
         return choice.apart(parts, out)
@@ -90,7 +90,8 @@ def check_mergeable(effect: Effect, base: Base) -> None:
 
 def unmergeable(effect: Effect, base: Base) -> list[str]:
     """Return, in words, the parts of an effect that cannot go into the weights."""
-    problems = [f"{name} is an embedding" for name in effect.modules if name in base.embeddings]
+    problems = ["a prompt stands before the text and in no weight"] if effect.prompt else []
+    problems += [f"{name} is an embedding" for name in effect.modules if name in base.embeddings]
     tied = [name for name in effect.modules if name in base.linears and base.stored(name) != name]
     problems += [f"{name} is the word embedding too, which would change as well" for name in tied]
     problems += [f"{name} has a branch beside its weight" for name, terms in effect.modules.items() if terms.beside]

@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from edgepeft.adapt import prompts
 from edgepeft.adapt.terms import PREFIX, Terms
 from edgepeft.backbone.families import FAMILIES
 
@@ -46,6 +47,11 @@ class Method:
     _peft_config: Callable[..., Any]
     hooks: dict[str, str] = dataclasses.field(default_factory=dict)
     trains_base: bool = False
+
+    @property
+    def prompt(self) -> bool:
+        """Tell whether it stands before the text, which takes a row of its own then."""
+        return self.peft_type in prompts.TYPES
 
     def peft_config(self, config: Config, modules: Iterable[str], heads: Iterable[str], task_type: str) -> Any:
         """Return the PEFT configuration that adapts the linears `modules` and trains the modules `heads` in full."""
@@ -154,6 +160,14 @@ def _bottleneck(peft_type: str, roles: tuple[str, ...], config: Config, modules:
     return _ours(peft_type, config, _in_roles(modules, *roles), *given)
 
 
+def _prompt(name: str, config: Config, modules: list[str], heads: list[str], task_type: str) -> Any:
+    import peft
+
+    return getattr(peft, name)(
+        num_virtual_tokens=config.prompt_tokens, modules_to_save=heads or None, task_type=task_type
+    )
+
+
 ROWS = (
     Method("lora", "LORA", "B·A beside each linear", _lora),
     Method("rslora", "LORA", "LoRA scaled by alpha/√rank", _rslora),
@@ -194,6 +208,14 @@ ROWS = (
     Method(
         "parallel", "PARALLEL", "bottlenecks beside the feed-forward",
         functools.partial(_bottleneck, "PARALLEL", ("down",)), {"attach": "connect"},
+    ),
+    Method(
+        "prompt", "PROMPT_TUNING", "learned rows before the tokens' embeddings (--prompt-tokens)",
+        functools.partial(_prompt, "PromptTuningConfig"), {"prepare": "prompt_prepare", "attach": "prompt_begin"},
+    ),
+    Method(
+        "prefix", "PREFIX_TUNING", "learned keys and values of every layer before the text",
+        functools.partial(_prompt, "PrefixTuningConfig"), {"prepare": "prompt_prepare", "attach": "prefix_begin"},
     ),
 )  # fmt: skip
 METHODS: dict[str, Method] = {row.tag: row for row in ROWS}

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgepeft.adapt import prompts
 from edgepeft.adapt.foreign import some
 from edgepeft.adapt.foreign.peft import read_settings
 from edgepeft.adapt.kinds import (
@@ -116,7 +117,12 @@ class Adapter:
             module = name.removesuffix(".bias")
             if module in modules or (base is not None and module in base.linears):
                 modules[module] = _with_bias(modules.get(module, Terms()), module, replaced.pop(name), self, base)
-        return Effect(dict(sorted(modules.items())), replaced)
+        return Effect(dict(sorted(modules.items())), replaced, self.prompt(base))
+
+    def prompt(self, base: Base | None = None) -> dict[str, np.ndarray]:
+        """Return {input of the graph: array} of what stands before the text; nothing for kinds that adapt modules."""
+        rows = self.tensors.get(prompts.inner(prompts.ROWS))
+        return {} if rows is None else prompts.held(rows.astype(np.float32), self.settings, base)
 
 
 def _idle(terms: Terms) -> bool:
@@ -151,7 +157,7 @@ def read(
     Raises ArtifactError that lists every reason against using it.
     """
     settings = read_settings(folder)
-    tensors, metadata = _tensors(folder)
+    tensors, metadata = _tensors(folder, settings.get("peft_type") in prompts.TYPES)
     copies = {name: tensors.pop(name) for name in list(tensors) if name.endswith(COPIES)}
     if base is not None:
         base_digest, shapes, heads = base.digest, {**base.linears, **base.embeddings}, heads or base.heads
@@ -162,6 +168,8 @@ def read(
         problems.append(f"peft_type {settings.get('peft_type')!r} is not supported; known: {known}.")
         raise ArtifactError("\n".join(f"{folder}: {problem}" for problem in problems))
     problems += _setting_problems(settings) + _tensor_problems(adapter) + _head_problems(adapter, heads)
+    if adapter.kind.prompt:
+        problems += prompts.problems(adapter.tensors.get(prompts.inner(prompts.ROWS)), settings, base)
     if not problems:
         adapter = _with_common(adapter, shapes)
         problems = _shape_problems(adapter, shapes)
@@ -172,13 +180,13 @@ def read(
     return adapter
 
 
-def _tensors(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _tensors(folder: Path, prompt: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Return the tensors of a folder, bfloat16 widened, without PEFT's own copies; and the metadata."""
     header, metadata, start = tensor_header(folder / TENSORS)
     found = {}
     for name, entry in header.items():
         if not any(part in name for part in SHADOWS):
-            found[name] = read_tensor(folder / TENSORS, entry, start)
+            found[prompts.inner(name) if prompt else name] = read_tensor(folder / TENSORS, entry, start)
     return found, metadata
 
 
@@ -265,7 +273,7 @@ def _tensor_problems(adapter: Adapter) -> list[str]:
         problems.append(f"{len(strange)} tensors belong to nothing that is supported: {some(strange)}.")
     if broken:
         problems.append(f"{len(broken)} tensors hold NaN, infinity or no floats: {some(broken)}. Train again.")
-    if not adapter.modules and not adapter.whole:
+    if not adapter.modules and not adapter.whole and not kind.prompt:
         problems.append(f"no {settings['peft_type']} tensors: it would load and do nothing.")
     return problems
 
@@ -425,6 +433,8 @@ def write(
     metadata = {"format": "pt", "edgepeft.base": base_digest, "edgepeft.format": weight_format}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SETTINGS, {key: _plain(value) for key, value in settings.items()})
+    if settings.get("peft_type") in prompts.TYPES:
+        tensors = {prompts.outer(name): array for name, array in tensors.items()}
     write_tensors(folder / TENSORS, tensors, metadata)
 
 

@@ -98,18 +98,22 @@ class Effect:
     """All that an adapter does.
 
     modules: {linear or embedding: its terms}.  replaced: {name of a tensor of the base: array}.
+    prompt: {input of the graph: array} of what it puts before every text (`prompts`), float32.
     """
 
     modules: Mapping[str, Terms]
     replaced: Mapping[str, np.ndarray]
+    prompt: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def rounded(self) -> Effect:
         """Return the effect in the values that a device holds."""
-        return Effect({name: terms.rounded(name) for name, terms in self.modules.items()}, self.replaced)
+        modules = {name: terms.rounded(name) for name, terms in self.modules.items()}
+        return dataclasses.replace(self, modules=modules)
 
     def tensors(self, half_type: str = "float16") -> dict[str, np.ndarray]:
         """Return {input of the graph: array}: a and b of `half_type`, the rest float32."""
         found = {f"{PREFIX}{name}": value.astype("float32") for name, value in self.replaced.items()}
+        found |= self.prompt
         for module, terms in self.modules.items():
             for term in terms.present:
                 kind = half_type if term in HALVES else "float32"

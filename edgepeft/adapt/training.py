@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgepeft.adapt import layers
+from edgepeft.adapt import layers, prompts
+from edgepeft.backbone.families import family_of
 from edgepeft.errors import ConfigError
 from edgepeft.quant.formats import FORMATS
 
@@ -169,6 +170,36 @@ def only_biases(peft: Any, config: Config) -> None:
     for _, layer in _pairs(peft):
         for side in (layer.lora_A, layer.lora_B):
             side["default"].weight.requires_grad_(False)
+
+
+# --- prompts -------------------------------------------------------------------------------------------------------
+
+
+def prompt_prepare(model: Any, config: Config) -> None:
+    """Refuse what there is no device form of, and what would train without a prefix."""
+    if family_of(model.config.to_dict(), "the model").kind != "decoder":
+        raise ConfigError(f"--method {config.method}: a prompt before an encoder's text is not supported. Take lora.")
+    if config.checkpointing and config.method == "prefix":  # layers that are computed twice forget their cache
+        raise ConfigError("--checkpointing: layers that are computed twice take no prefix. Leave it out.")
+
+
+def prompt_begin(peft: Any, config: Config) -> None:
+    """Begin with rows of the vocabulary, drawn by the seed: a prompt that could be a text."""
+    with torch.no_grad():
+        peft.prompt_encoder["default"].embedding.weight.copy_(_words(peft, config))
+
+
+def _words(peft: Any, config: Config) -> torch.Tensor:
+    words, chance = prompts.embeds(peft).word_embeddings, torch.Generator().manual_seed(config.seed)
+    return words(torch.randint(words.num_embeddings, (config.prompt_tokens,), generator=chance))
+
+
+def prefix_begin(peft: Any, config: Config) -> None:
+    """Begin with what the model makes of such rows."""
+    with torch.no_grad():
+        layers = prompts.cached(peft.get_base_model(), _words(peft, config)[None]).layers
+        parts = torch.stack([part[0] for layer in layers for part in (layer.keys, layer.values)])
+        peft.prompt_encoder["default"].embedding.weight.copy_(parts.permute(2, 0, 1, 3).flatten(1))
 
 
 # --- bottlenecks ---------------------------------------------------------------------------------------------------

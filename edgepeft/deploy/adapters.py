@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from edgepeft.deploy.adapter_source import (
 from edgepeft.errors import ArtifactError, ConfigError, VerifyError, unknown
 from edgepeft.runtime import adapters as ad
 from edgepeft.runtime import manifest as mf
+from edgepeft.runtime import prompts
 
 OWN = "base.safetensors"  # the base's own of what adapters replace
 ONNX_ADAPTER = "adapter.onnx_adapter"
@@ -206,17 +207,18 @@ def add(
             raise ConfigError(f"{bundle}: has an adapter {name!r} already; {how}.")
         source = find(folder)
         known_by = proof(source, manifest, base, trust_base)
-        places = ad.slots(_load(place).session)
+        before = _load(place)
+        places = ad.slots(before.session)
         new = place / "adapters" / name
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         write_device(source, new, manifest, places)
         write_json(new / ABOUT, {**source.about, "base": known_by})
-        _widen(place, new, places)
+        _widen(place, new, {*places, *prompts.pasts(before.session)})
         _reseal(place, manifest, name)
         model = _load(place)
         smoke(model, new)
-        if "decoder" in manifest.values:
+        if "decoder" in manifest.values and not model.prompt(name):
             from edgepeft.export.genai import write_onnx_adapter
 
             write_onnx_adapter(model.feeds(name), new / ONNX_ADAPTER)
@@ -243,7 +245,7 @@ def _name(name: str | None, folder: Path) -> str:
 # --- making sure of it ---------------------------------------------------------------------------------------------
 
 
-def _widen(place: Path, folder: Path, places: Mapping[str, ad.Slot]) -> None:
+def _widen(place: Path, folder: Path, places: Collection[str]) -> None:
     """Give the graph the inputs that an adapter needs and it lacks. Raises ArtifactError without the onnx package."""
     wanted = {name: shape for name, shape in tensor_shapes(folder).items() if name not in places}
     if not wanted:

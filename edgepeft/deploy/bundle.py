@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from edgepeft import OP_ABI, __version__, runtime
 from edgepeft.artifact import Run, read_json, sha256_file, write_json
 from edgepeft.console import say, table
-from edgepeft.deploy.adapter_source import ABOUT, about
+from edgepeft.deploy.adapter_source import ABOUT, about, tensor_shapes
 from edgepeft.errors import ArtifactError
 from edgepeft.export import genai
 from edgepeft.export.ops import DOMAIN, MINIMUM_ONNXRUNTIME
@@ -32,6 +32,7 @@ from edgepeft.runtime import manifest as mf
 from edgepeft.runtime.adapters import DEFAULT
 from edgepeft.runtime.library import FILE_NAME
 from edgepeft.runtime.manifest import check_bundle
+from edgepeft.runtime.prompts import PAST
 from edgepeft.runtime.session import CACHE_SCALES
 
 if TYPE_CHECKING:
@@ -83,10 +84,16 @@ GENERATE = """    edgepeft chat .
     print(model.chat("Hello", max_new_tokens=64).text)
     for piece in model.generate("Once upon a time", stream=True):
         print(piece, end="", flush=True)
+"""
 
+HOSTED = """
 The folder is one for ONNX Runtime GenAI 0.18 too (`genai_config.json`), for its C, C++, C#, Java and Python APIs, where
 an ONNX Runtime of its release runs. It names the op library of {target}; for another processor, overlay
 `model.decoder.session_options.custom_ops_library`."""
+
+UNHOSTED = """
+Its adapter puts keys and values before every text, for which ONNX Runtime GenAI has no place: the folder is none for
+it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +225,10 @@ def why(target: Target) -> str:
 
 
 def _write_documents(values: Mapping[str, Any], target: Target, out: Path) -> None:
-    """Write requirements.txt, README.md and sample.py; for a decoder also genai_config.json."""
+    """Write requirements.txt, README.md and sample.py; for a decoder also genai_config.json.
+
+    GenAI has no place for what an adapter puts before the text: it would answer as the base, and gets no file.
+    """
     use = USES[values["task"]]
     (out / "requirements.txt").write_text("\n".join(requirements(values, target)) + "\n")
     shutil.copy(Path(runtime.__file__).with_name(use.sample), out / "sample.py")
@@ -227,12 +237,20 @@ def _write_documents(values: Mapping[str, Any], target: Target, out: Path) -> No
         "version": __version__, "requirement": target.requirements[0], "why": why(target), "example": use.example,
         "take": use.take,
     }  # fmt: skip
-    words |= {"what": use.what.format_map(words), "use": use.text.format_map(words)}
+    hosted = "decoder" in values and not _has_prompt(out)
+    text = use.text + (HOSTED if hosted else UNHOSTED if "decoder" in values else "")
+    words |= {"what": use.what.format_map(words), "use": text.format_map(words)}
     (out / "README.md").write_text(README.format_map(words))
-    if "decoder" in values:
+    if hosted:
         kind = read_json(out / "config.json")["model_type"]
         library = f"lib/{target.os_arch}/{FILE_NAME}"
         write_json(out / genai.NAME, genai.genai_config(kind, values["context"], values["decoder"], library))
+
+
+def _has_prompt(out: Path) -> bool:
+    """Tell whether the shipped adapter stands before the text."""
+    folder = out / "adapters" / DEFAULT
+    return folder.is_dir() and any(name.startswith(PAST) for name in tensor_shapes(folder))
 
 
 def requirements(values: Mapping[str, Any], target: Target) -> list[str]:

@@ -20,13 +20,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from edgepeft.adapt.terms import BASE_FILE, BESIDE, PREFIX, ROUTER
+from edgepeft.adapt.terms import BASE_FILE, BESIDE, PREFIX, ROUTER, TERMS_FILE
 from edgepeft.artifact import read_tensors
 from edgepeft.console import table
 from edgepeft.errors import VerifyError
 from edgepeft.export import ops
 from edgepeft.export.body import FLOAT32
 from edgepeft.quant.formats import FORMATS, TILE_ROWS
+from edgepeft.runtime import prompts
+from edgepeft.runtime.adapters import DEFAULT
+from edgepeft.runtime.prompts import PAST
 from edgepeft.runtime.rewrite import with_int8_cache
 from edgepeft.runtime.session import BROKEN_OPTIMIZERS
 
@@ -38,7 +41,7 @@ Batch = Mapping[str, np.ndarray]
 Figures = dict[str, Any]
 FLOAT_ERROR = 1e-4  # some 100 units of float32 over a few dozen layers; measured: 1e-6 to 1e-5
 LOGITS = "logits"
-PAST, PRESENT, KEEP = "past_key_values.", "present.", "logits_to_keep"
+PRESENT, KEEP, MASK = "present.", "logits_to_keep", "attention_mask"
 KINDS = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 PIECE_ROWS = 4096
 NEIGHBOURS = 3
@@ -90,21 +93,28 @@ class OnnxModel:
         self._names = [i.name for i in inputs if not i.name.startswith(PAST)]
         self._beginning = {
             i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), KINDS[i.type]) for i in inputs if PAST in i.name
-        }
+        } | _prompt(folder, prompts.pasts(self.session), cache_scales)
         self._every = {KEEP: np.zeros(1, np.int64)} if KEEP in optional else {}
 
-    def feeds(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Return what the graph takes for a batch: a decoder starts without a past, and gives every token logits."""
-        return {**self._beginning, **self._every, **{name: batch[name] for name in self._names}}
+    def feeds(self, batch: Batch, others: Batch | None = None) -> dict[str, np.ndarray]:
+        """Return what the graph takes for a batch: a decoder starts with the adapter's prompt if it has one.
+
+        It gives every token logits. `others` replace adapter tensors, those of the prompt among them.
+        """
+        past = self._beginning | {n: array for n, array in (others or {}).items() if n in self._beginning}
+        own = {name: batch[name] for name in self._names}
+        if width := _width(past):
+            own[MASK] = np.pad(own[MASK], ((0, 0), (width, 0)), constant_values=1)
+        return {**past, **self._every, **own, **(others or {})}
 
     def trace(self, batch: Batch, feeds: Mapping[str, np.ndarray] | None = None) -> Trace:
         """Return {layer: output}; `feeds` replace adapter tensors."""
-        found = self.session.run(self.layers, {**self.feeds(batch), **(feeds or {})})
+        found = self.session.run(self.layers, self.feeds(batch, feeds))
         return dict(zip(self.layers, found, strict=True))
 
     def logits(self, batch: Batch, feeds: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
         """Return logits float32 [M, labels], or [M, S, vocabulary] of a decoder."""
-        return self.session.run([LOGITS], {**self.feeds(batch), **(feeds or {})})[0]
+        return self.session.run([LOGITS], self.feeds(batch, feeds))[0]
 
     def steps(
         self, ids: np.ndarray, size: int, watch: Callable[[dict[str, np.ndarray]], None] | None = None
@@ -116,7 +126,8 @@ class OnnxModel:
         past = self._beginning
         names = [name.replace(PAST, PRESENT) for name in past]
         for start in range(0, ids.shape[1], size):
-            part = {"input_ids": ids[:, start : start + size], "attention_mask": np.ones_like(ids[:, : start + size])}
+            new = ids[:, start : start + size]
+            part = {"input_ids": new, MASK: np.ones((1, _width(past) + new.shape[1]), np.int64)}
             logits, *present = self.session.run([LOGITS, *names], {**past, **self._every, **part})
             past = dict(zip(past, present, strict=True))
             yield logits
@@ -132,7 +143,7 @@ class OnnxModel:
     def without_adapter(self) -> dict[str, np.ndarray]:
         """Return the feeds that leave the base: rank 0, scales of 1, no branches, the base's own biases and norms."""
         own = read_tensors(base) if (base := self.folder / "adapters" / BASE_FILE).exists() else {}
-        feeds: dict[str, np.ndarray] = dict(own)
+        feeds: dict[str, np.ndarray] = dict(own) | {n: array[:, :, :0] for n, array in self._beginning.items()}
         for name, item in self.adapter_shapes.items():
             dtype = np.float16 if "float16" in item.type else np.float32
             if name.endswith("lora_A.weight"):
@@ -145,6 +156,18 @@ class OnnxModel:
             elif name.endswith(SCALES):
                 feeds[name] = np.ones([size if isinstance(size, int) else 1 for size in item.shape], dtype)
         return feeds
+
+
+def _width(past: Batch) -> int:
+    """Return how many columns keys and values have."""
+    return next((array.shape[2] for array in past.values()), 0)
+
+
+def _prompt(folder: Path, pasts: Mapping[str, tuple[Any, ...]], scales: Batch | None) -> dict[str, np.ndarray]:
+    """Return the keys and values that the exported adapter puts before a text, none for most."""
+    file = folder / "adapters" / DEFAULT / TERMS_FILE
+    found = prompts.taken(read_tensors(file) if file.exists() else {}, pasts, folder)
+    return found if scales is None else prompts.codes(found, scales)
 
 
 def load(folder: Path, activation: str | None) -> onnx.ModelProto:
@@ -189,7 +212,7 @@ def torch_trace(model: Any, batch: Batch, layers: Sequence[str]) -> Trace:
 
         return hook
 
-    modules = {name.removeprefix(PREFIX): module for name, module in model.named_modules()}
+    modules = dict((model.get_base_model() if hasattr(model, "get_base_model") else model).named_modules())
     handles = [modules[name].register_forward_hook(keep(name)) for name in layers if name in modules]
     try:
         with torch.inference_mode():
@@ -198,7 +221,13 @@ def torch_trace(model: Any, batch: Batch, layers: Sequence[str]) -> Trace:
     finally:
         for handle in handles:
             handle.remove()
-    return {**found, LOGITS: logits}
+    return {name: _of_tokens(array, batch, logits) for name, array in {**found, LOGITS: logits}.items()}
+
+
+def _of_tokens(output: np.ndarray, batch: Batch, logits: np.ndarray) -> np.ndarray:
+    """Return an output without the columns of a language model's prompt, which the graph has in its cache."""
+    count = next(iter(batch.values())).shape[1]
+    return output[:, -count:] if logits.ndim == 3 and output.shape[1] == logits.shape[1] else output
 
 
 @contextlib.contextmanager

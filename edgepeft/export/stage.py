@@ -114,7 +114,7 @@ def _adapter(config: Config, run: Run, out: Path, weights: Weights, training: Ma
     if config.adapter == "merged":
         return AdapterFile.read(None)
     folder = (out / ADAPTER_FILE).parent
-    base = Base(weights.tensors, weights.about)
+    base = Base(weights.tensors, weights.about, weights.folder)
     peft_files.write_device(folder, run.path("adapter"), base=base)
     if training["labels"]:
         write_json(folder / "labels.json", training["labels"])

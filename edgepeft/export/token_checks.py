@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from edgepeft.adapt import prompts
 from edgepeft.artifact import read_json, write_tensors
 from edgepeft.backbone.decoder import describe
 from edgepeft.errors import EdgePeftError, VerifyError
@@ -90,11 +91,11 @@ def of_torch(model: Any) -> Logits:
     def logits(ids: np.ndarray) -> Iterator[np.ndarray]:
         import torch
 
-        past = None
         with torch.inference_mode():
+            plain, past = prompts.beginning(model)
             for start in range(0, ids.shape[1], STEP_TOKENS):
                 part = torch.from_numpy(ids[:, start : start + STEP_TOKENS])
-                found = model(input_ids=part, past_key_values=past, use_cache=True)
+                found = plain(input_ids=part, past_key_values=past, use_cache=True)
                 past = found.past_key_values
                 yield found.logits.float().numpy()
 

@@ -32,6 +32,7 @@ import numpy as np
 
 from edgepeft.artifact import DTYPES, read_json, tensor_header
 from edgepeft.errors import ArtifactError, unknown
+from edgepeft.runtime import prompts
 
 DEFAULT = "default"
 BASE = "none"
@@ -125,12 +126,21 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What to feed for one adapter, and the labels its head speaks of. `rank` is the largest rank in it."""
+    """What to feed for one adapter, and the labels its head speaks of. `rank` is the largest rank in it.
+
+    prompt: keys and values that a cache begins with, see `edgepeft.runtime.prompts`.
+    """
 
     name: str
     labels: tuple[str, ...]
     rank: int
     feeds: Mapping[str, Any]
+    prompt: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def columns(self) -> int:
+        """Return how many columns of a cache its prompt takes."""
+        return next((array.shape[2] for array in self.prompt.values()), 0)
 
 
 def slots(session: Any) -> dict[str, Slot]:
@@ -253,20 +263,26 @@ def read_labels(folder: Path, default: list[str]) -> tuple[str, ...]:
 
 
 def load_adapter(
-    folder: Path, places: Mapping[str, Slot], base_digest: str, weight_format: str, labels: list[str]
-) -> Adapter:
-    """Map an adapter and make its feeds. Raises ArtifactError when it does not belong to this model."""
+    folder: Path, places: Mapping[str, Slot], base_digest: str, weight_format: str, labels: list[str],
+    pasts: Mapping[str, tuple[Any, ...]],
+) -> Adapter:  # fmt: skip
+    """Map an adapter and make its feeds; `pasts` are the graph's keys and values.
+
+    Raises ArtifactError when it does not belong to this model.
+    """
     file = folder / (TERMS if (folder / TERMS).is_file() else TENSORS)
     check_base(file, base_digest, weight_format)
     if file.name == TENSORS:
         _check_config(folder)
     arrays, own = _map(file), _own(folder.parent, places)
+    prompt = prompts.taken(arrays, pasts, folder)
     _check_tensors(folder, arrays, places, own)
     rank = max((a.shape[0] for n, a in arrays.items() if n.endswith(DOWN)), default=0)
     fed = {
         n: a.reshape((1,) * (len(places[n].shape) - 1) + a.shape) if places[n].gate else a for n, a in arrays.items()
     }
-    return Adapter(folder.name, read_labels(folder, labels), rank, _feeds({**_neutral(places, own), **fed}))
+    feeds = _feeds({**_neutral(places, own), **fed})
+    return Adapter(folder.name, read_labels(folder, labels), rank, feeds, prompt)
 
 
 def _own(folder: Path, places: Mapping[str, Slot]) -> dict[str, np.ndarray]:

@@ -17,6 +17,8 @@ behind a long text are faster with it, but a long prompt is read more slowly.
 On a GPU the memory is the GPU's (GpuCache): keys and values leave it only where it grows or is copied to another cache,
 which goes through the CPU. A token copies its number and its logits however long the text is.
 
+An adapter's prompt (`edgepeft.runtime.prompts`) is a row's first columns, which no token of `tokens` is of.
+
 What a row holds is true for its adapter alone, since keys and values went through it. Idle caches wait in a Pool. A
 prompt of the same adapter that begins as one of them does goes on in it, or, where that would throw away more than half
 of it, in a new one that the beginning is copied to: so conversations that share no more than how they open do not take
@@ -61,19 +63,31 @@ class Cache:
         self._dtype = dtype
         self._buffers: list[Any] = [np.zeros((rows, self._heads, 0, self._width), dtype) for _ in range(2 * layers)]
 
+    def columns(self, row: int) -> int:
+        """Return how many columns a row has: those of its adapter's prompt, and its tokens'."""
+        return self.adapters[row].columns + len(self.tokens[row])
+
     def reserve(self, length: int) -> None:
         """Make memory for `length` columns and some more. Bindings made before are void."""
-        if length <= self.capacity:
+        used = max(map(self.columns, range(len(self.tokens))))
+        if max(length, used) <= self.capacity:
             return
-        columns = min(self.context, max(-(-length // STEP) * STEP, 2 * self.capacity))
+        columns = min(self.context, max(-(-max(length, used) // STEP) * STEP, 2 * self.capacity))
         self.bindings.clear()
-        used = max(map(len, self.tokens))
         for place, old in enumerate(self._buffers):
             new = np.zeros((len(self.tokens), self._heads, columns, self._width), self._dtype)
-            if used:
+            if self.capacity:
                 new[:, :, :used] = self._array(old)[:, :, :used]
+            else:
+                self._begin(place, new)
             self._put(place, new)
         self.capacity = columns
+
+    def _begin(self, place: int, new: np.ndarray) -> None:
+        """Write what the rows' adapters put before the text into new memory."""
+        for row, adapter in enumerate(self.adapters):
+            if adapter.prompt:
+                new[row, :, : adapter.columns] = list(adapter.prompt.values())[place][0]
 
     def _array(self, buffer: Any) -> np.ndarray:
         """Return what a buffer holds."""
@@ -99,10 +113,11 @@ class Cache:
 
     def copy(self, row: int, source: Cache, source_row: int, length: int) -> None:
         """Take over the first `length` tokens of a row, of this cache or another, and what adapter they are of."""
-        self.reserve(length)
+        end = source.adapters[source_row].columns + length
+        self.reserve(end)
         for place, other in enumerate(source._buffers):
             mine = self._array(self._buffers[place])
-            mine[row, :, :length] = source._array(other)[source_row, :, :length]
+            mine[row, :, :end] = source._array(other)[source_row, :, :end]
             self._put(place, mine)
         self.tokens[row], self.adapters[row] = source.tokens[source_row][:length], source.adapters[source_row]
 

@@ -17,6 +17,8 @@ and give it back. A call that fails, is cancelled or is interrupted leaves nothi
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import threading
 from collections.abc import Generator as Pieces
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,16 +26,16 @@ from typing import Any
 
 import numpy as np
 
-from edgepeft.errors import ConfigError, DataError
+from edgepeft.errors import ArtifactError, ConfigError, DataError
 from edgepeft.runtime import library as lib
-from edgepeft.runtime import webgpu
+from edgepeft.runtime import prompts, webgpu
 from edgepeft.runtime.adapters import Adapter
 from edgepeft.runtime.answer import Answer, Clock, Row, Stream
 from edgepeft.runtime.cache import Cache, GpuCache, Pool
 from edgepeft.runtime.chat import ChatTemplate
 from edgepeft.runtime.manifest import Manifest
 from edgepeft.runtime.sampling import Sampler, Sampling
-from edgepeft.runtime.session import Bundle, Names, per_row
+from edgepeft.runtime.session import Bundle, Names, cache_scales, per_row
 from edgepeft.runtime.stream import Decoding, Stops
 from edgepeft.runtime.tokens import Tokens, is_unicode
 
@@ -77,10 +79,24 @@ class Generator(Bundle):
         self.tokens = Tokens(manifest.folder / "tokenizer.json", None)
         self.template = ChatTemplate(manifest.folder)
         self._shape = (int(about["layers"]), int(about["kv_heads"]), int(about["head_dim"]))
-        kind = next(item.type for item in session.get_inputs() if item.name == "past_key_values.0.key")
-        self._kept_as = np.int8 if kind == "tensor(int8)" else np.float32
         self._eos = tuple(about["eos"])
         self._bos = about["bos"] if about.get("add_bos") else None
+
+    def _make(self, name: str) -> Adapter:
+        """Return an adapter, its prompt as this model's cache holds it."""
+        made = super()._make(name)
+        if made.columns >= int(self.manifest["context"]):
+            what = f"its prompt of {made.columns} leaves nothing of the {self.manifest['context']} tokens of context"
+            raise ArtifactError(f"{self.manifest.folder}: adapter {name!r}: {what}. Export with a larger --context.")
+        if not made.prompt or self._kept_as == np.float32:
+            return made
+        return dataclasses.replace(made, prompt=prompts.codes(made.prompt, cache_scales(self.manifest)))
+
+    @functools.cached_property
+    def _kept_as(self) -> Any:
+        """The type of keys and values."""
+        kind = next(item.type for item in self.session.get_inputs() if item.name == "past_key_values.0.key")
+        return np.int8 if kind == "tensor(int8)" else np.float32
 
     # --- what a caller sees ---
 
@@ -113,14 +129,14 @@ class Generator(Bundle):
         batch = _is_batch(prompt)
         if batch and stream:
             raise ConfigError("stream: one answer at a time; give one prompt, or stream=False.")
-        prompts: list[Any] = list(prompt) if batch else [prompt]
+        asked: list[Any] = list(prompt) if batch else [prompt]
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        strings, adapters = _stop_strings(stop), per_row("adapter", adapter, len(prompts))
-        seeds = per_row("seed", seed, len(prompts))
+        strings, adapters = _stop_strings(stop), per_row("adapter", adapter, len(asked))
+        seeds = per_row("seed", seed, len(asked))
         chosen = [self._get(name) for name in adapters]
         rows = [
-            self._row(one, max_new_tokens, sampling, number, strings, template_options)
-            for one, number in zip(prompts, seeds, strict=True)
+            self._row(one, own, max_new_tokens, sampling, number, strings, template_options)
+            for one, own, number in zip(asked, chosen, seeds, strict=True)
         ]
         if stream:
             return Stream(rows[0], self._write([row for row in rows if not row.finish], chosen, cancel))
@@ -147,9 +163,14 @@ class Generator(Bundle):
             ids = self.tokens.ids(self.template.render(prompt, template_options))
         if not ids:
             raise DataError("prompt: empty, and this model has no token to begin with. Give it a text.")
-        if len(ids) > self.context:
-            raise DataError(f"prompt: {len(ids)} tokens, this model's context has {self.context}. Shorten it.")
+        self._check_length("prompt", len(ids), 0)
         return ids
+
+    def _check_length(self, what: str, count: int, columns: int) -> None:
+        """Raise DataError for more tokens than the context holds behind the `columns` of an adapter's prompt."""
+        if count > self.context - columns:
+            less = f", {columns} of which are the adapter's" if columns else ""
+            raise DataError(f"{what}: {count} tokens, this model's context has {self.context}{less}. Shorten it.")
 
     def logits(self, tokens: Sequence[int], adapter: str | None = None, keep: int | None = None) -> np.ndarray:
         """Return logits float32 [len(tokens), vocabulary] of a token list, or of its last `keep`.
@@ -169,9 +190,9 @@ class Generator(Bundle):
         ids = np.array(tokens, np.int64).reshape(1, -1)
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocabulary):
             raise DataError(f"tokens: expected ids from 0 to {self.vocabulary - 1}, found {ids.min()} to {ids.max()}.")
-        if ids.size > self.context:
-            raise DataError(f"tokens: {ids.size}, this model's context has {self.context}.")
-        cache = self._cache(self._get(adapter), 1)
+        chosen = self._get(adapter)
+        self._check_length("tokens", ids.size, chosen.columns)
+        cache = self._cache(chosen, 1)
         for start in range(0, ids.size, self.chunk):
             part = ids[:, start : start + self.chunk]
             wanted = start + part.shape[1] - max(first, start)
@@ -188,6 +209,7 @@ class Generator(Bundle):
     def _row(
         self,
         prompt: Prompt,
+        adapter: Adapter,
         asked: int,
         sampling: Sampling,
         seed: int | None,
@@ -198,7 +220,8 @@ class Generator(Bundle):
         if not isinstance(asked, int) or asked < 1:
             raise ConfigError(f"max_new_tokens: expected a whole number of at least 1, found {asked!r}.")
         ids = self.encode(prompt, template_options)
-        left = self.context - len(ids)
+        self._check_length("prompt", len(ids), adapter.columns)
+        left = self.context - adapter.columns - len(ids)
         before = ids if isinstance(prompt, str) else ()  # an answer to messages begins a text of its own
         decoding = Decoding(self.tokens.text, before)
         row = Row(ids, min(asked, left), self._eos, Sampler(sampling, ids, seed), decoding, Stops(stop))
@@ -289,7 +312,7 @@ class Generator(Bundle):
         from onnxruntime import OrtValue
 
         rows, new = ids.shape
-        lengths = np.array([[len(cache.tokens[first + row]) + new] for row in range(rows)])
+        lengths = np.array([[cache.columns(first + row) + new] for row in range(rows)])
         total = int(lengths.max())
         cache.reserve(total)
         binding, _ = self._bound(cache, first, rows)

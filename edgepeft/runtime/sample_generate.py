@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 BROKEN_OPTIMIZER = "FuseFp16InitializerToFp32NodeTransformer"  # ends the process in ONNX Runtime 1.23 to 1.29
 MAX_NEW_TOKENS = 64
 NEW_WINDOWS = (1, 24)
+PAST = "past_key_values."
 
 
 def open_session() -> ort.InferenceSession:
@@ -32,7 +33,22 @@ def open_session() -> ort.InferenceSession:
     )
 
 
-def bind_cache(session: ort.InferenceSession, about: dict, capacity: int) -> tuple[ort.IOBinding, list[ort.OrtValue]]:
+def stored_prompt() -> dict[str, np.ndarray]:
+    """Return the keys and values that the adapter puts before a text, by the input's name; none of most adapters."""
+    path = HERE / "adapters" / "default" / "terms.safetensors"
+    raw = path.read_bytes() if path.exists() else b""
+    start = 8 + int.from_bytes(raw[:8], "little")
+    found = {}
+    for name, entry in json.loads(raw[8:start] or b"{}").items():
+        if name.startswith(PAST):
+            first, last = entry["data_offsets"]
+            found[name] = np.frombuffer(raw[start + first : start + last], np.float32).reshape(entry["shape"])
+    return found
+
+
+def bind_cache(
+    session: ort.InferenceSession, about: dict, capacity: int, prompt: dict[str, np.ndarray]
+) -> tuple[ort.IOBinding, list[ort.OrtValue]]:
     """Bind keys and values, past and present in one place: a run writes its own columns behind those before.
 
     The values are returned too: a binding does not keep memory alive that came from numpy.
@@ -41,8 +57,11 @@ def bind_cache(session: ort.InferenceSession, about: dict, capacity: int) -> tup
     for layer in range(about["layers"]):
         for part in ("key", "value"):
             memory = np.zeros((1, about["kv_heads"], capacity, about["head_dim"]), np.float32)
+            if prompt:
+                begun = prompt[f"{PAST}{layer}.{part}"]
+                memory[:, :, : begun.shape[2]] = begun
             values.append(ort.OrtValue.ortvalue_from_numpy(memory))
-            binding.bind_ortvalue_input(f"past_key_values.{layer}.{part}", values[-1])
+            binding.bind_ortvalue_input(f"{PAST}{layer}.{part}", values[-1])
             binding.bind_ortvalue_output(f"present.{layer}.{part}", values[-1])
     return binding, values
 
@@ -58,14 +77,17 @@ def main(text: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     if about["add_bos"]:
         ids.insert(0, about["bos"])
+    begun = stored_prompt()
+    before = begun[f"{PAST}0.key"].shape[2] if begun else 0
+    context -= before
     if not 0 < len(ids) < context:
         sys.exit(f"the text has {len(ids)} tokens, expected 1 to {context - 1}")
     total = min(context, len(ids) + MAX_NEW_TOKENS)
-    binding, _values = bind_cache(session, about, total)
+    binding, _values = bind_cache(session, about, before + total, begun)
 
     started, known, prompt = time.perf_counter(), 0, len(ids)
     while len(ids) < total and (len(ids) == prompt or ids[-1] not in about["eos"]):
-        new, mask = np.array([ids[known:]], np.int64), np.ones((1, len(ids)), np.int64)
+        new, mask = np.array([ids[known:]], np.int64), np.ones((1, before + len(ids)), np.int64)
         logits = np.empty((1, 1, about["vocabulary"]), np.float32)  # of the last token alone
         binding.bind_cpu_input("input_ids", new)
         binding.bind_cpu_input("attention_mask", mask)
@@ -75,8 +97,8 @@ def main(text: str) -> None:
         ids.append(int(logits[0, 0].argmax()))
     spent_s = time.perf_counter() - started
 
-    before = tokenizer.decode(ids[:prompt])  # a word's leading space shows only behind the word before it
-    print(tokenizer.decode(ids)[len(before) :])
+    given = tokenizer.decode(ids[:prompt])  # a word's leading space shows only behind the word before it
+    print(tokenizer.decode(ids)[len(given) :])
     print(f"{len(ids) - prompt} tokens, {(len(ids) - prompt) / spent_s:.1f} a second", file=sys.stderr)
 
 

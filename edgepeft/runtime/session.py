@@ -33,7 +33,7 @@ from edgepeft.console import say
 from edgepeft.errors import ArtifactError, ConfigError, TargetError, unknown
 from edgepeft.runtime import adapters as ad
 from edgepeft.runtime import library as lib
-from edgepeft.runtime import webgpu
+from edgepeft.runtime import prompts, webgpu
 from edgepeft.runtime.manifest import Manifest, check_bundle
 from edgepeft.runtime.mixing import Mixes
 from edgepeft.runtime.tasks import Prediction, predictions
@@ -239,7 +239,7 @@ class Bundle:
         if name not in self._folders:
             raise ArtifactError(f"{self.manifest.folder}: " + unknown("adapter", name, [*self._folders, ad.BASE]))
         base = self.manifest["base_digest"], self.manifest["format"]
-        return ad.load_adapter(self._folders[name], self._slots, *base, labels)
+        return ad.load_adapter(self._folders[name], self._slots, *base, labels, prompts.pasts(self.session))
 
     def use(self, name: str) -> None:
         """Take another adapter for the calls that name none. The first use maps its file; later ones cost nothing."""
@@ -253,10 +253,14 @@ class Bundle:
         """Return all that an adapter feeds, {input of the graph: OrtValue}."""
         return self._get(name).feeds
 
+    def prompt(self, name: str) -> int:
+        """Return how many tokens of the context an adapter takes for what it puts before the text."""
+        return self._get(name).columns
+
     def off(self, name: str) -> str:
         """Let an adapter be taken turned off, under its own head, and return the name for that."""
         adapter, base, off = self._get(name), self._get(ad.BASE), f"{name} off"
-        self._loaded[off] = dataclasses.replace(adapter, name=off, feeds={**adapter.feeds, **base.feeds})
+        self._loaded[off] = dataclasses.replace(adapter, name=off, feeds={**adapter.feeds, **base.feeds}, prompt={})
         return off
 
     def base(self) -> None:

@@ -31,7 +31,7 @@ from transformers.utils import ModelOutput
 from edgepeft.artifact import read_json
 from edgepeft.backbone.decoder import describe
 from edgepeft.train.chats import IGNORED
-from edgepeft.train.losses import Score, head_logits, label_score, row_figures, token_losses
+from edgepeft.train.losses import Score, backbone, head_logits, label_score, row_figures, targeted, token_losses
 from edgepeft.train.tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -146,9 +146,9 @@ def taught_score(lesson: Lesson, answers_tk: torch.Tensor) -> Score:
 def hidden_error(lesson: Lesson, states: Sequence[torch.Tensor], wanted: torch.Tensor, taught: Any) -> torch.Tensor:
     """Return ‖h - h'‖² / ‖h'‖² of every wanted position, the mean over the layers, [T].
 
-    states: the student's hidden states, [M, S, K] each.  wanted [M, S].  taught [T, layers, K].
+    states: the student's hidden states, [M, S, K] each, a prompt's before them.  wanted [M, S].  taught [T, layers, K].
     """
-    own = torch.stack([states[layer][wanted] for layer in lesson.layers], dim=1).float()
+    own = torch.stack([targeted(states[layer], wanted) for layer in lesson.layers], dim=1).float()
     taught = taught.float()
     return ((own - taught).square().sum(-1) / taught.square().sum(-1).clamp_min(1e-12)).mean(-1)
 
@@ -204,17 +204,13 @@ def taught_tokens(model: Any, lesson: Lesson) -> Iterator[None]:
     plain, softcap = base.forward, describe(base.config.to_dict()).logits_softcap
     about = lesson
 
-    def forward(
-        input_ids: Any = None, shift_labels: Any = None, position_ids: Any = None, lesson: Any = None, **_: Any
-    ) -> Any:
+    def forward(shift_labels: Any = None, lesson: Any = None, **given: Any) -> Any:
         if lesson is None:
-            return plain(input_ids=input_ids, shift_labels=shift_labels, position_ids=position_ids)
-        found = base.model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, output_hidden_states="hidden" in lesson
-        )
+            return plain(shift_labels=shift_labels, **given)
+        found = backbone(base, given, output_hidden_states="hidden" in lesson)
         wanted = shift_labels != IGNORED
         score = taught_score(about, lesson["answers"]) if "answers" in lesson else label_score
-        hidden, target_t = found.last_hidden_state[wanted], shift_labels[wanted]
+        hidden, target_t = targeted(found.last_hidden_state, wanted), shift_labels[wanted]
         loss_t, hit_t = token_losses(hidden, base.lm_head, target_t, softcap, score)
         if "hidden" in lesson:
             loss_t = loss_t + about.hidden_weight * hidden_error(about, found.hidden_states, wanted, lesson["hidden"])

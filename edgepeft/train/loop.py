@@ -107,7 +107,7 @@ def fit(
     task, limit = TASKS[config.task], token_limit(model, config)
     examples = {name: getattr(splits, name).encode(tokenizer, limit, name) for name in ("train", "validation")}
     tokens = sum(len(row["input_ids"]) for row in examples["train"])
-    if task.packs and config.packing:
+    if task.packs and config.packing and not METHODS[config.method].prompt:
         examples["train"] = pack(examples["train"], limit, config.seed)
     before, began = _frozen_digest(model), time.perf_counter()
     lesson = None
@@ -198,11 +198,14 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def token_limit(model: Any, config: Config) -> int:
-    """Return max_length. Raises ConfigError when the model has fewer positions."""
-    positions = getattr(model.config, "max_position_embeddings", None) or config.max_length
-    if config.max_length > positions:
+    """Return max_length. Raises ConfigError when the model has fewer positions, a prompt's tokens among them."""
+    from edgepeft.adapt.prompts import columns
+
+    positions, prompt = getattr(model.config, "max_position_embeddings", None), columns(model)
+    if positions and config.max_length > positions - prompt:
+        what = "the model's positions" + (f" less {prompt} of the prompt" if prompt else "")
         found = config.max_length
-        raise ConfigError(f"--max-length: expected at most {positions}, the model's positions; found {found}.")
+        raise ConfigError(f"--max-length: expected at most {positions - prompt}, {what}; found {found}.")
     return config.max_length
 
 

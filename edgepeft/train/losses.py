@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from edgepeft.train.chats import IGNORED
 
 CHUNK_BYTES, CACHED_BYTES = 128 << 20, 2 << 20
 FLOAT_BYTES = 4
+INPUTS = ("input_ids", "inputs_embeds", "past_key_values", "position_ids")
 # (logits [T, V], targets [T], which of all positions these are) -> loss [T], hits [T], d loss / d logits [T, V], which
 # may use up the logits.
 Score = Callable[[torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -171,19 +172,30 @@ def row_figures(wanted: torch.Tensor, loss_t: torch.Tensor, hit_t: torch.Tensor)
     return Figures(torch.stack([zeros.index_add(0, row_t, column) for column in columns], dim=1))
 
 
+def backbone(causal: Any, given: Mapping[str, Any], **options: Any) -> Any:
+    """Return what a causal model's backbone gives for those of `given` that go into it."""
+    inputs = {name: given[name] for name in INPUTS if given.get(name) is not None}
+    return causal.model(**inputs, use_cache=False, **options)
+
+
+def targeted(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return the states [T, K] of the wanted [M, S] of the last S positions; a prompt of the adapter is before them."""
+    return states[:, -wanted.shape[1] :][wanted]
+
+
 @contextlib.contextmanager
 def without_logits(model: Any) -> Iterator[None]:
     """Let a causal language model, or a PEFT model of one, answer with `Figures` as long as the block lasts.
 
-    It then takes input_ids and shift_labels [M, S] (the target of each position, IGNORED for none), and position_ids.
+    It then takes shift_labels [M, S] (the target of each of the last S positions, IGNORED for none) beside INPUTS.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     softcap = describe(causal.config.to_dict()).logits_softcap
 
-    def forward(input_ids: Any, shift_labels: Any, position_ids: Any = None, **_: Any) -> Figures:
-        hidden = causal.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    def forward(shift_labels: Any, **given: Any) -> Figures:
         wanted = shift_labels != IGNORED
-        return row_figures(wanted, *token_losses(hidden[wanted], causal.lm_head, shift_labels[wanted], softcap))
+        hidden = targeted(backbone(causal, given).last_hidden_state, wanted)
+        return row_figures(wanted, *token_losses(hidden, causal.lm_head, shift_labels[wanted], softcap))
 
     causal.forward = forward
     try:

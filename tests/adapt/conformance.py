@@ -91,7 +91,8 @@ class Subject:
         import torch
 
         with torch.inference_mode():
-            return model(**{name: torch.from_numpy(array) for name, array in self.batch.items()}).logits.numpy()
+            found = model(**{name: torch.from_numpy(array) for name, array in self.batch.items()}).logits.numpy()
+        return found if self.heads else found[:, -self.batch["input_ids"].shape[1] :]  # behind a prompt
 
     def adapter(self, folder: Path) -> peft_files.Adapter:
         """Read an adapter that PEFT saved."""

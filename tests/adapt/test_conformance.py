@@ -33,8 +33,9 @@ from tests.adapt.foreign_settings import DECODER_SETTINGS, LORA_SETTINGS
 
 TAGS = ("i4b32", "i8c", "nf4b64")
 EACH = {**dict.fromkeys(METHODS), **LORA_SETTINGS}
+PROMPTS = [name for name, method in METHODS.items() if method.prompt]
 CELLS = [
-    *(("bert", name) for name in EACH),
+    *(("bert", name) for name in EACH if name not in PROMPTS),
     *(("llama", name) for name in {**EACH, **DECODER_SETTINGS} if name != "bitfit"),
     *(("tied", name) for name in DECODER_SETTINGS),
 ]
@@ -69,6 +70,11 @@ def test_the_graph_gives_what_peft_gives(subjects: Callable, kind: str, name: st
 @pytest.mark.parametrize("form", ["separate", "merged"])
 def test_what_cannot_be_is_refused(subjects: Callable, form: str) -> None:
     assert "no biases to train" in cell(subjects("llama", "i4b32"), "bitfit", form)
+    for name in PROMPTS:
+        assert "before an encoder's text is not supported" in cell(subjects("bert", "i4b32"), name, form)
+        assert (cell(subjects("llama", "i4b32"), name, "merged")) == (
+            "refused: a prompt stands before the text and in no weight"
+        )
     with pytest.raises(EdgePeftError, match="is an embedding"):
         merged(subjects("llama", "i4b32"), "embeddings")
 
@@ -179,7 +185,7 @@ def test_a_cell_is_the_worst_of_all_formats_or_tells_them_apart(tmp_path: Path) 
 def test_every_method_in_every_format(tmp_path: Path, kind: str, tag: str) -> None:
     subject = Subject(tmp_path, kind, tag)
     odd = {name: found for name in METHODS if (found := cell(subject, name, "separate")) != "exact"}
-    assert set(odd) <= {"bitfit"}
+    assert set(odd) <= {"bitfit", *PROMPTS}
 
 
 def test_terms_and_rounding_are_not_lost_in_numpy(subjects: Callable) -> None:

@@ -19,7 +19,7 @@ def trained(config: Config, run: Run) -> Path:
     return run.path("adapter")
 
 
-@pytest.mark.parametrize("tag", [tag for tag in METHODS if tag != "lora"])
+@pytest.mark.parametrize("tag", [tag for tag in METHODS if tag != "lora" and not METHODS[tag].prompt])
 def test_a_method_learns(new_run: Callable[..., Run], tiny_config: Config, tag: str) -> None:
     run = new_run("i8c") if tag == "dora" else new_run()
     rate = tiny_config.learning_rate / (16 if tag == "loraplus" else 1)  # its B learns 16 times as fast
