@@ -31,7 +31,7 @@ def token_bytes(folder: Path) -> int:
     manifest = read_json(folder / "manifest.json")
     about, sizes = manifest["decoder"], manifest["sizes_bytes"]
     cache = 2 * about["layers"] * about["kv_heads"] * about["head_dim"] * (PROMPT + ROOM // 2) * FLOAT_BYTES
-    return sizes["weights"] + sizes["adapters"] + cache
+    return sizes["weights"] + sizes.get("adapters", 0) + cache
 
 
 def limits(folder: Path, about: Mapping[str, Any], threads: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@
     kv_cache.safetensors                scales of an int8 cache, of a language model that can have one
     lib/<os>-<arch>/                    the op library of the target, and of the machine that built the bundle
     requirements.txt  sample.py  README.md        genai_config.json, of a language model
+    index.html  edgepeft.js  sw.js  web/          the page and the module for browsers, where the target has one
     manifest.json                       what it is, what was measured, and size and SHA-256 of every file
 
 Everything is copied, nothing is decided here: formats, labels and figures come from the stages before. The folder is
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from edgepeft import OP_ABI, __version__, runtime
 from edgepeft.artifact import Run, read_json, sha256_file, write_json
 from edgepeft.console import say, table
+from edgepeft.deploy import web
 from edgepeft.deploy.adapter_source import ABOUT, about, tensor_shapes
 from edgepeft.errors import ArtifactError
 from edgepeft.export import genai
@@ -137,6 +139,8 @@ def bundle(config: Config, run: Run, out: Path) -> dict[str, Any]:
     if (adapter := out / "adapters" / DEFAULT).is_dir():
         write_json(adapter / ABOUT, about(training))
     _write_documents(values, target, out)
+    if target.page:
+        web.write(out)
     mf.write(out, values, sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()))
     _try(out, values["task"])
     sizes = mf.unseal(out / mf.NAME)["sizes_bytes"]

@@ -40,6 +40,7 @@ class Target:
     emulate: tuple[str, ...] = ()  # qemu CPUs to verify on
     threads: int = 0  # 0: all
     gpu: str = ""  # how its GPU is reached: "webgpu", or not at all
+    page: bool = False  # a page for browsers goes into its bundle
     ssh: str = ""  # a usual host name, for hints
 
     @property

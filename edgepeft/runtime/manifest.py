@@ -30,10 +30,11 @@ FULL_CHECK_BYTES = 64 << 20
 SMALL_FILE_BYTES = 1 << 20
 CHECKS = ("auto", "full", "quick")
 PARTS = {  # of a bundle: the first whose beginnings a path has
-    "weights": ("model.onnx",),
+    "weights": ("model.",),
     "adapters": ("adapters/",),
     "tokenizer": ("tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "spiece", "chat_template"),
     "libraries": ("lib/",),
+    "page": ("index.html", "edgepeft.", "sw.js", "web/"),
     "documents": ("",),
 }
 AGAIN = "Copy or build the bundle again."
@@ -75,11 +76,11 @@ def write(folder: Path, values: Mapping[str, Any], names: Iterable[str]) -> None
 
 
 def part_sizes(files: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Return the bytes of each part of a bundle (PARTS), and their total."""
+    """Return the bytes of each part of a bundle (PARTS) that there is, and their total."""
     sizes = dict.fromkeys(PARTS, 0)
     for name, entry in files.items():
         sizes[next(part for part, starts in PARTS.items() if name.startswith(starts))] += entry["bytes"]
-    return {**sizes, "total": sum(sizes.values())}
+    return {**{part: size for part, size in sizes.items() if size}, "total": sum(sizes.values())}
 
 
 def unseal(path: Path) -> dict[str, Any]:

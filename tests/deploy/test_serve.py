@@ -82,9 +82,9 @@ def test_nothing_is_taken(running) -> None:
 
 def test_what_cannot_be_served_is_said(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"holds no page for browsers.*--target web"):
-        serve.server(standin.write_bundle(tmp_path / "bundle"))
+        serve.server(standin.write_bundle(tmp_path / "bundle"), 0)
     with pytest.raises(ArtifactError, match="no such folder"):
-        serve.server(tmp_path / "none")
+        serve.server(tmp_path / "none", 0)
     with pytest.raises(ConfigError, match="expected 0"):
         serve.server(bundle, 70000)
     with serve.server(bundle, 0) as other, pytest.raises(ConfigError, match=r"cannot be had.*in use"):

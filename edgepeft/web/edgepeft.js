@@ -1,0 +1,77 @@
+/**
+ * A bundle of edgepeft in a browser: classify or write with it, on the GPU by WebGPU or on the CPU by WebAssembly.
+ *
+ *     import { load } from "./edgepeft.js";
+ *     const model = await load("./", { onProgress: ({ loaded, total }) => console.log(loaded / total) });
+ *     console.log(await model.classify("turn the kitchen lights off"));               // of a classifier
+ *     for await (const piece of model.generate("Hello", { stream: true })) show(piece);  // of a language model
+ *
+ * Types are in edgepeft.d.ts. Calls of one model run one after the other. Left out: rows with adapters of their own in one
+ * run, several prompts in one run, an int8 cache.
+ */
+
+import { BASE, DEFAULT, Places, named, ownTensors, readAdapter } from "./web/adapters.js";
+import { Engine } from "./web/engine.js";
+import { EdgePeftError, Files } from "./web/files.js";
+import { Generator } from "./web/generator.js";
+import { Classifier } from "./web/classifier.js";
+import { Tokens } from "./web/tokens.js";
+
+export { EdgePeftError };
+
+const TASKS = { "text-classification": Classifier, "text-generation": Generator };
+
+/** The adapters of a loaded bundle: which there are, the one in use, and what to feed for each. */
+class Adapters {
+  #made = new Map();
+
+  constructor(files, engine) {
+    this.files = files;
+    this.engine = engine;
+    this.places = new Places(engine.graph, engine.defaults);
+  }
+
+  get names() {
+    return this.places.any ? named(this.files) : [];
+  }
+
+  /** Return {name, labels, feeds} of an adapter, made ready at its first use. */
+  async get(name) {
+    if (!this.#made.has(name)) this.#made.set(name, await this.#make(name));
+    return this.#made.get(name);
+  }
+
+  async #make(name) {
+    if (name !== DEFAULT && !this.places.any) {
+      throw new EdgePeftError("merged at export, so it has no adapters to choose from.");
+    }
+    const { labels, values } = await this.#values(name);
+    return { name, labels, feeds: await this.engine.place(values) };
+  }
+
+  async #values(name) {
+    const file = `adapters/${DEFAULT}/labels.json`;
+    const labels = this.files.has(file) ? await this.files.json(file) : (this.files.manifest.labels ?? []);
+    if (name === DEFAULT) return { labels, values: this.places.defaults };
+    const own = await ownTensors(this.files);
+    if (name === BASE) return { labels, values: this.places.feeds("the base", new Map(), own, true) };
+    const found = await readAdapter(this.files, name);
+    return { labels: found.labels, values: this.places.feeds(found.where, found.tensors, own, false) };
+  }
+}
+
+/** Load a bundle; see edgepeft.d.ts. */
+export async function load(url, { adapter = DEFAULT, device = "auto", onProgress = () => {} } = {}) {
+  const files = new Files(url);
+  const manifest = await files.open();
+  const Task = TASKS[manifest.task];
+  if (!Task) throw new EdgePeftError(`unknown task '${manifest.task}'. Take a newer edgepeft.`);
+  const engine = await Engine.open(files, device, onProgress);
+  const about = await files.json("tokenizer.json");
+  const tokens = new Tokens(about, manifest.task === "text-generation" ? null : manifest.max_length);
+  const model = new Task(files, engine, tokens, new Adapters(files, engine));
+  await model.use(adapter);
+  await model.prepare();
+  onProgress({ stage: "ready", file: "", loaded: 1, total: 1 });
+  return model;
+}

@@ -1,0 +1,51 @@
+/** Text classification: scores = softmax(logits), the label is the greatest. */
+
+import { EdgePeftError } from "./files.js";
+import { Model } from "./model.js";
+import { softmax } from "./sampling.js";
+import { checkText } from "./tokens.js";
+
+export class Classifier extends Model {
+  get labels() {
+    return this.active.labels;
+  }
+
+  /** Return the logits of a text, one for each label: a Float32Array. */
+  async logits(text, { adapter } = {}) {
+    checkText("text", text);
+    if (!text.trim()) throw new EdgePeftError("text: empty. There is nothing to classify.");
+    const { feeds, labels } = await this.chosen(adapter);
+    const ids = this.tokens.encode(text);
+    const width = ids.length;
+    const tensor = (...about) => this.engine.tensor(...about);
+    const counted = {
+      input_ids: tensor("int64", [1, width], ids),
+      token_type_ids: tensor("int64", [1, width], ids.map(() => 0)),
+      position_ids: tensor("int64", [width], ids.map((_, place) => place)),
+      attention_bias: tensor("float32", [1, 1, width, width], new Float32Array(width * width)),
+      attention_bias_first: tensor("float32", [1, 1, 1, width], new Float32Array(width)),
+    };
+    const wanted = this.engine.session.inputNames.filter((name) => name in counted).map((name) => [name, counted[name]]);
+    const { logits } = await this.inTurn(() => this.engine.run({ ...feeds, ...Object.fromEntries(wanted) }));
+    if (logits.dims.at(-1) !== labels.length) {
+      throw new EdgePeftError(`its head gives ${logits.dims.at(-1)} logits, the adapter names ${labels.length} labels.`);
+    }
+    if (!logits.data.every(Number.isFinite)) throw new EdgePeftError("the model gave logits that are not finite.");
+    return logits.data;
+  }
+
+  /** Return {label, score, scores} of a text, or a list of them for a list of texts. */
+  async classify(text, options = {}) {
+    if (Array.isArray(text)) {
+      const out = [];
+      for (const one of text) out.push(await this.classify(one, options));
+      return out;
+    }
+    const { labels } = await this.chosen(options.adapter);
+    const shares = softmax(await this.logits(text, options));
+    const order = labels.map((_, place) => place).sort((a, b) => shares[b] - shares[a] || a - b);
+    const kept = order.slice(0, options.topK ?? order.length);
+    const scores = Object.fromEntries(kept.map((place) => [labels[place], shares[place]]));
+    return { label: labels[order[0]], score: shares[order[0]], scores };
+  }
+}

@@ -1,0 +1,165 @@
+/**
+ * A language model that writes: the prompt in parts, then token by token, keys and values on the GPU between runs.
+ *
+ *     ids ──► run ──► logits of the last token ──► Sampler ──► Decoding ──► Stops ──► shown
+ *              └─ present keys and values, on the GPU, are the next run's past ─┘
+ *
+ * The last answer's keys and values stay for a prompt that begins alike, under the same adapter only.
+ */
+
+import { chatTemplate } from "./chat.js";
+import { EdgePeftError } from "./files.js";
+import { Model } from "./model.js";
+import { Sampler } from "./sampling.js";
+import { Decoding, Stops, checkText } from "./tokens.js";
+
+const CHUNK = 256; // tokens of a prompt that one run reads
+const MAX_NEW_TOKENS = 256;
+
+export class Generator extends Model {
+  async prepare() {
+    this.about = this.files.manifest.decoder;
+    this.context = this.files.manifest.context;
+    this.template = await chatTemplate(this.files);
+    this.#forget();
+  }
+
+  /** Return the tokens of a prompt: a text, or messages. */
+  encode(prompt, templateOptions) {
+    const words = typeof prompt === "string" ? prompt : this.#rendered(prompt, templateOptions);
+    checkText("prompt", words);
+    const ids = this.tokens.ids(words);
+    const { bos, add_bos: first } = this.about;
+    if (typeof prompt === "string" && first && bos != null && ids[0] !== bos) ids.unshift(bos);
+    if (!ids.length) throw new EdgePeftError("prompt: empty, and this model has no token to begin with.");
+    if (ids.length > this.context) {
+      throw new EdgePeftError(`prompt: ${ids.length} tokens, this model's context has ${this.context}. Shorten it.`);
+    }
+    return ids;
+  }
+
+  /** Write an answer; see edgepeft.d.ts. */
+  generate(prompt, options = {}) {
+    const pieces = this.#write(prompt, options);
+    if (options.stream) return pieces;
+    return (async () => {
+      for (;;) {
+        const { done, value } = await pieces.next();
+        if (done) return value;
+      }
+    })();
+  }
+
+  /** Answer messages, or one of the user. */
+  chat(messages, options) {
+    return this.generate(typeof messages === "string" ? [{ role: "user", content: messages }] : messages, options);
+  }
+
+  /** Return the logits of the last token of a list: a Float32Array [vocabulary]. */
+  async logits(ids, { adapter } = {}) {
+    const chosen = await this.chosen(adapter);
+    return this.inTurn(() => this.#read(ids, chosen));
+  }
+
+  // --- how it is done ---
+
+  #rendered(messages, options) {
+    if (!this.template) throw new EdgePeftError("this bundle has no chat template. Give a text in place of messages.");
+    return this.template(messages, options);
+  }
+
+  async *#write(prompt, options) {
+    const { maxNewTokens = MAX_NEW_TOKENS, stop = [], signal, adapter, templateOptions } = options;
+    if (!Number.isInteger(maxNewTokens) || maxNewTokens < 1) {
+      throw new EdgePeftError(`maxNewTokens: expected a whole number of at least 1, found ${maxNewTokens}.`);
+    }
+    const ids = this.encode(prompt, templateOptions);
+    const chosen = await this.chosen(adapter);
+    const row = {
+      limit: Math.min(maxNewTokens, this.context - ids.length),
+      sampler: new Sampler(options, ids),
+      decoding: new Decoding(this.tokens, typeof prompt === "string" ? ids : []),
+      stops: new Stops([stop].flat()),
+      answer: { text: "", tokens: [], finish: "", promptTokens: ids.length },
+    };
+    const { answer } = row;
+    if (row.limit === 0) answer.finish = "length";
+    while (!answer.finish) {
+      if (signal?.aborted) {
+        answer.finish = "cancelled";
+        answer.text += row.stops.push(row.decoding.flush()) + row.stops.flush();
+        break;
+      }
+      const logits = await this.inTurn(() => this.#read([...ids, ...answer.tokens], chosen));
+      const piece = this.#take(row, row.sampler.pick(logits));
+      answer.text += piece;
+      if (piece) yield piece;
+    }
+    return answer;
+  }
+
+  #take({ limit, decoding, stops, answer }, token) {
+    const ended = this.about.eos.includes(token);
+    answer.tokens.push(token);
+    let piece = ended ? "" : stops.push(decoding.push(token));
+    if (ended || stops.hit || answer.tokens.length === limit) {
+      answer.finish = ended ? "eos" : stops.hit ? "stop" : "length";
+      if (!stops.hit) {
+        piece += stops.push(decoding.flush());
+        if (stops.hit) answer.finish = "stop";
+        piece += stops.flush();
+      }
+    }
+    return piece;
+  }
+
+  #forget() {
+    for (const value of Object.values(this.past ?? {})) value.dispose();
+    const { kv_heads: heads, head_dim: width } = this.about;
+    const empty = () => this.engine.tensor("float32", [1, heads, 0, width], []);
+    this.past = Object.fromEntries(this.engine.graph.pasts.map((name) => [name, empty()]));
+    this.seen = [];
+    this.seenBy = null;
+  }
+
+  /** Read tokens, of which those read last need not be read again, and return the logits of the last. */
+  async #read(ids, adapter) {
+    if (this.seenBy !== adapter) this.#forget();
+    this.seenBy = adapter;
+    let known = 0;
+    while (known < Math.min(this.seen.length, ids.length - 1) && this.seen[known] === ids[known]) known++;
+    if (2 * known < this.seen.length) this.#forget(); // what is read again costs less than to carry so much along
+    this.seen = this.seen.slice(0, known);
+    let logits;
+    for (let start = this.seen.length; start < ids.length; start += CHUNK) {
+      logits = await this.#run(ids.slice(start, start + CHUNK), adapter);
+    }
+    return logits;
+  }
+
+  async #run(ids, adapter) {
+    const tensor = (...about) => this.engine.tensor(...about);
+    const total = this.seen.length + ids.length;
+    const feeds = {
+      ...adapter.feeds,
+      ...this.past,
+      input_ids: tensor("int64", [1, ids.length], ids),
+      seqlens_k: tensor("int32", [1], [total - 1]),
+      total_sequence_length: tensor("int32", [], [total]),
+      logits_index: tensor("int64", [1, 1, 1], [ids.length - 1]),
+    };
+    let out;
+    try {
+      out = await this.engine.run(feeds);
+    } catch (error) {
+      this.#forget();
+      throw error;
+    }
+    for (const [name, value] of Object.entries(this.past)) {
+      value.dispose();
+      this.past[name] = out[name.replace("past_key_values", "present")];
+    }
+    this.seen = [...this.seen, ...ids];
+    return out.logits.data;
+  }
+}

@@ -1,0 +1,262 @@
+"""A bundle's page in a real browser, on a software GPU and without one: what Python answers, and what is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from builders import LABELS
+
+from edgepeft.deploy import browser, serve, web
+from edgepeft.errors import TargetError
+from edgepeft.export import webgpu as export
+from edgepeft.runtime import load
+from tests.deploy.chromium import Browser, Page
+from tests.export import tiny_decoder, tiny_run
+from tests.runtime import standin, writer
+
+TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order
+TEXTS = ("turn off the lamp", "Play a JAZZ in the hall, please!", "lamp " * 80)
+PROMPT = "turn on the lamp in the attic and " * 3
+KINDS = {"classifier": "bert", "writer": "llama"}
+DEVICES = ("webgpu", "wasm")
+FLAGS = {"webgpu": browser.SOFTWARE_GPU, "wasm": browser.NO_GPU}
+
+
+class Served:
+    """A bundle with a page, and its address while it is served."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._start(0)
+
+    def _start(self, port: int) -> None:
+        self._server = serve.server(self.folder, port)
+        self.port = self._server.server_port
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://{serve.HOST}:{self.port}/"
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def again(self) -> None:
+        self._start(self.port)
+
+
+def _sealed(folder: Path, kind: str, exported: Path, quantized: Path) -> Path:
+    """Make a bundle with a page of an exported folder, with a second adapter of another rank."""
+    export.write(exported)
+    shutil.copytree(exported, folder)
+    about = json.loads((quantized / "quantized.json").read_text())
+    same = {"base_digest": about["base_digest"], "format": about["format"], "activation": "float"}
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (quantized / name).exists():
+            shutil.copy(quantized / name, folder)
+    web.write(folder)
+    seal = standin.reseal if kind == "classifier" else writer.reseal
+    seal(folder, **same, **({"labels": list(LABELS), "max_length": 48} if kind == "classifier" else {"context": 200}))
+    return folder
+
+
+def _classifier(place: Path) -> Path:
+    from edgepeft.adapt import peft_files
+    from edgepeft.artifact import write_json
+
+    config, run = tiny_run.make_run(place)
+    exported = tiny_run.export_run(config, run)
+    tiny_run.random_adapter(run, place / "trained", rank=6, seed=5)
+    other = exported / "adapters" / "other"
+    peft_files.write_device(other, place / "trained")
+    write_json(other / "labels.json", list(LABELS))
+    return _sealed(place / "bundle", "classifier", exported, run.path("quantized"))
+
+
+def _writer(place: Path) -> Path:
+    exported = tiny_decoder.export_decoder(place, "llama", "i4b32", context=200)
+    other = tiny_decoder.random_adapter(exported.run.path("quantized"), place / "second", rank=6, seed=5)
+    shutil.copytree(other, exported.folder / "adapters" / "other")
+    default = exported.folder / "adapters" / "default"
+    shutil.copy(exported.adapter / "adapter_config.json", default)
+    return _sealed(place / "bundle", "writer", exported.folder, exported.run.path("quantized"))
+
+
+MAKE = {"classifier": _classifier, "writer": _writer}
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return the served bundle of a kind, made once."""
+    if reason := web.missing():
+        pytest.skip(reason)
+    made: dict[str, Served] = {}
+
+    def make(kind: str) -> Served:
+        if kind not in made:
+            made[kind] = Served(MAKE[kind](tmp_path_factory.mktemp(kind)))
+        return made[kind]
+
+    yield make
+    for served in made.values():
+        served.stop()
+
+
+@pytest.fixture(scope="module")
+def browsers(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return the running browser of a device, started once."""
+    if reason := browser.missing():
+        pytest.skip(reason)
+    running: dict[str, Browser] = {}
+
+    def start(device: str) -> Browser:
+        if device not in running:
+            running[device] = Browser(tmp_path_factory.mktemp(device), *FLAGS[device])
+        return running[device]
+
+    yield start
+    for one in running.values():
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def pages(bundles: Any, browsers: Any) -> Any:
+    """Return the page of a kind on a device, loaded once."""
+    opened: dict[tuple[str, str], Page] = {}
+
+    def open_page(kind: str, device: str) -> Page:
+        if (kind, device) not in opened:
+            opened[kind, device] = browsers(device).open(bundles(kind).url)
+        return opened[kind, device]
+
+    return open_page
+
+
+def _same(found: list[float], wanted: np.ndarray) -> None:
+    assert len(found) == len(wanted)
+    assert np.abs(np.array(found) - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_classifier_answers_as_python_does_under_every_adapter(bundles, pages, device: str) -> None:
+    page, model = pages("classifier", device), load(bundles("classifier").folder, library="none")
+    assert page.run("model.device") == device
+    assert page.run("model.adapters") == ["default", "other"]
+    for adapter in ("default", "other", "none"):
+        wanted = model.logits(TEXTS, adapter)
+        for text, row in zip(TEXTS, wanted, strict=True):
+            about = json.dumps({"adapter": adapter})
+            _same(page.run(f"model.logits({json.dumps(text)}, {about}).then(row => [...row])"), row)
+    answer = model.classify(TEXTS[0], "other")
+    found = page.run(f"model.classify({json.dumps(TEXTS[0])}, {{adapter: 'other'}})")
+    assert (found["label"], pytest.approx(found["score"], abs=1e-5)) == (answer.label, answer.score)
+    assert list(found["scores"]) == list(answer.scores)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_language_model_writes_as_python_does_under_every_adapter(bundles, pages, device: str) -> None:
+    page, model = pages("writer", device), load(bundles("writer").folder, library="none")
+    for adapter in ("default", "other", "none"):
+        about = json.dumps({"adapter": adapter, "maxNewTokens": 8})
+        ids = model.encode(PROMPT)
+        assert len(ids) > 64
+        assert page.run(f"model.encode({json.dumps(PROMPT)})") == ids
+        _same(page.run(f"model.logits({ids}, {about}).then(row => [...row])"), model.logits(ids, adapter, 1)[0])
+        wanted = model.generate(PROMPT, adapter=adapter, max_new_tokens=8)
+        found = page.run(f"model.generate({json.dumps(PROMPT)}, {about})")
+        assert found["tokens"] == wanted.tokens
+        assert (found["text"], found["finish"]) == (wanted.text, wanted.finish)
+        wanted = model.chat("turn on the lamp", adapter=adapter, max_new_tokens=8)
+        assert page.run(f"model.chat('turn on the lamp', {about})")["tokens"] == wanted.tokens
+    collect = "(async () => { const all = []; for await (const p of %s) all.push(p); return all })()"
+    options = "{stream: true, maxNewTokens: 40}"
+    pieces = page.run(collect % f"model.generate('Hello', {options})")
+    assert len(pieces) > 1
+    assert "".join(pieces) == model.generate("Hello", max_new_tokens=40).text
+
+
+def test_keys_and_values_stay_on_the_gpu(pages) -> None:
+    page = pages("writer", "webgpu")
+    page.run("model.generate('Hello', {maxNewTokens: 2})")
+    assert set(page.run("Object.values(model.past).map(value => value.location)")) == {"gpu-buffer"}
+
+
+def test_no_gpu_is_said_and_the_cpu_taken(pages) -> None:
+    page = pages("classifier", "wasm")
+    assert page.text("status") == "Ready, on the CPU (WebAssembly)."
+    assert "no WebGPU" in page.text("notes") or "finds no GPU" in page.text("notes")
+
+
+def test_the_page_classifies_and_writes(pages) -> None:
+    go = "document.getElementById('text').value = 'turn off the lamp'; document.getElementById('go').click()"
+    for kind, device in (("classifier", "webgpu"), ("writer", "wasm")):
+        page = pages(kind, device)
+        page.run("document.getElementById('adapter').value = 'other'")
+        page.run(go)
+        page.wait(
+            "return document.getElementById('output').children.length > 1 && !document.getElementById('go').disabled"
+        )
+        assert page.text("error") == ""
+        assert page.run("model.adapter") == "other"
+        page.run("model.use('default')")
+
+
+def test_it_loads_again_without_the_server_and_only_what_changed(bundles, browsers) -> None:
+    served = bundles("classifier")
+    page = browsers("wasm").open(served.url)
+    page.wait("return navigator.serviceWorker.controller !== null")
+    before = page.run("model.classify('turn off the lamp')")
+    served.stop()
+    try:
+        page.go(served.url)
+        assert page.text("status").startswith("Ready")
+        assert page.run("model.classify('turn off the lamp')") == before
+    finally:
+        served.again()
+    page.close()
+
+
+@pytest.mark.parametrize("name", ["model.onnx.data", "model.webgpu.onnx", "manifest.json", "tokenizer.json"])
+def test_a_flipped_byte_is_said_on_the_page(bundles, browsers, tmp_path: Path, name: str) -> None:
+    served = Served(shutil.copytree(bundles("classifier").folder, tmp_path / "bundle"))
+    path = served.folder / name
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    page = browsers("wasm").open(served.url)
+    assert page.text("status") == "It could not be loaded."
+    assert f"{name} was changed" in page.text("error")
+    page.close()
+    served.stop()
+
+
+def test_what_cannot_be_is_said(pages) -> None:
+    page = pages("classifier", "wasm")
+    for call, says in (
+        ("model.classify('')", "text: empty"),
+        ("model.use('othre')", "unknown adapter 'othre'. There are: default, other, none"),
+        ("import('/edgepeft.js').then(m => m.load('/', {device: 'webgpu'}))", "'wasm' works everywhere"),
+        ("import('/edgepeft.js').then(m => m.load('/nowhere/'))", "cannot be read (the server answers 404)"),
+    ):
+        with pytest.raises(RuntimeError) as caught:
+            page.run(call)
+        assert says in str(caught.value)
+
+
+def test_packages_that_cannot_be_had_are_said(monkeypatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setenv("EDGEPEFT_CACHE", str(tmp_path))
+    assert "onnxruntime-web" in web.missing()
+    assert web.main(["check"]) == TargetError.exit_code
+    assert "deploy.web install" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(TargetError, match="fetched by npm, which is not there"):
+        web.write(tmp_path / "bundle")
+    assert browser.main(["check"]) == TargetError.exit_code
+    assert "deploy.browser install" in capsys.readouterr().err
