@@ -27,6 +27,23 @@ double exponential(double v) {
 double silu(double v) { return v / (1 + exponential(-v)); }
 double gelu_tanh(double v) { return v / (1 + exponential(-1.5957691216057308 * (v + 0.044715 * v * v * v))); }
 
+// By its series, and by its continued fraction where that has converged.
+double erfc(double z) {
+  if (z < 0) return 2 - erfc(-z);
+  double term = z, sum = z, fraction = z;
+  for (int i = 1; z < 2 && i < 60; i++) term *= -z * z / i, sum += term / (2 * i + 1);
+  for (int i = 80; !(z < 2) && i > 0; i--) fraction = z + i / 2.0 / fraction;
+  const double root_pi = 1.7724538509055160;
+  return z < 2 ? 1 - 2 / root_pi * sum : exponential(-z * z) / (root_pi * fraction);
+}
+
+void gelu(const FunctionJob& job) {
+  for (int64_t i = 0; i < job.rows * job.columns; i++) {
+    const double v = static_cast<double>(job.x[i]);
+    job.y[i] = static_cast<float>(v * erfc(-v / 1.4142135623730951) / 2);
+  }
+}
+
 template <double (*act)(double)>
 void gated(const FunctionJob& job) {
   for (int64_t i = 0; i < job.rows * job.columns; i++)
@@ -51,6 +68,20 @@ void rms_norm(const FunctionJob& job) {
   }
 }
 
+void layer_norm(const FunctionJob& job) {
+  for (int64_t at = 0; at < job.rows * job.columns; at += job.columns) {
+    float* y = job.y + at;
+    double mean = 0, sum = 0;
+    for (int64_t i = 0; i < job.columns; i++) mean += static_cast<double>(y[i] = job.x[at + i] + job.other[at + i]);
+    mean /= static_cast<double>(job.columns);
+    for (int64_t i = 0; i < job.columns; i++) sum += (static_cast<double>(y[i]) - mean) * (static_cast<double>(y[i]) - mean);
+    const double root = __builtin_sqrt(sum / static_cast<double>(job.columns) + static_cast<double>(job.epsilon));
+    for (int64_t i = 0; i < job.columns; i++)
+      y[i] = static_cast<float>((static_cast<double>(y[i]) - mean) / root * static_cast<double>(job.weight[i]) +
+                                static_cast<double>(job.bias[i]));
+  }
+}
+
 void packed_embedding(const FunctionJob& job) {
   const FormatInfo& f = info(job.format);
   const int64_t k = job.columns;
@@ -59,6 +90,46 @@ void packed_embedding(const FunctionJob& job) {
     const uint8_t* w = job.w + tile * tile_bytes(f, k);
     const void* scale = static_cast<const char*>(job.w_scale) + tile * tile_scale_bytes(f, k);
     for (int64_t c = 0; c < k; c++) job.y[i * k + c] = value_at(f, w, scale, static_cast<int>(job.ids[i] % kTileRows), c);
+  }
+}
+
+void row_embedding(const FunctionJob& job) {
+  const int64_t k = job.columns;
+  const uint16_t* scales = static_cast<const uint16_t*>(job.w_scale);
+  for (int64_t i = 0; i < job.rows; i++)
+    for (int64_t c = 0, at = job.ids[i] * k; c < k; c++) {
+      const int code = job.bits == 8 ? job.w[at + c] : job.w[(at + c) / 2] >> c % 2 * 4 & 15;
+      job.y[i * k + c] = static_cast<float>(code - (1 << (job.bits - 1))) * half_float(scales[(at + c) / kEmbeddingBlock]);
+    }
+}
+
+// A row of y; its scores are computed twice, the first time for the largest.
+void attend(const FunctionJob& job, const float* q, const float* k, const float* v, const int64_t* mask, float* y) {
+  const int64_t stride = job.heads * job.columns;
+  const auto score = [&](int64_t j) {
+    double dot = 0;
+    for (int64_t c = 0; c < job.columns; c++) dot += static_cast<double>(q[c]) * static_cast<double>(k[j * stride + c]);
+    return dot / __builtin_sqrt(static_cast<double>(job.columns)) + (mask[j] ? 0.0 : static_cast<double>(kHidden));
+  };
+  double top = -kInfinity, total = 0, sums[kHeadColumns] = {};
+  for (int64_t j = 0; j < job.keys; j++) top = score(j) > top ? score(j) : top;
+  for (int64_t j = 0; j < job.keys; j++) {
+    const double weight = exponential(score(j) - top);
+    total += weight;
+    for (int64_t c = 0; c < job.columns; c++) sums[c] += weight * static_cast<double>(v[j * stride + c]);
+  }
+  for (int64_t c = 0; c < job.columns; c++) y[c] = static_cast<float>(sums[c] / total);
+}
+
+void attention(const FunctionJob& job) {
+  const int64_t stride = job.heads * job.columns;
+  for (int64_t row = job.first; row < job.first + job.rows; row++) {
+    const int64_t text = row / job.heads, column = row % job.heads * job.columns;
+    const int64_t keys = text * job.keys * stride + column;
+    for (int64_t i = 0; i < job.queries; i++) {
+      const int64_t at = (text * job.queries + i) * stride + column;
+      attend(job, job.q + at, job.k + keys, job.v + keys, job.mask + text * job.keys, job.y + at);
+    }
   }
 }
 

@@ -6,7 +6,11 @@
 // is off by 3e-9; above t = 0 both sides of the quotient are scaled by 2^(-n/2), so nothing overflows, results underflow
 // where they must, and at n = 254 the scale is 0: finite / 1 becomes 0, and -Inf NaN. In gelu t is known to two floats,
 // since an error of t in its last place is one of |t| places of e^t. Errors: 4 units of 2^-24 of y.
+//
+// gelu: of a = |x| the tail 1 - P(a) is e^(-a^2/2) h(u) / (a + 2.5), u = 1 - 5 / (a + 2.5), h a polynomial that is off by
+// 2e-8. It is a factor of its own where x < 0, so that small values are as exact as large ones: 6 units of 2^-24 of y.
 #pragma once
+#include "attention.h"
 
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.6931472f, kLn2Rest = -1.9046542e-09f;              // ln 2 in two floats
@@ -15,18 +19,27 @@ constexpr float kGeluB = 0.071354814f, kGeluBRest = 2.3988325e-09f;         // 2
 constexpr float kGeluEnd = 13.5f;                                           // beyond it e^t is past float's range
 constexpr float kExp[] = {0.0013814467f, 0.008368781f, 0.041668393f, 0.1666652f, 0.49999994f, 1.0f, 1.0f};
 
-// v / (1 + e^(t + rest)), |rest| far below 1.
+// e^(t + rest) = p 2^n, |rest| far below 1.
+template <class V>
+struct Power {
+  typename V::F p, n;
+  EP_INLINE Power(typename V::F t, typename V::F rest) {
+    using F = typename V::F;
+    n = V::round(V::mul(t, V::set1(kLog2E)));
+    const F r = V::add(V::fma(n, V::set1(-kLn2Rest), V::fma(n, V::set1(-kLn2), t)), rest);
+    p = V::set1(kExp[0]);
+    for (int i = 1; i < 7; i++) p = V::fma(p, r, V::set1(kExp[i]));
+  }
+};
+
+// v / (1 + e^(t + rest)).
 template <class V>
 EP_INLINE typename V::F logistic(typename V::F v, typename V::F t, typename V::F rest) {
   using F = typename V::F;
-  t = V::max(V::min(t, V::set1(176.1f)), V::set1(-87.0f));
-  const F n = V::round(V::mul(t, V::set1(kLog2E)));
-  const F r = V::add(V::fma(n, V::set1(-kLn2Rest), V::fma(n, V::set1(-kLn2), t)), rest);
-  F p = V::set1(kExp[0]);
-  for (int i = 1; i < 7; i++) p = V::fma(p, r, V::set1(kExp[i]));
-  const F half = V::round(V::mul(V::max(n, V::set1(0.0f)), V::set1(0.5f)));
+  const Power<V> e(V::max(V::min(t, V::set1(176.1f)), V::set1(-87.0f)), rest);
+  const F half = V::round(V::mul(V::max(e.n, V::set1(0.0f)), V::set1(0.5f)));
   const F scale = V::power(V::sub(V::set1(0.0f), half));
-  return V::div(V::mul(v, scale), V::fma(p, V::power(V::sub(n, half)), scale));
+  return V::div(V::mul(v, scale), V::fma(e.p, V::power(V::sub(e.n, half)), scale));
 }
 
 template <class V>
@@ -54,6 +67,36 @@ struct GeluTanh {
   }
 };
 
+constexpr float kTailShift = 2.5f, kTailEnd = 18.78f;  // beyond it e^(-a^2/2) is 0
+constexpr float kTail[] = {-0.00015910016f, -0.00031399206f, 0.0006847604f, 0.0025260118f, -0.0016004707f,
+                           -0.016386744f,   0.0092357565f,   0.13198702f,   -0.433692f,    0.70665663f};
+
+// max and min have the constant first: it is the second that they return where one is NaN.
+template <class V>
+EP_INLINE typename V::F gelu_of(typename V::F x) {
+  using F = typename V::F;
+  const F zero = V::set1(0.0f), a = V::min(V::max(x, V::sub(zero, x)), V::set1(kTailEnd)), minus_half = V::set1(-0.5f);
+  const F over = V::div(V::set1(1.0f), V::add(a, V::set1(kTailShift))), u = V::fma(over, V::set1(-2 * kTailShift), V::set1(1.0f));
+  F tail = V::set1(kTail[0]);
+  for (int i = 1; i < 10; i++) tail = V::fma(tail, u, V::set1(kTail[i]));
+  const F square = V::mul(a, a), rest = V::fma(a, a, V::sub(zero, square));
+  const Power<V> e(V::mul(square, minus_half), V::mul(rest, minus_half));
+  const F half = V::round(V::mul(e.n, V::set1(0.5f))), other_half = V::power(V::sub(e.n, half));
+  tail = V::mul(V::mul(V::mul(tail, over), e.p), V::power(half));
+  const F below = V::mul(V::mul(V::min(zero, x), tail), other_half);
+  return V::add(below, V::mul(V::max(zero, x), V::sub(V::set1(1.0f), V::mul(tail, other_half))));
+}
+
+template <class V>
+void gelu_all(const FunctionJob& job) {
+  const int64_t n = job.rows * job.columns, whole = n / V::lanes * V::lanes;
+  for (int64_t i = 0; i < whole; i += V::lanes) V::store(job.y + i, gelu_of<V>(V::load(job.x + i)));
+  float rest[V::lanes] = {};
+  for (int64_t i = whole; i < n; i++) rest[i - whole] = job.x[i];
+  if (whole < n) V::store(rest, gelu_of<V>(V::load(rest)));
+  for (int64_t i = whole; i < n; i++) job.y[i] = rest[i - whole];
+}
+
 template <class V, class Activation>
 void gated_of(const FunctionJob& job) {
   const int64_t n = job.rows * job.columns, whole = n / V::lanes * V::lanes;
@@ -66,13 +109,13 @@ void gated_of(const FunctionJob& job) {
 }
 
 // In double, where no square of a float rounds or overflows. Compilers turn the inner loop into vectors.
-template <class V>
-EP_INLINE double sum_of_squares(const float* x, int64_t n) {
+template <class V, class Term>
+EP_INLINE double sum_of(const float* x, int64_t n, Term term) {
   double sums[2 * V::lanes] = {}, sum = 0;
   int64_t i = 0;
   for (; i + 2 * V::lanes <= n; i += 2 * V::lanes)
-    for (int c = 0; c < 2 * V::lanes; c++) sums[c] += static_cast<double>(x[i + c]) * static_cast<double>(x[i + c]);
-  for (; i < n; i++) sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+    for (int c = 0; c < 2 * V::lanes; c++) sums[c] += term(static_cast<double>(x[i + c]));
+  for (; i < n; i++) sum += term(static_cast<double>(x[i]));
   for (const double s : sums) sum += s;
   return sum;
 }
@@ -94,12 +137,32 @@ void rms_norm_of(const FunctionJob& job) {
       add_rows<V>(x, job.other + at, n, job.sum + at);
       x = job.sum + at;
     }
-    const double mean = sum_of_squares<V>(x, n) / static_cast<double>(n);
+    const double mean = sum_of<V>(x, n, [](double v) { return v * v; }) / static_cast<double>(n);
     const float scale = static_cast<float>(1.0 / __builtin_sqrt(mean + static_cast<double>(job.epsilon)));
     int64_t i = 0;
     for (; i + V::lanes <= n; i += V::lanes)
       V::store(y + i, V::mul(V::mul(V::load(x + i), V::set1(scale)), V::load(job.weight + i)));
     for (; i < n; i++) y[i] = x[i] * scale * job.weight[i];
+  }
+}
+
+// x + skip lies in y until it is replaced. The mean is taken off as two floats: what is left is as exact as x + skip.
+template <class V>
+void layer_norm_of(const FunctionJob& job) {
+  const int64_t n = job.columns;
+  for (int64_t at = 0; at < job.rows * n; at += n) {
+    float* y = job.y + at;
+    add_rows<V>(job.x + at, job.other + at, n, y);
+    const double mean = sum_of<V>(y, n, [](double v) { return v; }) / static_cast<double>(n);
+    const double spread = sum_of<V>(y, n, [=](double v) { return (v - mean) * (v - mean); }) / static_cast<double>(n);
+    const float scale = static_cast<float>(1.0 / __builtin_sqrt(spread + static_cast<double>(job.epsilon)));
+    const float high = static_cast<float>(mean), low = static_cast<float>(mean - static_cast<double>(high));
+    int64_t i = 0;
+    for (; i + V::lanes <= n; i += V::lanes) {
+      const typename V::F off = V::sub(V::sub(V::load(y + i), V::set1(high)), V::set1(low));
+      V::store(y + i, V::fma(V::mul(off, V::set1(scale)), V::load(job.weight + i), V::load(job.bias + i)));
+    }
+    for (; i < n; i++) y[i] = (y[i] - high - low) * scale * job.weight[i] + job.bias[i];
   }
 }
 
@@ -168,9 +231,34 @@ void packed_embedding_of(const FunctionJob& job) {
   }
 }
 
+template <class V, int bits>
+void row_embedding_of(const FunctionJob& job) {
+  constexpr int block = kEmbeddingBlock, bytes = block * bits / 8;
+  const int64_t blocks = job.columns / block;
+  const typename V::F minus_zero = V::set1(-static_cast<float>(1 << (bits - 1)));
+  float* y = job.y;
+  for (int64_t i = 0; i < job.rows; i++) {
+    const uint8_t* w = job.w + job.ids[i] * blocks * bytes;
+    const uint16_t* scales = static_cast<const uint16_t*>(job.w_scale) + job.ids[i] * blocks;
+    for (int64_t b = 0; b < blocks; b++, w += bytes, y += block) {
+      int32_t codes[block];
+      for (int c = 0; c < block; c++) codes[c] = bits == 8 ? w[c] : w[c / 2] >> c % 2 * 4 & 15;
+      const typename V::F scale = V::set1(half_float(scales[b]));
+      for (int c = 0; c < block; c += V::lanes)
+        V::store(y + c, V::mul(V::add(V::to_float(V::load_int(codes + c)), minus_zero), scale));
+    }
+  }
+}
+
 // What EP_DEFINE_FUNCTION names, for vocabulary V.
 #define EP_FUNCTIONS_FROM(V)                                                          \
   void rms_norm(const FunctionJob& job) { rms_norm_of<V>(job); }                      \
+  void layer_norm(const FunctionJob& job) { layer_norm_of<V>(job); }                  \
+  void gelu(const FunctionJob& job) { gelu_all<V>(job); }                             \
   void gated_silu(const FunctionJob& job) { gated_of<V, Silu<V>>(job); }              \
   void gated_gelu_tanh(const FunctionJob& job) { gated_of<V, GeluTanh<V>>(job); }     \
-  void packed_embedding(const FunctionJob& job) { packed_embedding_of<V>(job); }
+  void packed_embedding(const FunctionJob& job) { packed_embedding_of<V>(job); }      \
+  void row_embedding(const FunctionJob& job) {                                        \
+    job.bits == 4 ? row_embedding_of<V, 4>(job) : row_embedding_of<V, 8>(job);        \
+  }                                                                                   \
+  void attention(const FunctionJob& job) { attention_of<V>(job); }

@@ -25,7 +25,7 @@ class Body:
         node = helper.make_node(op, list(inputs), [out], name=out, domain=domain, **attrs)
         for pair in refs.split():
             inner, _, outer = pair.partition("=")
-            kind = AttributeProto.FLOAT if inner.endswith("float") else AttributeProto.INT
+            kind = AttributeProto.FLOAT if inner.endswith(("float", "epsilon")) else AttributeProto.INT
             node.attribute.add(name=inner, ref_attr_name=outer or inner, type=kind)
         self.nodes.append(node)
         return out

@@ -10,9 +10,7 @@ multiple of 16, an s_in of their own). Adapter tensors are overridable inputs na
 is symbolic. Where there is a low-rank part its gate is one too, neutral by default: [rows.., R] lets the rows of a run
 have adapters of their own, stacked along R (see `edgepeft.runtime.mixing`).
 
-4-bit embeddings in rows are signed INT4 (code - 8), 8-bit ones INT8 (code - 128), both one XOR away from the stored
-bytes, as the oldest supported ONNX Runtime has no unsigned zero point for them without a tensor; scales become float32
-at load, so that a row comes out exact. An embedding that is also a head lies in tiles, and both read the same constant.
+An embedding that is also a head lies in tiles, and both read the same constant.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto, helper
+from onnx import helper
 
 from edgepeft.adapt.terms import BOTTLENECK, ENDINGS, HALVES, PARALLEL, PREFIX, ROUTER, TERMS_FILE, aliases
 from edgepeft.artifact import DTYPES, read_json, read_tensors, tensor_header
@@ -33,7 +31,7 @@ from edgepeft.export import ops
 from edgepeft.export.branches import BRANCHES
 from edgepeft.export.functions import FUNCTIONS
 from edgepeft.export.graph import FLOAT, FLOAT16, Dims, Graph, Place, Value
-from edgepeft.quant.formats import EMBEDDING_FORMATS, TILE_ROWS
+from edgepeft.quant.formats import TILE_ROWS
 
 BATCH, SEQUENCE = "batch", "sequence"
 ADAPTER_FILE = "adapters/default/adapter_model.safetensors"
@@ -134,12 +132,12 @@ class Emitter:
 
     # --- constants and adapter inputs ---
 
-    def weight(self, name: str, **as_what: Any) -> Value:
+    def weight(self, name: str) -> Value:
         """Return a stored tensor as a constant, or what the adapter has in its place."""
         own = self.adapter.replaced(name)
         if own is not None:
             return self.fed(own, own.shape)
-        return self.graph.constant(name, self.weights[name], **as_what)
+        return self.graph.constant(name, self.weights[name])
 
     def one(self) -> Value:
         """Return the neutral scale."""
@@ -224,39 +222,10 @@ class Emitter:
         if tag is None:
             table = self.weight(f"{module}.weight")
             return self.graph.node("Gather", table, ids, shape=(*ids.shape, *table.shape[1:]), name=name)
-        tiled = self.weights.layers[module].get("layout") == "tiles"
-        rows = self.tiled_embedding if tiled else self.packed_embedding
-        return rows(module, tag, ids, name)
-
-    def tiled_embedding(self, module: str, tag: str, ids: Value, name: str) -> Value:
-        """Rows of a table in tiles."""
+        kind = "PackedEmbedding" if self.weights.layers[module].get("layout") == "tiles" else "RowEmbedding"
         w, scale = (self.weight(f"{module}.{part}") for part in ("qweight", "qscale"))
         shape = (*ids.shape, self.shape_nk(module)[1])
-        return self.call(f"PackedEmbedding_{tag}", [ids, w, scale], [Value(name, FLOAT, shape)])[0]
-
-    def packed_embedding(self, module: str, tag: str, ids: Value, name: str) -> Value:
-        """Rows of a table in rows."""
-        spec, (rows, k) = EMBEDDING_FORMATS[tag], self.weights.layers[module]["shape"]
-        shape, graph = (*ids.shape, k), self.graph
-        scales = self.weight(f"{module}.qscale")
-        if spec.bits == 4:
-            signed: dict[str, Any] = {"dtype": TensorProto.INT4, "transform": lambda b: b ^ 0x88}
-            codes = self.weight(f"{module}.qweight", shape=(rows, k), **signed)
-            scales = graph.node("Cast", scales, to=FLOAT, shape=scales.shape, name=f"{scales.name}:float32")
-            attrs: dict[str, Any] = {
-                "block_size": spec.block,
-                "gather_axis": 0,
-                "quantize_axis": 1,
-                "domain": MICROSOFT,
-            }
-            return graph.node("GatherBlockQuantized", codes, ids, scales, shape=shape, name=name, **attrs)
-        codes = self.weight(f"{module}.qweight", dtype=TensorProto.INT8, transform=lambda b: b ^ 0x80)
-        row = graph.node("Gather", codes, ids, dtype=TensorProto.INT8, shape=shape, name=f"{module}:codes")
-        blocks = (*ids.shape, k // spec.block)
-        scale = graph.node("Gather", scales, ids, dtype=scales.dtype, shape=blocks, name=f"{module}:scales")
-        scale = graph.node("Cast", scale, to=FLOAT, shape=blocks, name=f"{module}:scales:float32")
-        attrs = {"axis": -1, "block_size": spec.block}
-        return graph.node("DequantizeLinear", row, scale, shape=shape, name=name, **attrs)
+        return self.call(f"{kind}_{tag}", [ids, w, scale], [Value(name, FLOAT, shape)])[0]
 
     def linears(self, modules: Sequence[str], x: Value) -> list[Value]:
         """W x + bias + adapter of modules that share x, in as few nodes as they allow."""

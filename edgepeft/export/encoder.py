@@ -2,19 +2,17 @@
 
     ids ─ word + type + position embeddings ─ LayerNorm ─► layer × L ─► pooler(token 0) ─ tanh ─ classifier ─► logits
 
-    layer:  q|k|v  one AdapterMatMul_<format>_g3 ─ MultiHeadAttention ─ dense ─ sum ─ LayerNorm
-            ─ dense ─ activation ─ dense ─ sum ─ LayerNorm
+    layer:  q|k|v  one AdapterMatMul_<format>_g3 ─ PaddedAttention ─ dense ─ SkipLayerNorm
+            ─ dense ─ activation ─ dense ─ SkipLayerNorm
 
 The classifier sees the first token alone, so the last layer computes that one: its q, and all that follows, has one row
-for a text; only k and v still see every token. The residual is a Sum, which ONNX Runtime leaves as it is: an Add would
-be fused into SkipLayerNormalization, whose CPU kernel takes three times as long as the two it replaces.
+for a text; only k and v still see every token.
 
 The classifier is overridable like the adapter's tensors, and its number of labels symbolic; linears, embeddings and the
 names of values are `emitter`'s.
 
-Padding: -10000 is added to the scores of padded keys, which leaves them exactly 0 after the softmax: by ONNX Runtime's
-key_padding_mask, or as an attention bias where there are fewer queries than keys: ONNX Runtime 1.20 misreads the mask
-there, and a bias that is not spelt out for each head.
+Padding: -10000 is added to the scores of padded keys, which leaves them exactly 0 after the softmax. Attention, norms,
+GELU and packed embeddings are functions of ours (`functions`), with bodies of ONNX Runtime's own.
 Left out: relative positions, sequences beyond the position table (the runtime refuses those).
 """
 
@@ -29,14 +27,14 @@ import numpy as np
 
 from edgepeft.backbone.families import Family
 from edgepeft.errors import ModelError
-from edgepeft.export.emitter import BATCH, MICROSOFT, SEQUENCE, AdapterFile, Emitter, Weights, parent
-from edgepeft.export.graph import FLOAT, INT32, INT64, NONE, Dims, Graph, Value
+from edgepeft.export.emitter import BATCH, SEQUENCE, AdapterFile, Emitter, Weights, parent
+from edgepeft.export.functions import FUNCTIONS
+from edgepeft.export.graph import FLOAT, INT64, Dims, Graph, Value
 
 LABELS = "labels"
-HIDDEN = -10000.0  # added to a score: as ONNX Runtime does for a mask
 ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gelu": ("Gelu", {"approximate": "none"}),
-    "gelu_python": ("Gelu", {"approximate": "none"}),
+    "gelu": ("ErfGelu", {}),
+    "gelu_python": ("ErfGelu", {}),
     "gelu_new": ("Gelu", {"approximate": "tanh"}),
     "gelu_pytorch_tanh": ("Gelu", {"approximate": "tanh"}),
     "relu": ("Relu", {}),
@@ -58,10 +56,9 @@ def build(
     ids, mask, types = (graph.input(name, INT64, tokens) for name in names)
     emit = _Emitter(graph, family, settings, weights, adapter, activation)
     x = emit.embeddings(ids, types)
-    masks = emit.masks(mask)
     layers = settings[family.layers_setting]
     for i in range(layers):
-        x = emit.layer(i, x, masks, first_token=i == layers - 1)
+        x = emit.layer(i, x, mask, first_token=i == layers - 1)
     graph.output(emit.classifier(family.heads[0], x))
     return graph
 
@@ -101,9 +98,8 @@ class _Emitter(Emitter):
         word = self.embedding(self.module("word"), ids)
         kind = self.embedding(self.module("type"), types)
         place = self.embedding(self.module("position"), self.positions(ids))
-        both = self.graph.node("Add", word, kind, shape=self.tokens, name="embeddings:word+type")
-        total = self.graph.node("Add", both, place, shape=self.tokens, name="embeddings:sum")
-        return self.norm(self.module("embeddings"), total)
+        both = self.graph.node("Add", kind, place, shape=self.tokens, name="embeddings:type+position")
+        return self.skip_norm(self.module("embeddings"), word, both)
 
     def positions(self, ids: Value) -> Value:
         """Return 0, 1, ... up to the sequence's length."""
@@ -112,43 +108,33 @@ class _Emitter(Emitter):
         zero, one = (self.graph.constant(f"position_{i}", np.array(i, np.int64)) for i in (0, 1))
         return self.graph.node("Range", zero, count, one, dtype=INT64, shape=(SEQUENCE,), name="position_ids")
 
-    def norm(self, module: str, x: Value) -> Value:
-        gamma, beta = self.weight(f"{module}.weight"), self.weight(f"{module}.bias")
-        attrs = {"axis": -1, "epsilon": self.settings.get("layer_norm_eps", 1e-12)}
-        return self.graph.node("LayerNormalization", x, gamma, beta, shape=x.shape, name=module, **attrs)
-
     def skip_norm(self, module: str, x: Value, skip: Value) -> Value:
         """LayerNorm(x + skip)."""
-        return self.norm(module, self.graph.node("Sum", x, skip, shape=x.shape, name=f"{module}:sum"))
+        inputs = [x, skip, self.weight(f"{module}.weight"), self.weight(f"{module}.bias")]
+        epsilon = self.settings.get("layer_norm_eps", 1e-12)
+        return self.call("SkipLayerNorm", inputs, [Value(module, FLOAT, x.shape)], epsilon=epsilon)[0]
 
-    def masks(self, mask: Value) -> tuple[Value, Value]:
-        """Return what hides padded keys: the mask of a whole layer, and the bias [B, heads, 1, S] of a single query."""
-        graph, tokens, heads = self.graph, mask.shape, self.settings["num_attention_heads"]
-        whole = graph.node("Cast", mask, to=INT32, dtype=INT32, shape=tokens, name="key_padding_mask")
-        padding = graph.node("Cast", mask, to=FLOAT, shape=tokens, name="attention_bias:mask")
-        padding = graph.node("Sub", self.one(), padding, shape=tokens, name="attention_bias:padding")
-        axes = graph.constant("axes_1_2", np.array([1, 2], np.int64))
-        padding = graph.node("Unsqueeze", padding, axes, shape=(BATCH, 1, 1, SEQUENCE), name="attention_bias:scores")
-        hidden = graph.constant("hidden", np.full((1, heads, 1, 1), HIDDEN, np.float32))
-        return whole, graph.node("Mul", padding, hidden, shape=(BATCH, heads, 1, SEQUENCE), name="attention_bias:heads")
-
-    def layer(self, i: int, x: Value, masks: tuple[Value, Value], first_token: bool) -> Value:
+    def layer(self, i: int, x: Value, mask: Value, first_token: bool) -> Value:
         """One layer over every token, or over the first of each text, which still attends to every token."""
         name = functools.partial(self.module, layer=i)
         q, k, v = (name(role) for role in "qkv")
         if first_token:
             whole, zero = x, self.graph.constant("first", np.zeros(1, np.int64))
             x = self.graph.node("Gather", x, zero, axis=1, shape=(BATCH, 1, self.hidden), name=f"{q}:first_token")
-            inputs = [self.linear(q, x), *self.linears([k, v], whole), NONE, NONE, masks[1]]
+            inputs = [self.linear(q, x), *self.linears([k, v], whole), mask]
         else:
-            inputs = [*self.linears([q, k, v], x), NONE, masks[0]]
-        heads = {"num_heads": self.settings["num_attention_heads"], "domain": MICROSOFT}
-        mixed = self.graph.node("MultiHeadAttention", *inputs, shape=x.shape, name=parent(q), **heads)
+            inputs = [*self.linears([q, k, v], x), mask]
+        kind, out = f"PaddedAttention{'_one' if first_token else ''}", Value(parent(q), FLOAT, x.shape)
+        mixed = self.call(kind, inputs, [out], num_heads=self.settings["num_attention_heads"])[0]
         x = self.skip_norm(name("attention"), self.linear(name("o"), mixed), x)
-        h, wide = x, self.linear(name("up"), x)
+        wide = self.act(parent(name("up")), self.linear(name("up"), x))
+        return self.skip_norm(name("layer"), self.linear(name("down"), wide, x), x)
+
+    def act(self, name: str, x: Value) -> Value:
         op, attrs = ACTIVATIONS[self.settings.get("hidden_act", "gelu")]
-        wide = self.graph.node(op, wide, shape=wide.shape, name=parent(name("up")), **attrs)
-        return self.skip_norm(name("layer"), self.linear(name("down"), wide, h), x)
+        if op in FUNCTIONS:
+            return self.call(op, [x], [Value(name, FLOAT, x.shape)])[0]
+        return self.graph.node(op, x, shape=x.shape, name=name, **attrs)
 
     def classifier(self, head: str, x: Value) -> Value:
         """tanh(dense(first token)) times the head, whose weights come with the adapter when it has them."""

@@ -1,32 +1,44 @@
-"""The small functions of a decoder: schema, ONNX body and numpy reference of each, one row of FUNCTIONS.
+"""The small functions of a model: schema, ONNX body and numpy reference of each, one row of FUNCTIONS.
 
     RMSNorm                 y = x * rsqrt(mean(x^2) + epsilon) * weight                    over the last axis
     SkipRMSNorm             sum = x + skip,  y = RMSNorm(sum, weight)
+    SkipLayerNorm           y = LayerNorm(x + skip) * weight + bias                        over the last axis
+    ErfGelu                 y = x * erfc(-x / sqrt(2)) / 2
     GatedActivation_<act>   y = act(gate) * up                                             act: silu, gelu_tanh
     PackedEmbedding_<tag>   y[..., :] = value(code[ids, :]) * scale[ids, block]            of a weight in tiles
+    RowEmbedding_<tag>      the same of a table in rows                                    tag: of EMBEDDING_FORMATS
+    PaddedAttention         y = softmax(q k / sqrt(D) - 10000 * (mask is 0)) v             num_heads heads of D columns
+    PaddedAttention_one     the same for a single query for each text
 
 Like the fused op of `ops`, a node of domain `edgepeft` is taken whole by our library where that is loaded, and inlined
 by ONNX Runtime everywhere else, which fuses the norms into its own SimplifiedLayerNormalization. A packed embedding
 gathers the tile of each id (16 rows) as it lies in the file and picks its row, so the table is neither unpacked nor
 copied, and the head it may be tied to reads the same bytes; a row is one exact product per element.
 
-Norms are computed in float32, their references in float64. Left out: norms with a bias, weights of another type.
+In PaddedAttention padding is ONNX Runtime's key_padding_mask. With fewer queries than keys it is an attention bias:
+ONNX Runtime 1.20 misreads the mask there, and a bias that is not spelt out for each head.
+
+Norms and attention are computed in float32, their references in float64. Left out: weights of another type.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from edgepeft.export.body import INT32, INT64, Body
 from edgepeft.export.ops import DOMAIN, OPSET
-from edgepeft.quant.formats import FORMATS, TILE_COLUMNS, TILE_ROWS
+from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, TILE_COLUMNS, TILE_ROWS
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx
+
+MICROSOFT = "com.microsoft"
+HIDDEN = -10000.0  # added to a score: as ONNX Runtime does for a mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +59,8 @@ class Function:
         body = Body()
         self.body(body)
         opsets = [helper.make_opsetid("", OPSET)]
+        if any(node.domain == MICROSOFT for node in body.nodes):
+            opsets.append(helper.make_opsetid(MICROSOFT, 1))
         return helper.make_function(
             DOMAIN, self.name, list(self.inputs), list(self.outputs), body.nodes, opsets, list(self.attributes)
         )
@@ -78,6 +92,33 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> list[np.ndarr
 def skip_rms_norm(x: np.ndarray, skip: np.ndarray, weight: np.ndarray, epsilon: float) -> list[np.ndarray]:
     """Return [RMSNorm(x + skip), x + skip]."""
     return [rms_norm(x + skip, weight, epsilon)[0], x + skip]
+
+
+def _layer_norm_body(body: Body) -> None:
+    total = body("Sum", "x", "skip")  # as in _skip_norm_body
+    body("LayerNormalization", total, "weight", "bias", axis=-1, refs="epsilon", out="y")
+
+
+def skip_layer_norm(
+    x: np.ndarray, skip: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsilon: float
+) -> list[np.ndarray]:
+    """Return [LayerNorm(x + skip)] in float64."""
+    import numpy as np
+
+    total = (x + skip).astype(np.float64)
+    return [rms_norm(total - total.mean(axis=-1, keepdims=True), weight, epsilon)[0] + bias]
+
+
+def _gelu_body(body: Body) -> None:
+    body("Gelu", "x", approximate="none", out="y")
+
+
+def erf_gelu(x: np.ndarray) -> list[np.ndarray]:
+    """Return [x times the share of a normal distribution below x] in float64."""
+    import numpy as np
+
+    tail = np.array([math.erfc(-value / math.sqrt(2)) for value in x.astype(np.float64).reshape(-1)])
+    return [x * tail.reshape(x.shape) / 2]
 
 
 def _silu(body: Body) -> str:
@@ -146,6 +187,63 @@ def embedding_rows(format: str, ids: np.ndarray, w: np.ndarray, scale: np.ndarra
     return [FORMATS[format].dequantize(packed)[ids]]
 
 
+def _row_embedding_body(tag: str, body: Body) -> None:
+    import numpy as np
+
+    spec, ids = EMBEDDING_FORMATS[tag], body("Cast", "ids", to=INT64)
+    codes, shape = body("Gather", "w", ids), body("Shape", ids)
+    if spec.bits == 4:
+        pairs = [
+            body("Unsqueeze", half, body.ints(-1)) for half in (body.masked(codes, 15), body.shifted(codes, "RIGHT"))
+        ]
+        codes = body("Concat", *pairs, axis=-1)
+    values = body("Sub", body.float32(codes), body.scalar(np.array(spec.zero, np.float32)))
+    blocks = body("Shape", "scale", start=1)
+    values = body("Reshape", values, body("Concat", shape, blocks, body.ints(spec.block), axis=0))
+    scales = body("Unsqueeze", body.float32(body("Gather", "scale", ids)), body.ints(-1))
+    k = body("Mul", blocks, body.ints(spec.block))
+    body("Reshape", body("Mul", values, scales), body("Concat", shape, k, axis=0), out="y")
+
+
+def table_rows(tag: str, ids: np.ndarray, w: np.ndarray, scale: np.ndarray) -> list[np.ndarray]:
+    """Return [the rows that the ids name], float32 [..., K]."""
+    from edgepeft.quant.formats import Packed
+
+    spec = EMBEDDING_FORMATS[tag]
+    return [spec.dequantize(Packed(tag, len(w), scale.shape[1] * spec.block, w, scale))[ids]]
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+
+def _attend(body: Body, *hidden: str) -> None:
+    body("MultiHeadAttention", "q", "k", "v", "", *hidden, domain=MICROSOFT, refs="num_heads", out="y")
+
+
+def _attention_body(body: Body) -> None:
+    _attend(body, body("Cast", "mask", to=INT32))
+
+
+def _one_attention_body(body: Body) -> None:
+    import numpy as np
+
+    one, hidden = (body.scalar(np.array(value, np.float32)) for value in (1, HIDDEN))
+    padding = body("Unsqueeze", body("Sub", one, body.float32("mask")), body.ints(1, 2))
+    heads = body("Concat", body.ints(1), body.attribute("num_heads"), body.ints(1, 1), axis=0)
+    _attend(body, "", body("Mul", padding, body("Expand", hidden, heads)))
+
+
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, num_heads: int) -> list[np.ndarray]:
+    """Return [attention over the keys whose mask is not 0] in float64; q [B, Q, H], k and v [B, S, H], mask [B, S]."""
+    import numpy as np
+
+    (texts, queries, width), per_head = q.shape, (num_heads, q.shape[-1] // num_heads)
+    q, k, v = (x.astype(np.float64).reshape(*x.shape[:2], *per_head).swapaxes(1, 2) for x in (q, k, v))
+    scores = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1]) + HIDDEN * (mask == 0)[:, None, None]
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return [((weights / weights.sum(-1, keepdims=True)) @ v).swapaxes(1, 2).reshape(texts, queries, width)]
+
+
 # --- the table ---------------------------------------------------------------------------------------------------
 
 
@@ -163,10 +261,24 @@ def _embedding_row(tag: str) -> Function:
     return Function(f"PackedEmbedding_{tag}", ("ids", "w", "scale"), ("y",), body, rows)
 
 
+def _row_embedding_row(tag: str) -> Function:
+    body, rows = functools.partial(_row_embedding_body, tag), functools.partial(table_rows, tag)
+    return Function(f"RowEmbedding_{tag}", ("ids", "w", "scale"), ("y",), body, rows)
+
+
+def _attention_row(name: str, body: Callable[[Body], None]) -> Function:
+    return Function(name, ("q", "k", "v", "mask"), ("y",), body, attention, ("num_heads",))
+
+
 FUNCTIONS = _table(
     Function("RMSNorm", ("x", "weight"), ("y",), _norm_body, rms_norm, ("epsilon",)),
     Function("SkipRMSNorm", ("x", "skip", "weight"), ("y", "sum"), _skip_norm_body, skip_rms_norm, ("epsilon",)),
+    Function("SkipLayerNorm", ("x", "skip", "weight", "bias"), ("y",), _layer_norm_body, skip_layer_norm, ("epsilon",)),
+    Function("ErfGelu", ("x",), ("y",), _gelu_body, erf_gelu),
     _gated_row("silu", _silu),
     _gated_row("gelu_tanh", _gelu_tanh),
     *(_embedding_row(tag) for tag in FORMATS),
+    *(_row_embedding_row(tag) for tag in EMBEDDING_FORMATS),
+    _attention_row("PaddedAttention", _attention_body),
+    _attention_row("PaddedAttention_one", _one_attention_body),
 )

@@ -35,7 +35,6 @@ INLINE_BELOW_BYTES = 1024
 CHUNK_BYTES = 1 << 24
 
 Dims = tuple[int | str, ...]
-Transform = Callable[[np.ndarray], np.ndarray]
 
 
 class Value(NamedTuple):
@@ -59,11 +58,10 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass
 class _Stored:
-    """One tensor of the data file: parts follow each other; transform is applied to the bytes as they stream."""
+    """One tensor of the data file: parts follow each other."""
 
     offset_bytes: int
     parts: Sequence[np.ndarray]
-    transform: Transform | None
 
 
 def _alignment_bytes(length_bytes: int) -> int:
@@ -96,29 +94,17 @@ class Graph:
         self.outputs.append(helper.make_tensor_value_info(*value))
         self.values = [v for v in self.values if v.name != value.name]
 
-    def constant(
-        self,
-        name: str,
-        *parts: np.ndarray,
-        dtype: int | None = None,
-        shape: Dims | None = None,
-        transform: Transform | None = None,
-    ) -> Value:
-        """Add a tensor: the parts stacked along their first axis. A name already there is taken as it is.
-
-        `dtype` and `shape` may restate what the bytes mean (two INT4 in a byte); `transform` maps them byte for byte.
-        """
+    def constant(self, name: str, *parts: np.ndarray) -> Value:
+        """Add a tensor: the parts stacked along their first axis. A name already there is taken as it is."""
         if name in self.constants:
             return self.constants[name]
         stacked = (sum(len(p) for p in parts), *parts[0].shape[1:]) if parts[0].ndim else ()
-        kind = dtype or helper.np_dtype_to_tensor_dtype(parts[0].dtype)
-        value = Value(name, kind, stacked if shape is None else shape)
+        value = Value(name, helper.np_dtype_to_tensor_dtype(parts[0].dtype), stacked)
         length = sum(p.nbytes for p in parts)
         if length < INLINE_BELOW_BYTES:
-            raw = b"".join((transform(p) if transform else p).tobytes() for p in parts)
-            self.initializers.append(_inline(value, raw))
+            self.initializers.append(_inline(value, b"".join(p.tobytes() for p in parts)))
         else:
-            place = Place(self.data_name, self._reserve(length, parts, transform), length)
+            place = Place(self.data_name, self._reserve(length, parts), length)
             self.initializers.append(_external(value, place))
         self.constants[name] = value
         return value
@@ -192,9 +178,9 @@ class Graph:
         path.write_bytes(self.model().SerializeToString(deterministic=True))
         return path
 
-    def _reserve(self, length_bytes: int, parts: Sequence[np.ndarray], transform: Transform | None) -> int:
+    def _reserve(self, length_bytes: int, parts: Sequence[np.ndarray]) -> int:
         offset = self.data_bytes + -self.data_bytes % _alignment_bytes(length_bytes)
-        self._stored.append(_Stored(offset, parts, transform))
+        self._stored.append(_Stored(offset, parts))
         self.data_bytes = offset + length_bytes
         return offset
 
@@ -218,5 +204,4 @@ def _write(stream: Any, stored: _Stored) -> None:
     for part in stored.parts:
         flat = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
         for start in range(0, flat.size, CHUNK_BYTES):
-            chunk = flat[start : start + CHUNK_BYTES]
-            stream.write((stored.transform(chunk) if stored.transform else chunk).data)
+            stream.write(flat[start : start + CHUNK_BYTES].data)

@@ -6,9 +6,11 @@
 |---|---|---|
 | AdapterMatMul_<format>_g<G> | MatMulNBits + (x A) B, the groups' A and B packed | A side by side: one product, not G |
 | q, k, v of one node into attention | one value | attention takes them packed: no split |
-| SkipRMSNorm, RMSNorm, Sum | Skip-/SimplifiedLayerNormalization, Add | WebGPU has no Sum |
+| SkipRMSNorm, RMSNorm | Skip-/SimplifiedLayerNormalization | one shader |
+| SkipLayerNorm | Add + LayerNormalization | ONNX Runtime fuses both with the bias before |
+| PackedEmbedding, RowEmbedding | GatherBlockQuantized | the same |
 | attention_mask, logits_to_keep, Range | seqlens_k, total_sequence_length, logits_index, position_ids | counts |
-| key_padding_mask | attention_bias | WebGPU has no padding mask |
+| PaddedAttention and its mask | MultiHeadAttention and attention_bias | WebGPU has no padding mask |
 
 Counting whole numbers is the CPU's in ONNX Runtime, so the device runtime does it and the graph takes what comes out.
 A packed adapter is A [K, S] and B [S, N] in float32, S the ranks of all groups, B zero outside of its group's block;
@@ -31,7 +33,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgepeft.errors import ModelError
 from edgepeft.export.body import Body
 from edgepeft.export.ops import DOMAIN, GROUP_INPUTS, NAME, OPSET, SHARED_INPUTS, int4_rows
-from edgepeft.quant.formats import FORMATS, TILE_COLUMNS, TILE_ROWS
+from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, TILE_COLUMNS, TILE_ROWS
 from edgepeft.runtime.webgpu import FILE, PACKED, pack
 
 MICROSOFT = "com.microsoft"
@@ -42,8 +44,10 @@ FED = {  # values of model.onnx that become inputs, under which name, type and s
     "total_sequence_length": ("total_sequence_length", TensorProto.INT32, ()),
     "logits_to_keep:index": ("logits_index", TensorProto.INT64, ("batch", "kept", 1)),
     "position_ids": ("position_ids", TensorProto.INT64, ("sequence",)),
-    "key_padding_mask": ("attention_bias", TensorProto.FLOAT, ("batch", 1, "sequence", "sequence")),
-    "attention_bias:heads": ("attention_bias_first", TensorProto.FLOAT, ("batch", 1, 1, "sequence")),
+}
+BIASES = {  # inputs that take the place of a mask, by the operator that reads it
+    "PaddedAttention": ("attention_bias", TensorProto.FLOAT, ("batch", 1, "sequence", "sequence")),
+    "PaddedAttention_one": ("attention_bias_first", TensorProto.FLOAT, ("batch", 1, 1, "sequence")),
 }
 REPLACED = ("attention_mask", "logits_to_keep")
 
@@ -78,7 +82,10 @@ class _Pass:
     def run(self) -> onnx.ModelProto:
         """Return the new model."""
         fed = {name: FED[name] for node in self.graph.node for name in node.output if name in FED}
-        self.inputs += [helper.make_tensor_value_info(*value) for value in fed.values()]
+        biases: dict[Any, None] = dict.fromkeys(
+            BIASES[node.op_type] for node in self.graph.node if node.op_type in BIASES
+        )
+        self.inputs += [helper.make_tensor_value_info(*value) for value in (*fed.values(), *biases)]
         self.names = {old: new for old, (new, _, _) in fed.items()}
         for node in self.graph.node:
             if not set(node.output) & set(fed):
@@ -133,19 +140,23 @@ class _Pass:
             self.add(
                 "SimplifiedLayerNormalization", list(node.input), list(node.output), axis=-1, stash_type=1, **attrs
             )
-        elif node.op_type == "Sum":
-            self.add("Add", list(node.input), list(node.output))
+        elif node.op_type == "SkipLayerNorm":
+            x, skip, *affine = node.input
+            total = self.add("Add", [x, skip], [f"{node.name}:gpu_sum"])
+            self.add("LayerNormalization", [total, *affine], list(node.output), axis=-1, **attrs)
         elif node.op_type == "GroupQueryAttention" and attrs.get("softcap"):
             raise ModelError(f"{node.name}: WebGPU's attention does not cap scores as it should; take another target.")
         elif node.op_type.startswith("PackedEmbedding_"):
             self.embedding(node)
+        elif node.op_type.startswith("RowEmbedding_"):
+            self.row_embedding(node)
         elif node.op_type in ("RouterGate", "Bottleneck"):
             raise ModelError(
                 f"{node.name}: routers and bottlenecks have no form for GPUs. Take another method or target."
             )
-        elif node.op_type == "MultiHeadAttention" and "attention_bias" in node.input:
-            q, k, v = node.input[:3]
-            self.add(node.op_type, [q, k, v, "", "", "attention_bias"], list(node.output), MICROSOFT, **attrs)
+        elif node.op_type in BIASES:
+            inputs = [*node.input[:3], "", "", BIASES[node.op_type][0]]
+            self.add("MultiHeadAttention", inputs, list(node.output), MICROSOFT, **attrs)
         else:
             self.nodes.append(node)
 
@@ -197,8 +208,23 @@ class _Pass:
         codes, scales = self.unpacked(tag, [w, scale], k, n)
         flat = self.constant(f"{node.name}:gpu_shape", np.array([n, k * FORMATS[tag].bits // 8], np.int64))
         codes = self.add("Reshape", [codes, flat], [f"{node.name}:gpu_rows"])
-        attrs = {"bits": FORMATS[tag].bits, "block_size": _block(tag), "gather_axis": 0, "quantize_axis": 1}
+        self.gather(node, FORMATS[tag].bits, _block(tag), [ids, codes, scales])
+
+    def gather(self, node: onnx.NodeProto, bits: int, block: int, table: list[str]) -> None:
+        """Add rows of a table of codes and scales in rows: ids, codes, float32 scales."""
+        ids, codes, scales = table
+        attrs = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
         self.add("GatherBlockQuantized", [codes, ids, scales], list(node.output), MICROSOFT, **attrs)
+
+    def row_embedding(self, node: onnx.NodeProto) -> None:
+        """Add rows of a table that lies in rows."""
+        ids, w, scale = node.input
+        wide = f"{scale}:gpu_float32"
+        if wide not in self.laid_out:
+            self.laid_out.add(wide)
+            self.add("Cast", [scale], [wide], to=TensorProto.FLOAT)
+        spec = EMBEDDING_FORMATS[node.op_type.removeprefix("RowEmbedding_")]
+        self.gather(node, spec.bits, spec.block, [ids, w, wide])
 
     def adapter(self, name: str, x: str, base: str, parts: list[list[str]], sizes: list[int], k: int) -> str:
         """Add base + (x A) B of the packed adapters, where there are any."""

@@ -1,4 +1,4 @@
-"""A decoder's small functions against their numpy references: the body on stock ONNX Runtime, the node on our own."""
+"""The small functions against their numpy references: the body on stock ONNX Runtime, the node on our own."""
 
 import functools
 
@@ -11,11 +11,15 @@ from onnx import helper, numpy_helper
 from edgepeft.export.body import FLOAT32
 from edgepeft.export.functions import FUNCTIONS
 from edgepeft.export.ops import DOMAIN, IR_VERSION, OPSET, VERSION
-from edgepeft.quant.formats import FORMATS
+from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS
 
 EPSILON = 1e-6
 TIGHT = 4e-6  # of the largest value: float32 means of some hundred numbers, and ONNX Runtime's exp and tanh
-EMBEDDINGS = [name for name in FUNCTIONS if name.startswith("PackedEmbedding")]
+EMBEDDINGS = [name for name in FUNCTIONS if "Embedding_" in name]
+ATTENTION = {"PaddedAttention": 7, "PaddedAttention_one": 1}  # queries
+FLOATS = sorted({*FUNCTIONS} - {*EMBEDDINGS, *ATTENTION})
+HEADS = 4
+ATTRIBUTES = {"epsilon": EPSILON, "num_heads": HEADS}
 SHAPES = [(1, 1, 64), (2, 5, 80), (3, 2, 4, 33), (0, 64), (7, 1)]
 VOCABULARY, K = 40, 384  # rows that fill no whole tile
 
@@ -31,22 +35,23 @@ def library():
 def floats(name, shape, seed=0, scale=1.0):
     """Random inputs of a function on floats, in order."""
     rng = np.random.default_rng(seed)
-    sizes = {"weight": shape[-1:]}
+    sizes = {"weight": shape[-1:], "bias": shape[-1:]}
     one = functools.partial(rng.normal, 0, scale)
     return [one(size=sizes.get(part, shape)).astype(np.float32) for part in FUNCTIONS[name].inputs]
 
 
-def embedding(tag, ids_shape, seed=0):
+def embedding(name, ids_shape, seed=0):
     """Random ids and a packed weight."""
-    rng = np.random.default_rng(seed)
-    packed = FORMATS[tag].quantize(rng.standard_normal((VOCABULARY, K), np.float32))
+    rng, (kind, _, tag) = np.random.default_rng(seed), name.partition("_")
+    formats = {"PackedEmbedding": FORMATS, "RowEmbedding": EMBEDDING_FORMATS}[kind]
+    packed = formats[tag].quantize(rng.standard_normal((VOCABULARY, K), np.float32))
     return [rng.integers(0, VOCABULARY, ids_shape), packed.w, packed.scale]
 
 
 def model(name, inputs):
     """One node as a model: a packed weight is constant, all else is fed."""
     function = FUNCTIONS[name]
-    attrs = dict.fromkeys(function.attributes, EPSILON)
+    attrs = {key: ATTRIBUTES[key] for key in function.attributes}
     node = helper.make_node(name, list(function.inputs), list(function.outputs), domain=DOMAIN, **attrs)
     fixed = {"w", "scale"}
     arrays = dict(zip(function.inputs, inputs, strict=True))
@@ -84,13 +89,13 @@ def run(name, inputs, library=None):
 
 def reference(name, inputs):
     function = FUNCTIONS[name]
-    return function.reference(*inputs, *([EPSILON] * len(function.attributes)))
+    return function.reference(*inputs, *(ATTRIBUTES[key] for key in function.attributes))
 
 
 @pytest.mark.parametrize("where", ["body", "library"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 30.0])
-@pytest.mark.parametrize("name", sorted({*FUNCTIONS} - {*EMBEDDINGS}))
+@pytest.mark.parametrize("name", FLOATS)
 def test_floats_equal_the_reference(name, shape, scale, where, library):
     inputs = floats(name, shape, scale=scale)
     got, want = run(name, inputs, library if where == "library" else None), reference(name, inputs)
@@ -101,14 +106,24 @@ def test_floats_equal_the_reference(name, shape, scale, where, library):
 
 @pytest.mark.parametrize("where", ["body", "library"])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 7), (3,), (0,), ()], ids=str)
-@pytest.mark.parametrize("tag", sorted(FORMATS))
-def test_an_embedding_gives_the_rows_exactly(tag, shape, where, library):
-    inputs = embedding(tag, shape)
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_an_embedding_gives_the_rows_exactly(name, shape, where, library):
+    inputs = embedding(name, shape)
     inputs[0].reshape(-1)[:1] = VOCABULARY - 1
-    (got,) = run(f"PackedEmbedding_{tag}", inputs, library if where == "library" else None)
-    (want,) = reference(f"PackedEmbedding_{tag}", inputs)
+    (got,) = run(name, inputs, library if where == "library" else None)
+    (want,) = reference(name, inputs)
     assert got.dtype == want.dtype == np.float32
     assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("where", ["body", "library"])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_equals_the_reference(name, where, library):
+    rng, queries, keys = np.random.default_rng(0), ATTENTION[name], 7
+    inputs = [rng.normal(size=(2, size, HEADS * 24)).astype(np.float32) for size in (queries, keys, keys)]
+    inputs.append(np.array([[1] * 7, [1] * 4 + [0] * 3]))
+    (got,), (want,) = run(name, inputs, library if where == "library" else None), reference(name, inputs)
+    assert np.abs(got - want).max() <= TIGHT * np.abs(inputs[2]).max()
 
 
 @pytest.mark.parametrize("name", ["RMSNorm", "SkipRMSNorm"])
@@ -119,7 +134,7 @@ def test_onnxruntime_fuses_the_norms(name, tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("name", sorted({*FUNCTIONS} - {*EMBEDDINGS}))
+@pytest.mark.parametrize("name", FLOATS)
 def test_what_is_not_finite_stays_so_in_its_row(name, value, library):
     inputs = floats(name, (3, 64))
     clean = run(name, inputs, library)[0]
@@ -134,12 +149,15 @@ def test_schemas():
     want = {
         "RMSNorm": (["x", "weight"], ["y"], ["epsilon"]),
         "SkipRMSNorm": (["x", "skip", "weight"], ["y", "sum"], ["epsilon"]),
+        "SkipLayerNorm": (["x", "skip", "weight", "bias"], ["y"], ["epsilon"]),
+        "ErfGelu": (["x"], ["y"], []),
+        **{name: (["q", "k", "v", "mask"], ["y"], ["num_heads"]) for name in ATTENTION},
         "GatedActivation_silu": (["gate", "up"], ["y"], []),
         "GatedActivation_gelu_tanh": (["gate", "up"], ["y"], []),
-        **{f"PackedEmbedding_{tag}": (["ids", "w", "scale"], ["y"], []) for tag in FORMATS},
+        **{name: (["ids", "w", "scale"], ["y"], []) for name in EMBEDDINGS},
     }
     protos = {name: function.proto() for name, function in FUNCTIONS.items()}
     assert {n: (list(p.input), list(p.output), list(p.attribute)) for n, p in protos.items()} == want
-    assert {(p.domain, n == p.name, *((o.domain, o.version) for o in p.opset_import)) for n, p in protos.items()} == {
-        ("edgepeft", True, ("", 21))
-    }
+    assert {
+        (p.domain, n == p.name, p.opset_import[0].domain, p.opset_import[0].version) for n, p in protos.items()
+    } == {("edgepeft", True, "", 21)}

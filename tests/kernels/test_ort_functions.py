@@ -7,9 +7,8 @@ import pytest
 
 from edgepeft.deploy.compile import host_library
 from edgepeft.export.functions import FUNCTIONS
-from tests.kernels.small_functions import EPSILON, GATED, NORMS, agree, inputs, model, reference
+from tests.kernels.small_functions import ATTENTION, EMBEDDINGS, EPSILON, GATED, NORMS, agree, inputs, model, reference
 
-EMBEDDINGS = [name for name in FUNCTIONS if name.startswith("PackedEmbedding")]
 CASES = [((1,), 1), ((2, 3), 30), ((1, 5, 2), 64), ((33,), 899), ((0, 4), 128)]
 F = np.float32
 
@@ -97,6 +96,52 @@ def test_the_ends_of_the_activations(kernel, name: str) -> None:
     np.testing.assert_array_equal(run(name, {"gate": gate, "up": up})[0], want)
 
 
+def test_gelu_is_exact_to_a_millionth_everywhere(kernel) -> None:
+    sides = (np.linspace(-20, 20, 40_001), np.geomspace(1e-30, 30, 4_000), -np.geomspace(1e-30, 15, 4_000))
+    values = {"x": np.concatenate(sides).astype(F)}
+    want = reference("ErfGelu", values)[0]
+    assert (np.abs(run("ErfGelu", values)[0] - want) <= 1e-6 * np.abs(want) + 2e-44).all()
+
+
+def test_the_ends_of_gelu(kernel) -> None:
+    x = np.array([np.inf, -np.inf, np.nan, 3e38, -3e38, 0, -1000, 1000, 1e-42], F)
+    want = np.array([np.inf, np.nan, np.nan, 3e38, 0, 0, 0, 1000, 5e-43], F)
+    np.testing.assert_array_equal(run("ErfGelu", {"x": x})[0], want)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_padding_is_never_seen(kernel, name: str) -> None:
+    values = inputs(name, (2, 70), 3 * 48)
+    clean, hidden = run(name, values)[0], values["mask"] == 0
+    for key in "kv":
+        values[key][hidden] = 100
+    np.testing.assert_array_equal(run(name, values)[0], clean)
+
+
+@pytest.mark.parametrize("keys", [1, 16, 63, 64, 65, 130, 300])
+def test_attention_over_any_number_of_keys(kernel, keys: int) -> None:
+    values = inputs("PaddedAttention", (2, keys), 3 * 33)
+    values["q"] *= 4  # so that later keys often outweigh what came before them
+    agree("PaddedAttention", values, run("PaddedAttention", values))
+
+
+def test_a_text_of_padding_alone_is_finite(kernel) -> None:
+    values = inputs("PaddedAttention", (2, 9), 96)
+    values["mask"][1] = 0
+    assert np.isfinite(run("PaddedAttention", values)[0]).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_broken_query_stays_in_its_row_and_head(kernel, value: float) -> None:
+    values = inputs("PaddedAttention", (1, 9), 96)
+    clean = run("PaddedAttention", values)[0]
+    values["q"][0, 4, 40] = value  # of the second head
+    y = run("PaddedAttention", values)[0]
+    assert np.isnan(y[0, 4, 32:64]).all()
+    y[0, 4, 32:64] = clean[0, 4, 32:64]
+    np.testing.assert_array_equal(y, clean)
+
+
 @pytest.mark.parametrize("name", NORMS)
 def test_what_is_not_finite_stays_so_in_its_row_alone(kernel, name: str) -> None:
     values = inputs(name, (4,), 96)
@@ -139,6 +184,34 @@ WRONG: dict[str, tuple[str, dict[str, np.ndarray], str]] = {
         "GatedActivation_silu",
         {"up": np.zeros((3, 32), F)},
         r"input 1 \(up\): expected float32 \[3,64\], as gate is, found float32 \[3,32\]",
+    ),
+    "layer norm's bias": ("SkipLayerNorm", {"bias": np.zeros(5, F)}, r"input 3 \(bias\): expected float32 \[64\]"),
+    "heads": (
+        "PaddedAttention",
+        {"q": np.zeros((3, 1, 64), F)},
+        r"input 0 \(q\): expected float32 \[B,Q,3\*D\], D of 1..256, found float32 \[3,1,64\]",
+    ),
+    "k": (
+        "PaddedAttention",
+        {"k": np.zeros((3, 4, 64), F)},
+        r"input 1 \(k\): expected float32 \[3,S,63\], found float32 \[3,4,64\]",
+    ),
+    "v": ("PaddedAttention", {"v": np.zeros((3, 5, 63), F)}, r"input 2 \(v\): expected float32 \[3,4,63\], as k is"),
+    "mask": ("PaddedAttention", {"mask": np.zeros((3, 5), np.int64)}, r"input 3 \(mask\): expected int64 \[3,4\]"),
+    "rows": (
+        "RowEmbedding_i4b32",
+        {"w": np.zeros((40, 40), np.uint8)},
+        r"input 1 \(w\): expected uint8 \[V,K\*4/8\] with K a multiple of 32, found uint8 \[40,40\]",
+    ),
+    "rows' scale": (
+        "RowEmbedding_i8b32",
+        {"scale": np.zeros((40, 1), np.float16)},
+        r"input 2 \(scale\): expected \[40,2\], found float16 \[40,1\]",
+    ),
+    "rows' ids": (
+        "RowEmbedding_i8b32",
+        {"ids": np.array([0, 40])},
+        r"input 0 \(ids\), element 1: expected 0..39, found 40",
     ),
     "w": (
         "PackedEmbedding_i4b32",
@@ -189,7 +262,8 @@ def test_a_rows_epsilon_counts() -> None:
 
 def test_kernels_are_listed_and_forced_by_name(library) -> None:
     rows = library.edgepeft_kernels().decode().split()
-    for function in ("rms_norm", "gated_silu", "gated_gelu_tanh", "packed_embedding"):
+    functions = ("rms_norm", "layer_norm", "gelu", "gated_silu", "gated_gelu_tanh", "packed_embedding", "row_embedding")
+    for function in (*functions, "attention"):
         assert f"{function}_scalar" in rows
         assert library.edgepeft_force_kernel(f"{function}_scalar".encode()) == 0
     assert library.edgepeft_force_kernel(None) == 0

@@ -1,0 +1,146 @@
+// Attention over padded keys for every SIMD shape. Included by functions_simd.h, whose Power and vocabulary V it takes.
+//
+// Queries and keys go by in squares of kSquare. The keys of a square are turned once, so that a vector holds the scores of
+// one query and several keys; kTogether queries share each load. A row keeps its largest score and the sum of its
+// e^(score - largest); y is weighted anew whenever a later square has a larger score, and divided by the sum at the end.
+// No scratch grows with the text.
+#pragma once
+
+template <class V>
+struct Power;
+
+constexpr int kSquare = 64;           // a multiple of all lanes
+constexpr int kTogether = 4;
+
+template <class V>
+struct Attention {
+  const FunctionJob& job;
+  const int64_t stride;   // from a token to the next
+  const float scale;
+  alignas(64) float turned[kHeadColumns * kSquare];  // [columns,kSquare]: keys
+  alignas(64) float rest[kSquare * V::lanes];        // [keys,lanes]: the columns of v that whole vectors leave over
+  alignas(64) float hidden[kSquare];                 // what is added to each key's scores
+  alignas(64) float weights[kTogether * kSquare];    // [queries,kSquare]
+  float top[kSquare], total[kSquare];                // of each query
+
+  explicit Attention(const FunctionJob& j)
+      : job(j), stride(j.heads * j.columns), scale(1.0f / __builtin_sqrtf(static_cast<float>(j.columns))) {}
+
+  void head(const float* q, const float* k, const float* v, const int64_t* mask, float* y) {
+    for (int64_t i = 0; i < job.queries; i += kSquare) {
+      const int queries = at_most(job.queries - i, kSquare);
+      for (int64_t j = 0; j < job.keys; j += kSquare) {
+        const int keys = at_most(job.keys - j, kSquare);
+        take(k + j * stride, v + j * stride, mask + j, keys);
+        square(q + i * stride, v + j * stride, y + i * stride, queries, keys, j == 0);
+      }
+      for (int r = 0; r < queries; r++)
+        for (int64_t c = 0; c < job.columns; c++) y[(i + r) * stride + c] /= total[r];
+    }
+  }
+
+ private:
+  static int at_most(int64_t left, int64_t most) { return static_cast<int>(left < most ? left : most); }
+  int64_t whole() const { return job.columns / V::lanes * V::lanes; }
+
+  void take(const float* k, const float* v, const int64_t* mask, int keys) {
+    for (int j = 0; j < kSquare; j++) hidden[j] = j >= keys ? -__builtin_inff() : mask[j] ? 0.0f : kHidden;
+    for (int j0 = 0; j0 < keys; j0 += V::lanes) {
+      for (int64_t c = 0; c < whole() && j0 + V::lanes <= keys; c += V::lanes) {
+        typename V::F turn[V::lanes];
+        for (int i = 0; i < V::lanes; i++) turn[i] = V::load(k + (j0 + i) * stride + c);
+        V::transpose(turn);
+        for (int i = 0; i < V::lanes; i++) V::store(turned + (c + i) * kSquare + j0, turn[i]);
+      }
+      for (int64_t c = j0 + V::lanes <= keys ? whole() : 0; c < job.columns; c++)
+        for (int j = j0; j < j0 + V::lanes; j++) turned[c * kSquare + j] = j < keys ? k[j * stride + c] : 0.0f;
+    }
+    for (int j = 0; whole() < job.columns && j < keys; j++)
+      for (int64_t c = 0; c < V::lanes; c++) rest[j * V::lanes + c] = whole() + c < job.columns ? v[j * stride + whole() + c] : 0.0f;
+  }
+  void square(const float* q, const float* v, float* y, int queries, int keys, bool fresh) {
+    int r = 0;
+    for (; r + kTogether <= queries; r += kTogether) rows<kTogether>(q + r * stride, v, y + r * stride, keys, r, fresh);
+    for (; r < queries; r++) rows<1>(q + r * stride, v, y + r * stride, keys, r, fresh);
+  }
+  template <int R>
+  void rows(const float* q, const float* v, float* y, int keys, int first, bool fresh) {
+    for (int j = 0; j < keys; j += 2 * V::lanes) scores<R>(q, j);  // past the last key they are -Inf
+    float before[R];
+    for (int r = 0; r < R; r++) before[r] = weigh(weights + r * kSquare, keys, first + r, fresh);
+    int64_t c = 0;
+    for (; c + 2 * V::lanes <= job.columns; c += 2 * V::lanes) mix<R, 2>(v + c, stride, keys, before, fresh, y + c, stride);
+    for (; c < whole(); c += V::lanes) mix<R, 1>(v + c, stride, keys, before, fresh, y + c, stride);
+    if (c == job.columns) return;
+    float line[R * V::lanes] = {};
+    for (int r = 0; r < R; r++)
+      for (int64_t i = c; i < job.columns; i++) line[r * V::lanes + i - c] = fresh ? 0.0f : y[r * stride + i];
+    mix<R, 1>(rest, V::lanes, keys, before, false, line, V::lanes);
+    for (int r = 0; r < R; r++)
+      for (int64_t i = c; i < job.columns; i++) y[r * stride + i] = line[r * V::lanes + i - c];
+  }
+  template <int R>
+  EP_INLINE void scores(const float* q, int j) {
+    typename V::F sums[R][2];
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = V::set1(0.0f);
+    for (int64_t c = 0; c < job.columns; c++) {
+      const typename V::F a = V::load(turned + c * kSquare + j), b = V::load(turned + c * kSquare + j + V::lanes);
+      for (int r = 0; r < R; r++) {
+        const typename V::F q_rc = V::set1(q[r * stride + c]);
+        sums[r][0] = V::fma(a, q_rc, sums[r][0]);
+        sums[r][1] = V::fma(b, q_rc, sums[r][1]);
+      }
+    }
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < 2; i++)
+        V::store(weights + r * kSquare + j + i * V::lanes, V::fma(sums[r][i], V::set1(scale), V::load(hidden + j + i * V::lanes)));
+  }
+  // Turns the scores of a row into weights; returns what y, as it is so far, is to be multiplied by.
+  float weigh(float* row, int keys, int r, bool fresh) {
+    typename V::F most = V::load(row);
+    for (int j = V::lanes; j < keys; j += V::lanes) most = V::max(most, V::load(row + j));
+    float lanes[V::lanes], high = fresh ? -__builtin_inff() : top[r];
+    V::store(lanes, most);
+    for (int i = 0; i < V::lanes; i++) high = lanes[i] > high ? lanes[i] : high;
+    typename V::F sum = V::set1(0.0f);
+    for (int j = 0; j < keys; j += V::lanes) {
+      const typename V::F weight = exponential(V::sub(V::load(row + j), V::set1(high)));
+      V::store(row + j, weight);
+      sum = V::add(sum, weight);
+    }
+    float factor[V::lanes] = {};
+    if (!fresh) V::store(factor, exponential(V::set1(top[r] - high)));
+    total[r] = (fresh ? 0.0f : total[r] * factor[0]) + V::sum(sum);
+    top[r] = high;
+    return factor[0];
+  }
+  // e^t for t <= 0; 0 below -88, so that what is hidden weighs nothing. max returns its second where that is NaN.
+  static EP_INLINE typename V::F exponential(typename V::F t) {
+    const Power<V> e(V::max(V::set1(-88.1f), t), V::set1(0.0f));
+    return V::mul(e.p, V::power(e.n));
+  }
+  template <int R, int C>
+  EP_INLINE void mix(const float* v, int64_t v_stride, int keys, const float* before, bool fresh, float* y, int64_t y_stride) {
+    typename V::F sums[R][C];
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < C; c++)
+        sums[r][c] = fresh ? V::set1(0.0f) : V::mul(V::load(y + r * y_stride + c * V::lanes), V::set1(before[r]));
+    for (int j = 0; j < keys; j++)
+      for (int c = 0; c < C; c++) {
+        const typename V::F v_jc = V::load(v + j * v_stride + c * V::lanes);
+        for (int r = 0; r < R; r++) sums[r][c] = V::fma(v_jc, V::set1(weights[r * kSquare + j]), sums[r][c]);
+      }
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < C; c++) V::store(y + r * y_stride + c * V::lanes, sums[r][c]);
+  }
+};
+
+template <class V>
+void attention_of(const FunctionJob& job) {
+  Attention<V> one(job);
+  for (int64_t row = job.first; row < job.first + job.rows; row++) {
+    const int64_t text = row / job.heads, column = row % job.heads * job.columns;
+    const int64_t queries = text * job.queries * one.stride + column, keys = text * job.keys * one.stride + column;
+    one.head(job.q + queries, job.k + keys, job.v + keys, job.mask + text * job.keys, job.y + queries);
+  }
+}
