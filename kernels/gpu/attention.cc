@@ -1,4 +1,4 @@
-// Attention on a cache (GroupQueryAttention: rotation, a causal mask, a window) and without one (MultiHeadAttention).
+// Attention on a cache (GroupQueryAttention: rotation, a causal mask, a window) and without one (PaddedAttention).
 //
 // The cache's past and present may be one memory that both sides see; else the past is copied into the present first.
 #include <math.h>
@@ -10,7 +10,7 @@ namespace {
 enum Whole { kHeads, kKvHeads, kWindow };
 enum Number { kScale, kSoftcap };
 constexpr int64_t kMostDim = 256;
-enum Mask : uint32_t { kCausal, kPadding, kBias, kNoMask };
+enum Mask : uint32_t { kCausal, kPadding };
 
 struct Strides {
   uint64_t batch, head, row;
@@ -22,9 +22,9 @@ uint32_t bits(float v) {
   return u;
 }
 
-// What both kinds ask of the shader; lengths and mask may be null.
+// What both kinds ask of the shader; lengths: of the cache, or of each key whether it is real.
 Failure attend(Run& run, const Step& s, const Value& q, uint64_t q_at, const Value& key, const Value& value, const Strides& strides,
-               int64_t batch, int64_t queries, int64_t keys, int64_t kv_heads, int64_t dim, Mask mask, const Value* added) {
+               int64_t batch, int64_t queries, int64_t keys, int64_t kv_heads, int64_t dim, Mask mask, const Value& lengths) {
   const Value& y = run.out(s, 0);
   const float scale = s.number[kScale] != 0 ? s.number[kScale] : 1 / sqrtf(static_cast<float>(dim));
   Dispatch d;
@@ -34,11 +34,10 @@ Failure attend(Run& run, const Step& s, const Value& q, uint64_t q_at, const Val
   d.buffers[1] = key.buffer;
   d.buffers[2] = value.buffer;
   d.buffers[3] = y.buffer;
-  d.buffers[4] = d.buffers[5] = added ? added->buffer : nullptr;
-  const uint64_t at = added ? added->element() : 0;
+  d.buffers[4] = lengths.buffer;
   const int64_t sizes[] = {queries, keys, s.whole[kHeads], kv_heads, dim};
   for (int64_t size : sizes) d.word(static_cast<uint64_t>(size));
-  for (uint64_t word : {q_at, key.element(), value.element(), y.element(), strides.batch, strides.head, strides.row, at, at})
+  for (uint64_t word : {q_at, key.element(), value.element(), y.element(), strides.batch, strides.head, strides.row, lengths.element()})
     d.word(word);
   d.word(static_cast<uint64_t>(s.whole[kWindow]));
   d.word(bits(scale));
@@ -159,37 +158,32 @@ Failure run_cached_attention(Run& run, const Step& s) {
   const uint64_t row = static_cast<uint64_t>(n.dim), head = row * static_cast<uint64_t>(n.capacity);
   const Strides strides = {head * static_cast<uint64_t>(n.kv_heads), head, row};
   return attend(run, s, turned, turned.element(), run.out(s, 1), run.out(s, 2), strides, n.batch, n.tokens, n.total, n.kv_heads,
-                n.dim, kCausal, &before);
+                n.dim, kCausal, before);
 }
 
 // ---- without one ----------------------------------------------------------------------------------------------------
-namespace {
-enum Plain { kQuery, kKey, kValue, kPackedBias, kPaddingMask, kScoreBias };
-}
-
-Failure set_attention(const Node& node, Step* step) {
+Failure set_padded_attention(const Node& node, Step* step) {
   step->whole[kHeads] = node.whole("num_heads", 0);
-  step->number[kScale] = node.number("scale", 0);
-  if (node.whole("unidirectional", 0)) return "a causal mask has no shader here";
-  return node.inputs >= 3 ? nullptr : "expected a query, a key and a value";
+  return nullptr;
 }
 
-Failure run_attention(Run& run, const Step& s) {
-  Value &q = run.in(s, kQuery), &k = run.in(s, kKey), &v = run.in(s, kValue);
+Failure run_padded_attention(Run& run, const Step& s) {
+  Value &q = run.in(s, 0), &k = run.in(s, 1), &v = run.in(s, 2);
+  const Value& mask = run.in(s, 3);
   const int64_t batch = q.dims.d[0], queries = q.dims.d[1], width = q.dims.last(), keys = k.dims.d[1], heads = s.whole[kHeads];
   const int64_t dim = heads ? width / heads : 0;
-  if (run.has(s, kPackedBias) || q.dims.rank != 3 || k.dims.rank != 3 || v.dims.last() != width || !dim || dim > kMostDim)
-    return run.refuse(s, "expected query, key and value [batch, tokens, heads * at most 256] and no bias");
-  const bool padding = run.has(s, kPaddingMask), bias = run.has(s, kScoreBias);
-  Value* added = padding ? &run.in(s, kPaddingMask) : bias ? &run.in(s, kScoreBias) : nullptr;
-  if (padding && (bias || added->type != kInt32 || added->dims.count() != batch * keys))
-    return run.refuse(s, "expected an int32 mask [batch, keys], or a bias");
-  if (bias && added->dims.count() != batch * heads * queries * keys)
-    return run.refuse(s, "expected a bias [batch, heads, queries, keys]");
-  for (Value* value : {&q, &k, &v, added})
-    if (value) GPU_TRY(run.to_gpu(*value));
+  if (q.dims.rank != 3 || k.dims.rank != 3 || v.dims.last() != width || !dim || dim > kMostDim)
+    return run.refuse(s, "expected query, key and value [batch, tokens, heads * at most 256]");
+  if (!mask.host || mask.type != kInt64 || mask.dims.count() != batch * keys) return run.refuse(s, "expected an int64 mask [batch, keys]");
+  Array<int32_t> words;
+  for (int64_t i = 0; i < batch * keys; i++) words.push(mask.whole(i) != 0);
+  Value real = {kInt32, {}, nullptr, nullptr, 0};
+  Failure failure = run.upload(words.data, words.count * 4, &real.buffer, &real.offset);
+  words.free();
+  GPU_TRY(failure);
+  for (Value* value : {&q, &k, &v}) GPU_TRY(run.to_gpu(*value));
   GPU_TRY(run.make(s, 0, q.dims));
   const uint64_t row = static_cast<uint64_t>(width);
   const Strides strides = {row * static_cast<uint64_t>(keys), static_cast<uint64_t>(dim), row};
-  return attend(run, s, q, q.element(), k, v, strides, batch, queries, keys, heads, dim, padding ? kPadding : bias ? kBias : kNoMask, added);
+  return attend(run, s, q, q.element(), k, v, strides, batch, queries, keys, heads, dim, kPadding, real);
 }

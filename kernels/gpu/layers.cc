@@ -35,24 +35,24 @@ Failure set_norm(const Node& node, Step* step) {
   return nullptr;
 }
 
-Failure set_layer_norm(const Node& node, Step* step) {
-  step->whole[kLayer] = 1;
-  step->number[0] = node.number("epsilon", 1e-5f);
-  if (node.whole("axis", -1) != -1) return "only a norm along the last axis has a shader";
-  return node.outputs == 1 ? nullptr : "its mean and deviation are not computed";
+Failure set_skip_layer_norm(const Node& node, Step* step) {
+  step->whole[kSkip] = step->whole[kLayer] = 1;
+  step->number[0] = node.number("epsilon", 1e-12f);
+  return nullptr;
 }
 
 Failure run_norm(Run& run, const Step& s) {
   const bool skip = s.whole[kSkip], layer = s.whole[kLayer];
   Value& x = run.in(s, 0);
   Value& weight = run.in(s, skip ? 2 : 1);
-  Value *other = skip ? &run.in(s, 1) : nullptr, *bias = layer && run.has(s, 2) ? &run.in(s, 2) : nullptr;
+  Value *other = skip ? &run.in(s, 1) : nullptr, *bias = layer ? &run.in(s, 3) : nullptr;
   const int64_t k = x.dims.last(), rows = k ? x.dims.count() / k : 0;
-  if (weight.dims.count() != k || (layer && !bias) || (skip && other->dims.count() != x.dims.count()))
+  if (weight.dims.count() != k || (layer && bias->dims.count() != k) || (skip && other->dims.count() != x.dims.count()))
     return run.refuse(s, "expected one weight for each column");
   for (Value* value : {&x, other, &weight, bias})
     if (value) GPU_TRY(run.to_gpu(*value));
-  for (int i = 0; i < (skip ? 2 : 1); i++) GPU_TRY(run.make(s, i, x.dims));
+  const int total = skip && !layer ? 1 : 0;  // which output x + skip is kept in; y until it is replaced
+  for (int i = 0; i <= total; i++) GPU_TRY(run.make(s, i, x.dims));
   Dispatch d;
   d.shader = Shader::norm;
   for (uint32_t constant : {kThreads, uint32_t{skip}, uint32_t{layer}}) d.constant(constant);
@@ -62,7 +62,7 @@ Failure run_norm(Run& run, const Step& s) {
   d.buffers[3] = weight.buffer;
   d.buffers[4] = bias ? bias->buffer : nullptr;
   word(&d, k);
-  for (uint64_t at : {x.element(), skip ? other->element() : 0, run.out(s, 0).element(), skip ? run.out(s, 1).element() : 0,
+  for (uint64_t at : {x.element(), skip ? other->element() : 0, run.out(s, 0).element(), run.out(s, total).element(),
                       weight.element(), bias ? bias->element() : 0})
     d.word(at);
   d.word(bits(s.number[0]));
@@ -91,6 +91,7 @@ bool repeats(const Dims& part, const Dims& whole) {
 Failure set_each(const Node& node, Step* step) {
   for (size_t i = 0; i < sizeof(kEach) / sizeof(kEach[0]); i++)
     if (kEach[i] && !strcmp(kEach[i], node.op)) step->whole[0] = static_cast<int64_t>(i);
+  if (!strcmp(node.op, "ErfGelu")) step->whole[0] = kGelu;
   if (step->whole[0] == kSum) step->whole[0] = kAdd;
   if (step->whole[0] == kGelu && node.is("approximate", "tanh")) step->whole[0] = kGeluTanh;
   return node.inputs <= 2 && node.inputs ? nullptr : "more than two operands have no shader";
@@ -126,6 +127,7 @@ Failure run_each(Run& run, const Step& s) {
 // ---- packed embeddings ----------------------------------------------------------------------------------------------
 namespace {
 enum Embedding { kBits, kBlock, kTable, kHalfScales, kTiled };
+constexpr int64_t kRowBlock = 32;  // columns of a table in rows that share a scale
 }
 
 Failure set_embedding(const Node& node, Step* step) {
@@ -139,19 +141,16 @@ Failure set_embedding(const Node& node, Step* step) {
 }
 
 Failure set_row_embedding(const Node& node, Step* step) {
-  const int64_t about[] = {4, node.whole("block_size", 128), 0, 0, 0};
+  const int64_t about[] = {strcmp(node.op, "RowEmbedding_i4b32") ? 8 : 4, kRowBlock, 0, 1, 0};
   memcpy(step->whole, about, sizeof(about));
-  if (node.whole("gather_axis", 0) || node.whole("bits", 4) != 4 || node.inputs != 3) return "only rows of signed nibbles have a shader";
-  const int64_t axis = node.whole("quantize_axis", 1);
-  return axis == 1 || axis == -1 ? nullptr : "only scales along rows have a shader";
+  return nullptr;
 }
 
 Failure run_embedding(Run& run, const Step& s) {
   const bool tiled = s.whole[kTiled];
-  Value &w = run.in(s, tiled ? 1 : 0), &ids = run.in(s, tiled ? 0 : 1), &scale = run.in(s, 2);
+  Value &ids = run.in(s, 0), &w = run.in(s, 1), &scale = run.in(s, 2);
   if (!ids.host) return run.refuse(s, "its ids are not known before the run");
-  if (!tiled && (w.type != kInt4 || scale.type != kFloat)) return run.refuse(s, "expected signed nibbles and float32 scales");
-  const int64_t rows = w.dims.d[0] * (tiled ? kTileRows : 1), k = w.dims.d[1] * (tiled ? kUnit : 1), n = ids.dims.count();
+  const int64_t rows = w.dims.d[0] * (tiled ? kTileRows : 1), k = tiled ? w.dims.d[1] * kUnit : w.dims.d[1] * 8 / s.whole[kBits], n = ids.dims.count();
   Array<uint32_t> picked;
   Failure failure = nullptr;
   for (int64_t i = 0; i < n; i++) {

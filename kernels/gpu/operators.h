@@ -12,12 +12,12 @@ Failure run_linear(Run& run, const Step& step);
 // attention.cc
 Failure set_cached_attention(const Node& node, Step* step);
 Failure run_cached_attention(Run& run, const Step& step);
-Failure set_attention(const Node& node, Step* step);
-Failure run_attention(Run& run, const Step& step);
+Failure set_padded_attention(const Node& node, Step* step);
+Failure run_padded_attention(Run& run, const Step& step);
 
 // layers.cc
 Failure set_norm(const Node& node, Step* step);
-Failure set_layer_norm(const Node& node, Step* step);
+Failure set_skip_layer_norm(const Node& node, Step* step);
 Failure run_norm(Run& run, const Step& step);
 Failure set_each(const Node& node, Step* step);
 Failure run_each(Run& run, const Step& step);

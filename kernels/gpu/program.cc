@@ -49,7 +49,6 @@ Failure view(const OrtValue* value, Value* v) {
 uint64_t bytes_of(int type, int64_t count) {
   const uint64_t n = static_cast<uint64_t>(count);
   switch (type) {
-    case kInt4: return (n + 1) / 2;
     case kUint8: case kInt8: case kBool: return n;
     case kHalf: return 2 * n;
     case kInt64: return 8 * n;

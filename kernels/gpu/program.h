@@ -19,7 +19,7 @@ constexpr int kMostOutputs = 4;
 constexpr int kNone = -1;
 constexpr uint32_t kNeutral = 0xffffffffu;  // in place of an offset: nothing to read
 
-enum : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kBool = 9, kHalf = 10, kInt4 = 22 };
+enum : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kBool = 9, kHalf = 10 };
 
 struct Dims {
   int rank = 0;

@@ -23,7 +23,7 @@ Failure rows(Run& run, const Value& x, const Value& y, int64_t count, int64_t wo
 
 Failure pick(Run& run, const Step& s, Value& x, const Dims& dims, int64_t inner, const Array<uint32_t>& index) {
   const uint64_t bytes = bytes_of(x.type, inner);
-  if (bytes % 4 || x.type == kInt4) return run.refuse(s, "rows that do not fill 32-bit words have no shader");
+  if (bytes % 4) return run.refuse(s, "rows that do not fill 32-bit words have no shader");
   GPU_TRY(run.to_gpu(x));
   GPU_TRY(run.make(s, 0, dims, x.type));
   const int64_t words = static_cast<int64_t>(bytes / 4);

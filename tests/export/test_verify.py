@@ -144,7 +144,8 @@ def wire_q_to_k(run):
 
 def forget_the_mask(run):
     def change(proto):
-        next(n for n in proto.graph.node if n.name == f"{LAYER}.0.attention.self").input[4] = ""
+        node = next(n for n in proto.graph.node if n.name == f"{LAYER}.0.attention.self")
+        node.input[3] = "token_type_ids"  # 0 for all keys, which hides none from the others
 
     edit_graph(run, change)
 

@@ -1,9 +1,9 @@
 #version 450
 // y = softmax(scale q K + what is added to scores) V, a workgroup for one query of one head, 64 keys at a time.
 layout(local_size_x = 64) in;
-layout(constant_id = 0) const uint MASK = 0;  // 0: a causal one, of a cache's lengths; 1: of padded keys; 2: a bias; 3: none
+layout(constant_id = 0) const uint MASK = 0;  // 0: a causal one, of a cache's lengths; 1: of padded keys
 layout(push_constant) uniform Words {
-  uint queries, keys, heads, kv_heads, dim, q, key, value, y, key_batch, key_head, key_row, lengths, mask, window;
+  uint queries, keys, heads, kv_heads, dim, q, key, value, y, key_batch, key_head, key_row, lengths, window;
   float scale, softcap;
 } p;
 layout(std430, binding = 0) readonly buffer Q { float q[]; };
@@ -11,7 +11,6 @@ layout(std430, binding = 1) readonly buffer Key { float key[]; };
 layout(std430, binding = 2) readonly buffer Value { float value[]; };
 layout(std430, binding = 3) buffer Y { float y[]; };
 layout(std430, binding = 4) readonly buffer Lengths { int lengths[]; };
-layout(std430, binding = 5) readonly buffer Mask { float mask[]; };
 const uint THREADS = 64u, NONE = 0xffffffffu;
 const float HIDDEN = -10000.0, LOWEST = -3.0e38;
 shared float query[256];
@@ -62,7 +61,6 @@ void main() {
       for (uint d = 0u; d < p.dim; d++) score += query[d] * key[from + d];
       if (p.softcap != 0.0) score = p.softcap * tanh(score / p.softcap);
       if (MASK == 1u && lengths[p.lengths + batch * p.keys + j] == 0) score += HIDDEN;
-      if (MASK == 2u) score += mask[p.mask + ((batch * p.heads + head) * p.queries + row) * p.keys + j];
     }
     const float new_top = max(top, highest(score)), kept = exp(top - new_top);
     const float part = j < last ? exp(score - new_top) : 0.0;

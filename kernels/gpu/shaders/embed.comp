@@ -1,5 +1,5 @@
 #version 450
-// y[i, :] = value(code[id[i], :]) * scale[id[i], block]: rows of a packed table, in tiles or in rows of signed nibbles.
+// y[i, :] = value(code[id[i], :]) * scale[id[i], block]: rows of a packed table, in tiles or in rows.
 layout(local_size_x = 64) in;
 layout(constant_id = 0) const uint BITS = 4;
 layout(constant_id = 1) const uint BLOCK = 32;  // 0: the whole row
@@ -24,9 +24,13 @@ uint tiled_code(uint row, uint k) {
   return w[p.w + lane] >> shift & (BITS == 4u ? 15u : 255u);
 }
 
+uint row_code(uint row, uint k) {
+  const uint at = row * p.k + k, in_word = 32u / BITS;
+  return w[p.w + at / in_word] >> at % in_word * BITS & (BITS == 4u ? 15u : 255u);
+}
+
 float value_at(uint row, uint k) {
-  if (!TILED) return float(int(w[p.w + (row * p.k + k) / 8u] << (28u - 4u * (k % 8u))) >> 28);
-  const uint code = tiled_code(row, k);
+  const uint code = TILED ? tiled_code(row, k) : row_code(row, k);
   return NF4 ? NF4_VALUES[code] : float(code) - (BITS == 4u ? 8.0 : 128.0);
 }
 

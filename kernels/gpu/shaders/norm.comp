@@ -7,7 +7,7 @@ layout(constant_id = 2) const bool LAYER = false;
 layout(push_constant) uniform Words { uint k, x, skip, y, total, weight, bias; float epsilon; } p;
 layout(std430, binding = 0) readonly buffer X { float x[]; };
 layout(std430, binding = 1) readonly buffer Skip { float skip[]; };
-layout(std430, binding = 2) buffer Y { float y[]; };  // y and x + skip
+layout(std430, binding = 2) buffer Y { float y[]; };  // y and x + skip, which may lie in y
 layout(std430, binding = 3) readonly buffer Weight { float weight[]; };
 layout(std430, binding = 4) readonly buffer Bias { float bias[]; };
 shared float sums[THREADS];
@@ -40,7 +40,7 @@ void main() {
   if (LAYER) {
     float spread = 0.0;
     for (uint i = id; i < p.k; i += THREADS) {
-      const float v = x[p.x + row + i] - mean;
+      const float v = (SKIP ? y[p.total + row + i] : x[p.x + row + i]) - mean;
       spread += v * v;
     }
     sum = add_up(spread) / float(p.k);
