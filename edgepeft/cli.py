@@ -115,7 +115,9 @@ _stage_command("bundle", "Collect what the device needs into one folder.")
 
 
 TOP_K = "Choose among the N likeliest tokens  [default: all]."
-DEVICE = "Where it runs: webgpu is a GPU, for bundles of the targets that have one; auto says why it took the CPU."
+DEVICE = (
+    "Where it runs: webgpu and vulkan are a GPU, for bundles of targets that have one; auto says why it took the CPU."
+)
 WRITING = (  # how a language model writes: flag, type, help
     ("--max-new-tokens", int, "Longest answer in tokens  [default: 256]."),
     ("--temperature", float, "0 takes the likeliest token, more leaves more to chance  [default: 0]."),
@@ -149,7 +151,9 @@ def _writing(top_k: str) -> Callable[[Callable], Callable]:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per text.")
 @click.option("--adapter", default=None, help="Adapter to use, or 'none' for the base model.")
 @click.option("--threads", type=int, default=0, show_default=True, help="CPU threads; 0 takes all.")
-@click.option("--device", type=click.Choice(["cpu", "webgpu", "auto"]), default="cpu", show_default=True, help=DEVICE)
+@click.option(
+    "--device", type=click.Choice(["cpu", "webgpu", "vulkan", "auto"]), default="cpu", show_default=True, help=DEVICE
+)
 @click.option("--prompt", default=None, help="Text to answer, which may have several lines.")
 @click.option("--system", default=None, help="What the model is told before the text.")
 @click.option("--raw", is_flag=True, default=None, help="Continue the text as it is, without the chat template.")
@@ -176,7 +180,9 @@ def run(bundle: Path, texts: Sequence[str], file: Path | None, as_json: bool, **
 @click.option("--system", default=None, help="What the model is told before the conversation.")
 @click.option("--adapter", default=None, help="Adapter to begin with, or 'none' for the base model.")
 @click.option("--threads", type=int, default=0, show_default=True, help="CPU threads; 0 takes all.")
-@click.option("--device", type=click.Choice(["cpu", "webgpu", "auto"]), default="cpu", show_default=True, help=DEVICE)
+@click.option(
+    "--device", type=click.Choice(["cpu", "webgpu", "vulkan", "auto"]), default="cpu", show_default=True, help=DEVICE
+)
 @_writing(TOP_K)
 def chat(bundle: Path, **options: Any) -> None:
     """Talk with the language model of a bundle, at the terminal or line by line through a pipe.

@@ -28,7 +28,7 @@ each other's memory.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,11 +48,17 @@ def shared(first: Sequence[int], second: Sequence[int]) -> int:
 class Cache:
     """Keys and values of sequences; tokens[row] is what a row is of, adapters[row] what it went through.
 
-    shape: (layers, kv_heads, head_dim); context: the most columns there can be; dtype: of keys and values.
+    shape: (layers, kv_heads, head_dim); context: the most columns there can be; dtype: of keys and values; zeros: what
+    makes their memory, numpy's or one that a GPU sees too.
     """
 
     def __init__(
-        self, adapters: Sequence[Adapter], shape: tuple[int, int, int], context: int, dtype: Any = np.float32
+        self,
+        adapters: Sequence[Adapter],
+        shape: tuple[int, int, int],
+        context: int,
+        dtype: Any = np.float32,
+        zeros: Callable[[tuple[int, ...], Any], np.ndarray] = np.zeros,
     ) -> None:
         layers, self._heads, self._width = shape
         self.adapters, rows = list(adapters), len(adapters)
@@ -60,7 +66,7 @@ class Cache:
         self.context = context
         self.bindings: dict[tuple[int, ...], Any] = {}
         self.capacity = 0  # columns that there is memory for
-        self._dtype = dtype
+        self._dtype, self._zeros = dtype, zeros
         self._buffers: list[Any] = [np.zeros((rows, self._heads, 0, self._width), dtype) for _ in range(2 * layers)]
 
     def columns(self, row: int) -> int:
@@ -75,7 +81,7 @@ class Cache:
         columns = min(self.context, max(-(-max(length, used) // STEP) * STEP, 2 * self.capacity))
         self.bindings.clear()
         for place, old in enumerate(self._buffers):
-            new = np.zeros((len(self.tokens), self._heads, columns, self._width), self._dtype)
+            new = self._zeros((len(self.tokens), self._heads, columns, self._width), self._dtype)
             if self.capacity:
                 new[:, :, :used] = self._array(old)[:, :, :used]
             else:

@@ -298,7 +298,10 @@ class Generator(Bundle):
 
     def _empty(self, adapters: list[Adapter]) -> Cache:
         """Return an empty cache of rows of some adapters: of one row on a GPU."""
-        return (GpuCache if self.gpu else Cache)(adapters, self._shape, self.context, self._kept_as)
+        if self.gpu:
+            return GpuCache(adapters, self._shape, self.context, self._kept_as)
+        zeros = self.memory.zeros if self.memory else np.zeros
+        return Cache(adapters, self._shape, self.context, self._kept_as, zeros)
 
     def _groups(self, adapters: Sequence[Adapter]) -> list[list[int]]:
         """Return the places of rows that are written together: each by itself on a GPU."""

@@ -9,7 +9,8 @@ are kept per thread and adapter, so one Model serves many threads, each call wit
 call may have adapters of their own, see `edgepeft.runtime.mixing`. What a bundle for another task becomes when it is
 loaded stands in TASKS.
 
-device="webgpu" runs the bundle's graph for GPUs instead: see `edgepeft.runtime.webgpu`.
+device="webgpu" runs the bundle's graph for GPUs instead: see `edgepeft.runtime.webgpu`. device="vulkan" runs the same
+graph as the CPU, see `edgepeft.runtime.vulkan`: adapters lie in memory that the GPU sees, and are always fed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import importlib
 import platform
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -33,7 +34,7 @@ from edgepeft.console import say
 from edgepeft.errors import ArtifactError, ConfigError, TargetError, unknown
 from edgepeft.runtime import adapters as ad
 from edgepeft.runtime import library as lib
-from edgepeft.runtime import prompts, webgpu
+from edgepeft.runtime import prompts, vulkan, webgpu
 from edgepeft.runtime.manifest import Manifest, check_bundle
 from edgepeft.runtime.mixing import Mixes
 from edgepeft.runtime.tasks import Prediction, predictions
@@ -43,7 +44,7 @@ WEIGHTS_ELSEWHERE = (1, 21)  # ONNX Runtime that can be told where the weights o
 QUIET = 3  # ONNX Runtime's severity "error": it warns once for every overridable initializer
 # Widens float16 initializers that no kernel takes; it ends the process over a function's body in 1.23 to 1.29.
 BROKEN_OPTIMIZERS = ("FuseFp16InitializerToFp32NodeTransformer",)
-DEVICES = ("cpu", "webgpu", "auto")
+DEVICES = ("cpu", "webgpu", "vulkan", "auto")  # GPUS, and what may be without one
 KV_CACHES = ("float32", "int8")  # what keys and values are kept as
 CACHE_SCALES = "kv_cache.safetensors"
 TASKS = {  # what a bundle becomes: the class of its task and where it is
@@ -195,6 +196,7 @@ class Bundle:
         self.library = library
         self.threads = threads
         self.gpu = webgpu.is_gpu(session)
+        self.memory = vulkan.memory(session)
         self._slots = webgpu.slots(session, ad.slots(session)) if self.gpu else ad.slots(session)
         self._folders = ad.adapter_folders(manifest.folder) if self._slots else {}
         self._loaded: dict[str, ad.Adapter] = {}
@@ -223,6 +225,8 @@ class Bundle:
             made = self._make(name)
             if self.gpu:
                 made = dataclasses.replace(made, feeds=webgpu.feeds(self.session, made.feeds))
+            if self.memory:
+                made = dataclasses.replace(made, feeds=self.memory.keep(made.feeds))
             self._loaded[name] = made
         return self._loaded[name]
 
@@ -271,7 +275,8 @@ class Bundle:
         """Return what a run's rows feed; `sizes` are those of the dimensions beside the batch where adapters differ."""
         if any(adapter is not rows[0] for adapter in rows):
             return self._mixes.of(rows).feeds(rows, sizes)
-        return {} if rows[0].name == ad.DEFAULT else rows[0].feeds  # the default's are the graph's own values
+        own = rows[0].name == ad.DEFAULT and not self.memory  # the default's are the graph's own values
+        return {} if own else rows[0].feeds
 
     def _groups(self, adapters: Sequence[ad.Adapter]) -> list[list[int]]:
         """Return the places of rows that can share a run: those of one adapter on a GPU."""
@@ -292,7 +297,7 @@ class Bundle:
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:  # ORT's own exceptions share no base
-            if not self.gpu:
+            if not self.gpu and not self.memory:
                 raise
             raise TargetError(f"{self.manifest.folder}: the GPU gave up: {error}. device='cpu' works.") from None
 
@@ -424,22 +429,26 @@ def check_threads(threads: int) -> None:
         raise ConfigError(f"threads: expected 0 (all cores) to {MOST_THREADS} on this machine, found {threads}.")
 
 
-def _on_gpu(manifest: Manifest, kind: type[Bundle], adapter: str, threads: int) -> Any:
-    """Return a bundle loaded on a GPU. Raises ArtifactError and TargetError for one that cannot be."""
-    model = kind(manifest, webgpu.open_session(manifest.folder), None, threads)
-    model.use(adapter)
-    return model
+GPUS: dict[str, Callable[[Manifest, str | Path], Any]] = {  # how a session on a GPU is made of a bundle
+    "webgpu": lambda manifest, library: webgpu.open_session(manifest.folder),
+    "vulkan": lambda manifest, library: vulkan.open_session(
+        vulkan.find_library(manifest, library), manifest.folder / "model.onnx"
+    ),
+}
 
 
-def _on_gpu_if_it_runs(*given: Any) -> Any:
-    """Return a bundle loaded on a GPU and tried there once, or None, saying why."""
-    try:
-        model = _on_gpu(*given)
-        model.trial()
-    except (ArtifactError, TargetError) as reason:
-        _say_once(f"running on the CPU: {reason}")
-        return None
-    return model
+def _on_gpu_if_it_runs(make: Callable[[str], Any]) -> Any:
+    """Return the bundle that a device makes, of the first that runs it once, or None, saying why."""
+    reasons = []
+    for device in GPUS:
+        try:
+            model = make(device)
+            model.trial()
+            return model
+        except (ArtifactError, TargetError) as reason:
+            reasons.append(str(reason))
+    _say_once(f"running on the CPU: {'; '.join(reasons)}")
+    return None
 
 
 def _only_cpu(activation: str | None, kv_cache: str) -> str:
@@ -462,7 +471,8 @@ def load(
 
     threads 0 takes all cores; library is "auto", "none" or a path; activation None is as exported. kv_cache "int8"
     keeps a language model's keys and values in a quarter of the memory: see edgepeft.runtime.cache. device "webgpu"
-    runs every node on a GPU, "auto" does so where a first run succeeds and says why where it does not.
+    or "vulkan" runs every node on a GPU, "auto" does so where a first run succeeds and says why where it does not;
+    on "vulkan" a path as library is that of the provider.
 
     Raises ArtifactError for a folder that is no bundle or was changed, TargetError for a library or an ONNX Runtime
     that cannot work here, ConfigError for what does not exist. `check` is "auto", "full" or "quick":
@@ -474,13 +484,19 @@ def load(
     if device not in DEVICES:
         raise ConfigError("device: " + unknown("device", device, DEVICES))
     cpu_asked = _only_cpu(activation, kv_cache)
-    if device == "webgpu" and cpu_asked:
-        raise ConfigError(f"device 'webgpu': activations and cache are float there; leave {cpu_asked} out.")
+    if device in GPUS and cpu_asked:
+        raise ConfigError(f"device {device!r}: activations and cache are float there; leave {cpu_asked} out.")
     manifest = check_bundle(bundle, check)
     kind = task_class(manifest)
-    if device == "webgpu":
-        return _on_gpu(manifest, kind, adapter, threads)
-    if device == "auto" and not cpu_asked and (model := _on_gpu_if_it_runs(manifest, kind, adapter, threads)):
+
+    def on_gpu(device: str) -> Any:
+        model = kind(manifest, GPUS[device](manifest, library), None, threads)
+        model.use(adapter)
+        return model
+
+    if device in GPUS:
+        return on_gpu(device)
+    if device == "auto" and not cpu_asked and (model := _on_gpu_if_it_runs(on_gpu)):
         return model
     found = _library(manifest, library)
     model = kind(manifest, open_session(manifest, threads, found, activation, kv_cache), found, threads)

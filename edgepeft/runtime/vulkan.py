@@ -4,21 +4,44 @@
 
 It takes what the CPU takes, adapters included, and computes in float32 whatever activation the bundle names. A graph is
 on the GPU with every node or not at all: `open_session` says which node was in the way. Needs ONNX Runtime 1.23.
+
+Memory is what the CPU and the GPU both see: adapters are put there once, keys and values live there, and a run copies
+neither. Arrays of it are ordinary ones to numpy and to ONNX Runtime.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import math
+import weakref
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from edgepeft.errors import TargetError
+from edgepeft.runtime.library import INSTALLED, platform_tag
+from edgepeft.runtime.manifest import Manifest
 
 FILE_NAME = "libedgepeft_vulkan.so"
 PROVIDER = "EdgePeftVulkanExecutionProvider"
-OLDEST = "1.23"
 SEVERITY = 4  # of ONNX Runtime's log: fatal errors alone
+ALIGNMENT = 64  # bytes, of tensors in one block
+
+
+def find_library(manifest: Manifest, choice: str | Path = "auto") -> Path:
+    """Return the provider's library: the bundle's, or the installed package's. Raises TargetError for neither."""
+    if str(choice) not in ("auto", "none"):
+        return Path(choice)
+    inside = f"lib/{platform_tag()}/{FILE_NAME}"
+    if inside in manifest.files:
+        return manifest.folder / inside
+    if (installed := INSTALLED.with_name(FILE_NAME)).exists():
+        return installed
+    what = f"{manifest.folder}: holds no Vulkan library for {platform_tag()}"
+    raise TargetError(f"{what}. Build it with --target android-gpu. device='cpu' works everywhere.")
 
 
 @functools.cache
@@ -46,11 +69,66 @@ def device_name(path: Path) -> str:
     return load_library(path).edgepeft_vulkan_device().decode()
 
 
-def counts(path: Path) -> tuple[int, int]:
-    """Return how many command buffers were submitted and shaders dispatched since the process began."""
-    submits, dispatches = ctypes.c_uint64(), ctypes.c_uint64()
-    load_library(path).edgepeft_vulkan_counts(ctypes.byref(submits), ctypes.byref(dispatches))
-    return submits.value, dispatches.value
+class Counts(NamedTuple):
+    """What runs took: command buffers submitted, shaders dispatched, bytes copied in and out."""
+
+    submits: int
+    dispatches: int
+    copied: int
+
+    def since(self, earlier: Counts) -> Counts:
+        """Return what was counted since."""
+        return Counts(*(now - then for now, then in zip(self, earlier, strict=True)))
+
+
+def counts(path: Path) -> Counts:
+    """Return what runs took since the process began."""
+    found = (ctypes.c_uint64 * 3)()
+    load_library(path).edgepeft_vulkan_counts(ctypes.byref(found))
+    return Counts(*found)
+
+
+class Memory:
+    """Memory of the GPU that the CPU sees too."""
+
+    def __init__(self, path: Path) -> None:
+        self._code = load_library(path)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Return an array of zeros there, freed with the last view of it. Raises TargetError where there is no room."""
+        kind = np.dtype(dtype)
+        size = math.prod(shape) * kind.itemsize
+        if not size:
+            return np.zeros(shape, kind)
+        address = self._code.edgepeft_vulkan_allocate(size)
+        if not address:
+            raise TargetError(f"device 'vulkan': the GPU has no {size} bytes left. device='cpu' works everywhere.")
+        block = (ctypes.c_char * size).from_address(address)
+        weakref.finalize(block, self._code.edgepeft_vulkan_free, address).atexit = False
+        array = np.frombuffer(block, kind).reshape(shape)
+        array[...] = 0
+        return array
+
+    def keep(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return OrtValues with copies of others' contents, all in one block."""
+        from onnxruntime import OrtValue
+
+        arrays = {name: value.numpy() for name, value in values.items()}
+        starts, end = {}, 0
+        for name, array in arrays.items():
+            starts[name] = end
+            end += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+        block, kept = self.zeros((end,), np.uint8), {}
+        for name, array in arrays.items():
+            place = block[starts[name] : starts[name] + array.nbytes].view(array.dtype).reshape(array.shape)
+            place[...] = array
+            kept[name] = OrtValue.ortvalue_from_numpy(place)
+        return kept
+
+
+def memory(session: Any) -> Memory | None:
+    """Return the memory of a session of `open_session`, None for any other."""
+    return getattr(session, "edgepeft_memory", None)
 
 
 @functools.cache
@@ -84,4 +162,5 @@ def open_session(path: Path, model: Path | bytes) -> Any:
         why = load_library(path).edgepeft_vulkan_refused().decode() or str(error)
         raise TargetError(f"device 'vulkan': this model does not run there: {why}. device='cpu' works.") from None
     session.disable_fallback()
+    session.edgepeft_memory = Memory(path)
     return session

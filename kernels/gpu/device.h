@@ -106,7 +106,7 @@ struct Device {
   Array<Pipeline> pipelines;
   Array<BoundSet> sets;
   Array<vk::Handle> pools;
-  uint64_t submits = 0, dispatches = 0;
+  uint64_t submits = 0, dispatches = 0, copied = 0;  // copied: bytes of runs, in and out
   bool lost = false;
   pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;  // of whoever records: there is one command buffer
 

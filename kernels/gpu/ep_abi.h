@@ -18,7 +18,7 @@ struct OrtNodeComputeContext;
 
 constexpr int kOrtEpFail = 11;
 constexpr int kOrtCpuDevice = 0, kOrtGpuDevice = 1;
-constexpr int kOrtAttributeFloat = 3, kOrtAttributeString = 5;
+constexpr int kOrtAttributeInts = 2, kOrtAttributeFloat = 3, kOrtAttributeString = 5;
 
 struct OrtNodeFusionOptions {
   uint32_t version;

@@ -30,6 +30,7 @@ const Operator kOperators[] = {
     {"", "MatMul", set_dense, run_dense, false},
     {"", "Gather", set_gather, run_gather, false},
     {"", "GatherND", set_gather_nd, run_gather_nd, false},
+    {"", "Transpose", set_turn, run_turn, false},
     {"", "Split", set_split, run_split, false},
     {"", "Identity", set_nothing, run_same, true},
     {"", "Reshape", set_nothing, run_reshape, true},

@@ -32,6 +32,8 @@ Failure set_gather(const Node& node, Step* step);
 Failure run_gather(Run& run, const Step& step);
 Failure set_gather_nd(const Node& node, Step* step);
 Failure run_gather_nd(Run& run, const Step& step);
+Failure set_turn(const Node& node, Step* step);
+Failure run_turn(Run& run, const Step& step);
 Failure set_split(const Node& node, Step* step);
 Failure run_split(Run& run, const Step& step);
 Failure run_same(Run& run, const Step& step);

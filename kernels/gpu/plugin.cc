@@ -148,10 +148,10 @@ EP_EXPORT const char* edgepeft_vulkan_device() {
   return own ? own->properties.deviceName : "";
 }
 EP_EXPORT const char* edgepeft_vulkan_refused() { return refused; }
-// How many command buffers were submitted and shaders dispatched since the process began.
-EP_EXPORT void edgepeft_vulkan_counts(uint64_t* submits, uint64_t* dispatches) {
+// Command buffers submitted, shaders dispatched, and bytes that runs copied in and out, since the process began.
+EP_EXPORT void edgepeft_vulkan_counts(uint64_t (&counts)[3]) {
   Failure reason;
   const Device* own = device(&reason);
-  *submits = own ? own->submits : 0;
-  *dispatches = own ? own->dispatches : 0;
+  const uint64_t all[] = {own ? own->submits : 0, own ? own->dispatches : 0, own ? own->copied : 0};
+  memcpy(counts, all, sizeof(all));
 }

@@ -90,6 +90,13 @@ bool Node::is(const char* attribute, const char* text) const {
          !strncmp(value, text, strlen(text)) && (got == strlen(text) || value[strlen(text)] == 0);
 }
 
+bool Node::is_wholes(const char* attribute, int64_t first, int64_t second) const {
+  int64_t value[2];
+  size_t got = 0;
+  return read(node, attribute, kOrtAttributeInts, value, sizeof(value), &got) && got == sizeof(value) && value[0] == first &&
+         value[1] == second;
+}
+
 // ---- making a program -----------------------------------------------------------------------------------------------
 int Program::place(const OrtValueInfo* info, bool* made) {
   const char* name = nullptr;
@@ -398,6 +405,7 @@ Failure Program::attempt(Run& run) {
   if (!failure) failure = write_outputs(run, &fetches);
   if (failure || run.short_of_room) device->drop();
   else failure = device->finish();
+  device->copied += run.upload_used + run.download_used;
   if (!failure && !run.short_of_room)
     for (const Fetch& f : fetches) memcpy(f.to, download.mapped + f.offset, f.bytes);
   fetches.free();
@@ -447,7 +455,10 @@ extern "C" __attribute__((visibility("default"))) void* edgepeft_vulkan_allocate
   Device* own = device(&reason);
   if (!own) return nullptr;
   Buffer made;
-  if (own->allocate(bytes, Memory::shared, &made)) return nullptr;
+  pthread_mutex_lock(&own->lock);
+  const Failure failure = own->allocate(bytes, Memory::shared, &made);
+  pthread_mutex_unlock(&own->lock);
+  if (failure) return nullptr;
   Buffer* block = static_cast<Buffer*>(__builtin_malloc(sizeof(Buffer)));
   *block = made;
   pthread_mutex_lock(&blocks_lock);
@@ -459,6 +470,7 @@ extern "C" __attribute__((visibility("default"))) void* edgepeft_vulkan_allocate
 extern "C" __attribute__((visibility("default"))) void edgepeft_vulkan_free(void* address) {
   Failure reason;
   Device* own = device(&reason);
+  pthread_mutex_lock(&own->lock);
   pthread_mutex_lock(&blocks_lock);
   for (size_t i = 0; i < blocks.count; i++) {
     if (blocks[i]->mapped != address) continue;
@@ -468,4 +480,5 @@ extern "C" __attribute__((visibility("default"))) void edgepeft_vulkan_free(void
     break;
   }
   pthread_mutex_unlock(&blocks_lock);
+  pthread_mutex_unlock(&own->lock);
 }

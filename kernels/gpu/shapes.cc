@@ -5,12 +5,14 @@ namespace {
 
 constexpr uint32_t kMostGroups = 4096;
 
-// y = rows of `words` each: those that `index` names, or all, `stride` words apart, from `first` words on.
-Failure rows(Run& run, const Value& x, const Value& y, int64_t count, int64_t words, int64_t stride, int64_t first, const Array<uint32_t>* index) {
+enum How : uint32_t { kAll, kIndexed, kTurned };
+
+// y = rows of `words` each: those that `index` names, or all, `stride` words apart, from `first` words on; or x turned.
+Failure rows(Run& run, const Value& x, const Value& y, int64_t count, int64_t words, int64_t stride, int64_t first, const Array<uint32_t>* index, How how = kAll) {
   Dispatch d;
   uint64_t at = 0;
   d.shader = Shader::rows;
-  d.constant(index != nullptr);
+  d.constant(index ? kIndexed : how);
   d.buffers[0] = x.buffer;
   d.buffers[2] = y.buffer;
   if (index) GPU_TRY(run.upload(index->data, index->count * 4, &d.buffers[1], &at));
@@ -106,6 +108,22 @@ Failure run_gather_nd(Run& run, const Step& s) {
   if (!failure) failure = pick(run, s, x, dims, inner, all);
   all.free();
   return failure;
+}
+
+Failure set_turn(const Node& node, Step* step) {
+  (void)step;
+  return node.is_wholes("perm", 1, 0) ? nullptr : "only rows turned into columns have a shader";
+}
+
+Failure run_turn(Run& run, const Step& s) {
+  Value& x = run.in(s, 0);
+  if (x.dims.rank != 2 || bytes_of(x.type, 1) != 4) return run.refuse(s, "expected a matrix of 32-bit numbers");
+  GPU_TRY(run.to_gpu(x));
+  Dims dims;
+  dims.push(x.dims.d[1]);
+  dims.push(x.dims.d[0]);
+  GPU_TRY(run.make(s, 0, dims, x.type));
+  return rows(run, x, run.out(s, 0), dims.d[0], dims.d[1], dims.d[0], 0, nullptr, kTurned);
 }
 
 Failure set_split(const Node& node, Step* step) {

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgepeft.deploy import shaders, softgpu
 from edgepeft.deploy.compile import host_vulkan_library
+from edgepeft.errors import TargetError
 from edgepeft.export import ops
 from edgepeft.export.functions import FUNCTIONS
 from edgepeft.quant.formats import FORMATS
@@ -27,7 +28,7 @@ def gpu():
     """A software GPU in this process, and the provider's library."""
     if reason := softgpu.missing():
         pytest.skip(reason)
-    softgpu.use(os.environ.get("EDGEPEFT_TEST_GPU", softgpu.available()[-1]))
+    softgpu.use(os.environ.get("EDGEPEFT_TEST_GPU", softgpu.available()[0]))
     return host_vulkan_library()
 
 
@@ -87,6 +88,16 @@ def test_small_functions(gpu, name: str) -> None:
             size = np.abs(values["x"]) if name == "ErfGelu" else size
             size = small_functions.size(name, values, want) if size is None else size
             assert np.all(np.abs(y - want) <= (0 if packed else RELATIVE) * size)
+
+
+def test_a_graph_with_a_node_that_has_no_shader_is_refused_by_its_name(gpu) -> None:
+    shape = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 3]) for name in "xy"]
+    nodes = [helper.make_node("Relu", ["x"], ["z"]), helper.make_node("Softmax", ["z"], ["y"], name="odd")]
+    graph = helper.make_graph(nodes, "g", shape[:1], shape[1:])
+    imports = [helper.make_opsetid("", ops.OPSET)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=ops.IR_VERSION)
+    with pytest.raises(TargetError, match=r"Softmax 'odd': it has no shader.*device='cpu'"):
+        vulkan.open_session(gpu, model.SerializeToString())
 
 
 def test_the_kept_words_are_of_these_shaders() -> None:

@@ -1,0 +1,100 @@
+"""Bundles on Vulkan: the CPU's own graph, every node on the GPU in one submit; adapters, caches, and no GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgepeft.deploy import softgpu
+from edgepeft.deploy.compile import host_vulkan_library
+from edgepeft.errors import ConfigError, TargetError
+from edgepeft.runtime import load, vulkan
+from tests.runtime.gpus import sealed_bundle, stock_session, writing
+
+TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order
+KINDS = ["bert", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3"]
+DISPATCHES = {"bert": 37, "llama": 23}  # of one text, and of one token, through two layers: 9 a layer for the latter
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Path:
+    """A software GPU in this process, and the provider's library."""
+    if reason := softgpu.missing():
+        pytest.skip(reason)
+    softgpu.use(os.environ.get("EDGEPEFT_TEST_GPU", softgpu.available()[0]))
+    return host_vulkan_library()
+
+
+def _classified() -> dict[str, np.ndarray]:
+    rng, mask = np.random.default_rng(0), np.ones((3, 9), np.int64)
+    mask[1, 6:] = 0
+    ids = rng.integers(5, 40, (3, 9))
+    return {"input_ids": ids, "token_type_ids": np.zeros_like(ids), "attention_mask": mask}
+
+
+def _runs(kind: str, session) -> list[dict[str, np.ndarray]]:
+    if kind == "bert":
+        return [_classified()]
+    return [writing(session, 7, 0, 1), writing(session, 1, 7, 1), writing(session, 5, 4, 3)]
+
+
+@pytest.mark.parametrize(("kind", "tag"), [*((kind, "i4b32") for kind in KINDS), ("llama", "nf4b64"), ("bert", "i8c")])
+def test_every_node_of_the_cpus_graph_runs_there_in_one_submit(gpu, exported, kind: str, tag: str) -> None:
+    folder = exported(kind, tag)
+    stock, session = stock_session(folder), vulkan.open_session(gpu, folder / "model.onnx")  # refuses nodes on the CPU
+    taken = {item.name for item in stock.get_inputs() + stock.get_overridable_initializers()}
+    names = [item.name for item in stock.get_outputs()]
+    for given in _runs(kind, stock):
+        feeds = {name: array for name, array in given.items() if name in taken}
+        found = session.run(names, feeds)
+        before = vulkan.counts(gpu)
+        found = session.run(names, feeds)
+        took = vulkan.counts(gpu).since(before)
+        assert took.submits == 1
+        if tag == "i4b32" and given["input_ids"].shape[1] in (1, 9):
+            assert took.dispatches <= DISPATCHES.get(kind, took.dispatches)
+        for y, wanted in zip(found, stock.run(names, feeds), strict=True):
+            assert np.abs(y - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_loaded_bundle_answers_there_as_on_the_cpu(gpu, exported, tmp_path: Path, kind: str) -> None:
+    bundle = sealed_bundle(exported(kind, "i4b32"), tmp_path / "bundle", kind)
+    cpu, found = load(bundle, library="none"), load(bundle, device="vulkan", library=gpu)
+    if kind == "llama":
+        found.chunk = 4  # so that runs go on from each other
+    for name in ("default", "none"):
+        given = list(range(5, 17)) if kind == "llama" else ["turn off the lamp", "play a jazz in the hall please"]
+        wanted = cpu.logits(given, name)
+        assert np.abs(found.logits(given, name) - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+    if kind == "llama":
+        asked = {"prompt": ["turn on the lamp", "a"], "max_new_tokens": 6, "adapter": ["default", "none"]}
+        words = [[answer.text for answer in model.generate(**asked)] for model in (cpu, found)]
+        assert words[0] == words[1]
+
+
+def test_adapters_and_the_cache_are_not_copied(gpu, exported, tmp_path: Path) -> None:
+    """What a step uploads is a few hundred bytes however long the cache is: else growing it would show."""
+    bundle = sealed_bundle(exported("llama", "i4b32"), tmp_path / "bundle", "llama")
+    model = load(bundle, device="vulkan", library=gpu)
+    model.generate("turn on the lamp", max_new_tokens=2)
+    before = vulkan.counts(gpu)
+    model.generate("turn on the lamp", max_new_tokens=6)
+    assert vulkan.counts(gpu).since(before).copied <= 6 * (4096 + 4 * model.vocabulary)
+
+
+def test_no_library_and_no_gpu_are_told_apart(gpu, sealed: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    from edgepeft.runtime import session
+
+    with pytest.raises(TargetError, match="holds no Vulkan library"):
+        load(sealed, device="vulkan")
+    with pytest.raises(TargetError, match="does not load here"):
+        load(sealed, device="vulkan", library=tmp_path / "none.so")
+    with pytest.raises(ConfigError, match="leave kv_cache='int8' out"):
+        load(sealed, device="vulkan", library=gpu, kv_cache="int8")
+    monkeypatch.setattr(session, "_said", set())
+    assert load(sealed, device="auto", library="none").memory is None
+    assert "running on the CPU" in capsys.readouterr().err
