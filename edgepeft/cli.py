@@ -288,6 +288,25 @@ def adapters_add(bundle: Path, folder: Path, **options: Any) -> None:
     click.echo(found["name"])
 
 
+@adapters.command("mix")
+@BUNDLE
+@click.argument("parts", nargs=-1, required=True, metavar="NAME=WEIGHT...")
+@click.option("--name", required=True, help="Name to take the sum by.")
+@click.option("--replace", is_flag=True, help="Put it in the place of the one of that name.")
+def adapters_mix(bundle: Path, parts: tuple[str, ...], name: str, replace: bool) -> None:
+    """Add up adapters of a bundle, each times a weight, as one more adapter of it.
+
+    \b
+    Example:
+      edgepeft adapters mix edgepeft-out/bundle support=0.7 billing=0.3 --name both
+    """
+    from edgepeft.deploy.mix import mix, parsed
+
+    found = mix(bundle, parsed(parts), name, replace)
+    say(f"added: {found['method']}, rank {found['rank']}, {found['bytes'] / 1e6:.2f} MB")
+    click.echo(found["name"])
+
+
 @adapters.command("remove")
 @BUNDLE
 @click.argument("name")

@@ -129,6 +129,7 @@ class Adapter:
     """What to feed for one adapter, and the labels its head speaks of. `rank` is the largest rank in it.
 
     prompt: keys and values that a cache begins with, see `edgepeft.runtime.prompts`.
+    parts: of a sum, the adapters and their weights; it feeds nothing of its own (see edgepeft.runtime.mixing).
     """
 
     name: str
@@ -136,11 +137,17 @@ class Adapter:
     rank: int
     feeds: Mapping[str, Any]
     prompt: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    parts: tuple[tuple[Adapter, float], ...] = ()
 
     @property
     def columns(self) -> int:
         """Return how many columns of a cache its prompt takes."""
         return next((array.shape[2] for array in self.prompt.values()), 0)
+
+    @property
+    def weights(self) -> tuple[tuple[Adapter, float], ...]:
+        """The adapters it is made of, with their weights: itself, unless it is a sum."""
+        return self.parts or ((self, 1.0),)
 
 
 def slots(session: Any) -> dict[str, Slot]:
@@ -204,7 +211,7 @@ def _check_config(folder: Path) -> None:
     same_scale = config.get("lora_alpha") == config.get("r") and config.get("alpha_pattern", {}) == config.get(
         "rank_pattern", {}
     )
-    odd = [key for key in ("use_dora", "use_rslora", "fan_in_fan_out") if config.get(key)]
+    odd = [key for key in ("use_dora", "use_rslora", "use_qalora", "fan_in_fan_out") if config.get(key)]
     if config.get("peft_type") not in KINDS or not same_scale or odd:
         what = f"peft_type {config.get('peft_type')}, r {config.get('r')}, lora_alpha {config.get('lora_alpha')}"
         raise ArtifactError(

@@ -35,7 +35,7 @@ from edgepeft.runtime.cache import Cache, GpuCache, Pool
 from edgepeft.runtime.chat import ChatTemplate
 from edgepeft.runtime.manifest import Manifest
 from edgepeft.runtime.sampling import Sampler, Sampling
-from edgepeft.runtime.session import Bundle, Names, cache_scales, per_row
+from edgepeft.runtime.session import Bundle, Name, Names, cache_scales, per_row
 from edgepeft.runtime.stream import Decoding, Stops
 from edgepeft.runtime.tokens import Tokens, is_unicode
 
@@ -120,7 +120,8 @@ class Generator(Bundle):
         """Return an `Answer` for a prompt, a list of them for a list of prompts, or a `Stream` of its text's pieces.
 
         A prompt is a string, which is continued, or messages, which the chat template makes a prompt of. Temperature 0
-        is greedy. `seed` and `adapter` may be lists, one for each prompt; adapter None is the one in use. `cancel` ends
+        is greedy. `seed` and `adapter` may be lists, one for each prompt; adapter None is the one in use, and {name:
+        weight} a sum, exact for adapters that add B·A and nothing else (else ArtifactError). `cancel` ends
         all answers when it is set. `template_options` go to the chat template.
 
         Raises DataError for a prompt that is none or is longer than the context, ConfigError for settings that cannot
@@ -172,7 +173,7 @@ class Generator(Bundle):
             less = f", {columns} of which are the adapter's" if columns else ""
             raise DataError(f"{what}: {count} tokens, this model's context has {self.context}{less}. Shorten it.")
 
-    def logits(self, tokens: Sequence[int], adapter: str | None = None, keep: int | None = None) -> np.ndarray:
+    def logits(self, tokens: Sequence[int], adapter: Name = None, keep: int | None = None) -> np.ndarray:
         """Return logits float32 [len(tokens), vocabulary] of a token list, or of its last `keep`.
 
         Row i is what the model expects after token i. For more than fits into memory, see `logits_by_chunk`.
@@ -184,7 +185,7 @@ class Generator(Bundle):
         return out
 
     def logits_by_chunk(
-        self, tokens: Sequence[int], adapter: str | None = None, first: int = 0
+        self, tokens: Sequence[int], adapter: Name = None, first: int = 0
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (place, logits float32 [some, vocabulary]) of the tokens from `first` on, in order."""
         ids = np.array(tokens, np.int64).reshape(1, -1)

@@ -6,6 +6,10 @@ A row's gate is its own adapter's (1 where that has none) in its adapter's part 
 adapter makes of a row is multiplied by 0, so a row is what it is alone, and no answer depends on another's adapter.
 Heads are stacked along their labels, and a row takes its part of the logits.
 
+A row may have a sum of adapters, each times a weight: its gate is the sum of theirs. That is exact in float32, as only
+B·A add: an adapter that changes anything else (scales, biases, branches, whole tensors, prompts) is no part of a sum.
+Heads do not add either, so all have to be one.
+
 Stacked tensors are copies, made at the first use of a set of adapters and kept for the `KEPT` sets used last; a set is
 at most `TOGETHER` adapters, more take further runs. The gates of a run are small and shared by all linears of one
 layout. What does not stack (scales, biases, replaced tensors) has to be the same in all adapters of a run: those that
@@ -20,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from edgepeft.errors import ArtifactError
 from edgepeft.runtime.adapters import DOWN, Adapter, Slot
 
 KEPT = 2  # sets of adapters
@@ -62,20 +67,28 @@ class Mix:
     def holds(self, adapters: Sequence[Adapter]) -> bool:
         """Tell whether all of some adapters are in it."""
         own = {id(adapter) for adapter in self.adapters}
-        return all(id(adapter) in own for adapter in adapters)
+        return all(id(part) in own for adapter in adapters for part, _ in adapter.weights)
+
+    def _weights(self, rows: Sequence[Adapter]) -> np.ndarray:
+        """Return how much each row takes of each adapter, [rows, adapters]."""
+        found = np.zeros((len(rows), len(self.adapters)), np.float32)
+        for row, adapter in enumerate(rows):
+            for part, weight in adapter.weights:
+                found[row, self._place(part)] += weight
+        return found
 
     def feeds(self, rows: Sequence[Adapter], sizes: Mapping[str, int]) -> dict[str, Any]:
         """Return what to feed for rows of these adapters; `sizes` are those of the graph's other dimensions."""
         from onnxruntime import OrtValue
 
-        places, known, feeds = [self._place(adapter) for adapter in rows], {"batch": len(rows), **sizes}, {}
+        weights, known, feeds = self._weights(rows), {"batch": len(rows), **sizes}, {}
         for table, names in self._layouts.values():
             made: dict[tuple[int, ...], Any] = {}
             for name in names:
                 dims = self._slots[name].shape[:-1]
                 leading = tuple(size if isinstance(size, int) else known[str(size)] for size in dims)
                 if leading not in made:
-                    own = table[places].reshape(len(rows), *(1,) * (len(leading) - 1), -1)
+                    own = (weights @ table).reshape(len(rows), *(1,) * (len(leading) - 1), -1)
                     made[leading] = OrtValue.ortvalue_from_numpy(
                         np.broadcast_to(own, (*leading, table.shape[1])).copy()
                     )
@@ -86,8 +99,12 @@ class Mix:
         """Return which of the logits are an adapter's; all where the head is not part of adapters."""
         if not len(self.ends):
             return slice(None)
-        place = self._place(adapter)
+        place = self._place(adapter.weights[0][0])
         return slice(int(self.ends[place - 1]) if place else 0, int(self.ends[place]))
+
+
+def _distinct(adapters: Sequence[Adapter]) -> list[Adapter]:
+    return list({id(adapter): adapter for adapter in adapters}.values())
 
 
 class Mixes:
@@ -105,8 +122,28 @@ class Mixes:
         found = adapter.feeds.get(name)
         return (self._default().feeds[name] if found is None else found).numpy()
 
+    def _same(self, name: str, first: Adapter, second: Adapter) -> bool:
+        return np.array_equal(self._read(first, name), self._read(second, name))
+
     def _agree(self, first: Adapter, second: Adapter) -> bool:
-        return all(np.array_equal(self._read(first, name), self._read(second, name)) for name in self._fixed)
+        return all(self._same(name, first, second) for name in self._fixed)
+
+    def sum(self, name: str, parts: Sequence[tuple[Adapter, float]], base: Adapter) -> Adapter:
+        """Return adapters as one, each times its weight. Raises ArtifactError for one that does more than add B·A."""
+        first = parts[0][0]
+        for adapter, _ in parts:
+            changed = [slot for slot in self._fixed if not self._same(slot, adapter, base)]
+            heads = [slot for slot, about in self._slots.items() if about.head]
+            other = [slot for slot in heads if not self._same(slot, adapter, first)]
+            if not self._gated or changed or adapter.prompt:
+                what = f"changes {changed[0]}" if changed else "is one of a graph without gates"
+                what = "begins with a prompt of its own" if adapter.prompt else what
+                raise ArtifactError(f"{name}: {adapter.name!r} {what}; only what B·A add can be summed. Take it alone.")
+            if other or adapter.labels != first.labels:
+                raise ArtifactError(
+                    f"{name}: {adapter.name!r} has another head than {first.name!r}, and heads do not add. Take one."
+                )
+        return Adapter(name, first.labels, max(adapter.rank for adapter, _ in parts), {}, parts=tuple(parts))
 
     def groups(self, rows: Sequence[Adapter]) -> list[list[int]]:
         """Return the places of rows that can share a run, run by run."""
@@ -114,11 +151,12 @@ class Mixes:
         known: dict[int, list[int]] = {}  # id of an adapter: the places of its group
         for place, adapter in enumerate(rows):
             if id(adapter) not in known:
-                fitting = (group for group in groups if self._gated and len(group[0]) < TOGETHER)
-                found = next((group for group in fitting if self._agree(group[0][0], adapter)), None)
+                own = [part for part, _ in adapter.weights]
+                fitting = (group for group in groups if self._gated and len(_distinct(group[0] + own)) <= TOGETHER)
+                found = next((group for group in fitting if self._agree(group[0][0], own[0])), None)
                 if found is None:
                     groups.append(found := ([], []))
-                found[0].append(adapter)
+                found[0].extend(own)
                 known[id(adapter)] = found[1]
             known[id(adapter)].append(place)
         return [places for _, places in groups]
@@ -128,7 +166,7 @@ class Mixes:
         with self._lock:
             found = next((mix for mix in self._kept if mix.holds(rows)), None)
             if found is None:
-                distinct = sorted({id(adapter): adapter for adapter in rows}.values(), key=lambda one: one.name)
-                found = Mix(distinct, self._slots, self._read)
+                distinct = _distinct([part for adapter in rows for part, _ in adapter.weights])
+                found = Mix(sorted(distinct, key=lambda one: one.name), self._slots, self._read)
             self._kept = [found, *(mix for mix in self._kept if mix is not found)][:KEPT]
             return found

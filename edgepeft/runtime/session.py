@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import math
 import platform
 import tempfile
 import threading
@@ -51,7 +52,8 @@ TASKS = {  # what a bundle becomes: the class of its task and where it is
     "text-classification": ("edgepeft.runtime.session", "Model"),
     "text-generation": ("edgepeft.runtime.generate", "Generator"),
 }
-Names = str | Sequence[str | None] | None  # of adapters: one for all, or one for each
+Name = str | Mapping[str, float] | None  # of an adapter, or {name: weight} of a sum
+Names = Name | Sequence[Name]  # one for all, or one for each
 _said: set[str] = set()
 
 
@@ -217,10 +219,12 @@ class Bundle:
         """Return the name of the adapter in use, or "base"."""
         return self._active.name
 
-    def _get(self, name: str | None) -> ad.Adapter:
+    def _get(self, name: Name) -> ad.Adapter:
         """Return an adapter, made ready at its first use; the one in use for None."""
         if name is None:
             return self._active
+        if isinstance(name, Mapping):
+            return self._sum(name)
         if name not in self._loaded:
             made = self._make(name)
             if self.gpu:
@@ -228,6 +232,19 @@ class Bundle:
             if self.memory:
                 made = dataclasses.replace(made, feeds=self.memory.keep(made.feeds))
             self._loaded[name] = made
+        return self._loaded[name]
+
+    def _sum(self, weights: Mapping[str, float]) -> ad.Adapter:
+        """Return adapters as one, each times its weight."""
+        numbers = [weight for weight in weights.values() if isinstance(weight, (int, float)) and math.isfinite(weight)]
+        if not weights or len(numbers) < len(weights):
+            raise ConfigError(f"adapter: expected a number for each name, as {{'a': 0.7, 'b': 0.3}}, found {weights}.")
+        if self.gpu:
+            raise ConfigError("adapter: sums are the CPU's. `edgepeft adapters mix` makes one adapter of several.")
+        name = " + ".join(f"{float(weight)!r} {part}" for part, weight in sorted(weights.items()))
+        if name not in self._loaded:
+            parts = [(self._get(part), float(weight)) for part, weight in sorted(weights.items())]
+            self._loaded[name] = self._mixes.sum(name, parts, self._get(ad.BASE))
         return self._loaded[name]
 
     def _make(self, name: str) -> ad.Adapter:
@@ -245,8 +262,8 @@ class Bundle:
         base = self.manifest["base_digest"], self.manifest["format"]
         return ad.load_adapter(self._folders[name], self._slots, *base, labels, prompts.pasts(self.session))
 
-    def use(self, name: str) -> None:
-        """Take another adapter for the calls that name none. The first use maps its file; later ones cost nothing."""
+    def use(self, name: str | Mapping[str, float]) -> None:
+        """Take another adapter, or {name: weight} as one, for the calls that name none; only the first use costs."""
         self._active = self._get(name)
 
     def fed(self, name: str, new_name: str) -> None:
@@ -273,7 +290,7 @@ class Bundle:
 
     def _feeds(self, rows: Sequence[ad.Adapter], **sizes: int) -> Mapping[str, Any]:
         """Return what a run's rows feed; `sizes` are those of the dimensions beside the batch where adapters differ."""
-        if any(adapter is not rows[0] for adapter in rows):
+        if rows[0].parts or any(adapter is not rows[0] for adapter in rows):
             return self._mixes.of(rows).feeds(rows, sizes)
         own = rows[0].name == ad.DEFAULT and not self.memory  # the default's are the graph's own values
         return {} if own else rows[0].feeds
@@ -336,9 +353,12 @@ class Model(Bundle):
         """Classify a word."""
         self.logits(["a"])
 
-    def run(self, arrays: dict[str, np.ndarray], adapter: str | None = None) -> np.ndarray:
+    def run(self, arrays: dict[str, np.ndarray], adapter: Name = None) -> np.ndarray:
         """Return logits float32 [batch, labels] for ready input arrays, int64 [batch, sequence]."""
-        return self._run(self._binding(self._get(adapter)), arrays)
+        chosen = self._get(adapter)
+        if chosen.parts:
+            return np.stack(self._run_rows(arrays, [chosen] * len(arrays[self._inputs[0]])))
+        return self._run(self._binding(chosen), arrays)
 
     def _run(self, binding: Any, arrays: dict[str, np.ndarray]) -> np.ndarray:
         arrays = webgpu.classifier_inputs(arrays) if self.gpu else arrays
@@ -350,7 +370,7 @@ class Model(Bundle):
 
     def _run_rows(self, arrays: dict[str, np.ndarray], rows: Sequence[ad.Adapter]) -> list[np.ndarray]:
         """Return the logits [labels] of each row under its own adapter."""
-        if all(adapter is rows[0] for adapter in rows):
+        if all(adapter is rows[0] for adapter in rows) and not rows[0].parts:
             return list(self._checked(self.run(arrays, rows[0].name), rows[0]))
         mix, length = self._mixes.of(rows), arrays[self._inputs[0]].shape[1]
         feeds = mix.feeds(rows, {"sequence": length})
@@ -369,7 +389,7 @@ class Model(Bundle):
             )
         return found
 
-    def logits(self, texts: Sequence[str], adapter: str | None = None, batch_size: int = 32) -> np.ndarray:
+    def logits(self, texts: Sequence[str], adapter: Name = None, batch_size: int = 32) -> np.ndarray:
         """Return logits float32 [len(texts), labels]; texts of like length share a batch."""
         chosen = self._get(adapter)
         found = self._logits_of_rows(texts, [chosen] * len(texts), batch_size)
@@ -388,7 +408,7 @@ class Model(Bundle):
         return out
 
     @overload
-    def classify(self, text: str, adapter: str | None = ..., top_k: int | None = ...) -> Prediction: ...
+    def classify(self, text: str, adapter: Name = ..., top_k: int | None = ...) -> Prediction: ...
 
     @overload
     def classify(
@@ -400,7 +420,8 @@ class Model(Bundle):
     ) -> Prediction | list[Prediction]:
         """Return the label and scores of one text, or a list of them for several, in order.
 
-        `adapter` may be a list, one for each text; None is the one in use. Raises DataError for an empty text and
+        `adapter` may be a list, one for each text; {name: weight} is a sum, exact for adapters that add B·A and nothing
+        else (else ArtifactError), None the one in use. Raises DataError for an empty text and
         VerifyError for logits that are not finite.
         """
         texts = check_texts(text)
