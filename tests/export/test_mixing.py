@@ -43,7 +43,7 @@ def test_rows_under_their_own_adapters_equal_each_alone(exported, where):
     places = ad.slots(model.session)
     about = json.loads((folder / "export.json").read_text())
     digest = ad.tensor_header(files["default"] / ad.TENSORS)[1]["edgepeft.base"]
-    loaded = {n: ad.load_adapter(f, places, digest, about["format"], []) for n, f in files.items()}
+    loaded = {n: ad.load_adapter(f, places, digest, about["format"], [], {}) for n, f in files.items()}
     loaded["none"] = ad.base_adapter(places, ())
     mixes = Mixes(places, lambda: loaded["default"])
     names = ["wide", "none", "narrow", "default", "wide"]
