@@ -163,10 +163,15 @@ def _config(options: argparse.Namespace, variant: str | None) -> Config:
     given: dict[str, Any] = {}
     for pair in options.set:
         name, _, value = pair.partition("=")
-        given[name] = type(getattr(Config, name))(value)
+        given[name] = _typed(type(getattr(Config, name)), value)
     if variant in FORMATS:
         given["format"] = variant
     return Config(seed=options.seeds[0], **given)
+
+
+def _typed(kind: type, value: str) -> Any:
+    """Return a setting's text as its type; a truth is one of two words, as any other would count as true."""
+    return {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -37,8 +37,9 @@ def test_more_than_a_point_below_fails(accuracy: float, failed: list[str]) -> No
 
 
 def test_settings_are_typed_as_the_fields_are() -> None:
-    options = argparse.Namespace(set=["epochs=3", "learning_rate=1e-3", "data=home-assistant"], seeds=[7])
-    config = training._config(options, "nf4b64")
+    given = ["epochs=3", "learning_rate=1e-3", "data=home-assistant", "start=pissa", "packing=false"]
+    config = training._config(argparse.Namespace(set=given, seeds=[7]), "nf4b64")
+    assert (config.start, config.packing) == ("pissa", False)
     assert (config.epochs, config.learning_rate, config.seed, config.format) == (3, 1e-3, 7, "nf4b64")
 
 
@@ -51,3 +52,14 @@ def test_every_variant_trains(
     assert found["variant"] == variant
     assert found["peak_bytes"] > 0
     assert 0 <= found["test"]["accuracy"] <= 1
+
+
+def test_a_variant_may_begin_elsewhere(quantized: Callable[..., Path], tiny_config: Config) -> None:
+    config, folder = tiny_config.replace(epochs=1, learning_rate=1e-9), quantized("i4b32").parent
+    begun = {start: training.train_one(config.replace(start=start), "i4b32", folder) for start in ("default", "pissa")}
+    own, pissa = (found["test"]["loss"] for found in begun.values())
+    assert pissa == pytest.approx(own, rel=1e-3), "nothing learned, so both are the packed model"
+    learned = config.replace(learning_rate=tiny_config.learning_rate)
+    begun = {start: training.train_one(learned.replace(start=start), "i4b32", folder) for start in ("default", "pissa")}
+    own, pissa = (found["test"]["loss"] for found in begun.values())
+    assert pissa != pytest.approx(own, rel=1e-3)
