@@ -4,7 +4,8 @@
     adapters/<name>/                    a PEFT folder and labels.json, the labels of its head
     tokenizer.json …  config.json       as in training
     kv_cache.safetensors                scales of an int8 cache, of a language model that can have one
-    lib/<os>-<arch>/                    the op library of the target, and of the machine that built the bundle
+    lib/<os>-<arch>/                    the op library of the target, and of the machine that built the bundle; and the
+                                        Vulkan provider where the target has a GPU that it reaches
     requirements.txt  sample.py  README.md        genai_config.json, of a language model
     index.html  edgepeft.js  sw.js  web/          the page and the module for browsers, where the target has one
     manifest.json                       what it is, what was measured, and size and SHA-256 of every file
@@ -165,15 +166,17 @@ def libraries(target: Target) -> list[str]:
 
 
 def _write_libraries(target: Target, out: Path) -> None:
-    from edgepeft.deploy.compile import LIBRARY, cross_library, host_library, host_platform
+    from edgepeft.deploy import compile as compiler
 
     for platform in libraries(target):
-        place = out / "lib" / platform / LIBRARY
-        place.parent.mkdir(parents=True)
-        if platform == host_platform():
-            shutil.copy(host_library(), place)
+        place = out / "lib" / platform / compiler.LIBRARY
+        if "vulkan" in target.gpu:
+            compiler.vulkan_library(platform, place.with_name(compiler.VULKAN_LIBRARY))
+        if platform == compiler.host_platform():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(compiler.host_library(), place)
         else:
-            cross_library(platform, place)
+            compiler.cross_library(platform, place)
 
 
 def _describe(config: Config, run: Run, target: Target, training: Mapping[str, Any]) -> dict[str, Any]:

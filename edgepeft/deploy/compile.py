@@ -41,7 +41,12 @@ PACKAGE = Path(__file__).resolve().parent.parent
 OPTIMISE = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fomit-frame-pointer", "-fno-math-errno", "-ffp-contract=off"]
 FREE = ["-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
 SHARED = ["-shared", "-nostdlib", "-s", "-Wl,-z,defs", "-Wl,-z,max-page-size=16384", "-Wl,--build-id=none"]
-PLUGIN = ["-shared", "-s", "-Wl,-z,max-page-size=16384", "-Wl,--build-id=none", "-ldl", "-lpthread", "-lm"]
+PLUGIN = ["-shared", "-s", "-Wl,-z,defs", "-Wl,-z,max-page-size=16384", "-Wl,--build-id=none"]
+BIONIC = {  # what the Vulkan provider takes of Android's libraries, which no compiler here brings
+    "libc.so": "calloc free malloc memcmp memcpy memmove memset pthread_mutex_lock pthread_mutex_unlock realloc "
+    "snprintf strcmp strdup strlen strncmp vsnprintf",
+    "libdl.so": "dlopen dlsym",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +131,25 @@ def cross_library(os_arch: str, dest: Path) -> Path:
 
 def vulkan_library(os_arch: str, dest: Path) -> Path:
     """Build the Vulkan execution provider of a platform at `dest`; return `dest`. Its shaders are compiled already."""
-    command, flags = _compiler(os_arch, program=True), _flags(os_arch)
+    command = _compiler(os_arch, program=True)
+    flags = [*_flags(os_arch), "-fno-builtin-bcmp"]  # which bionic has not
+    with_headers = [word for word in command if word != "-nostdlib++"]  # of C++, of which nothing is linked
     sources = sorted((kernel_folder() / "gpu").glob("*.cc"))
-    return _link([*command, *PLUGIN], [_job(command, flags, source, kernel_folder()) for source in sources], Path(dest))
+    jobs = [_job(with_headers, flags, source, kernel_folder()) for source in sources]
+    if not os_arch.startswith("android"):
+        return _link([*command, *PLUGIN], jobs, Path(dest), ["-ldl", "-lpthread", "-lm"])
+    with tempfile.TemporaryDirectory() as scratch:
+        stubs = [str(_stub(command, Path(scratch) / name, names.split())) for name, names in BIONIC.items()]
+        return _link([*command, *PLUGIN, "-nostdlib"], jobs, Path(dest), stubs)
+
+
+def _stub(command: list[str], dest: Path, names: Sequence[str]) -> Path:
+    """Build a library that has a name and functions, to link with in place of the one on the device."""
+    source = dest.with_suffix(".cc")
+    source.write_text("".join(f'extern "C" void {name}() {{}}\n' for name in names))
+    plain = ["-shared", "-nostdlib", "-fPIC", "-fno-builtin", "-w", f"-Wl,-soname,{dest.name}"]
+    _make([*command, *plain, str(source)], dest)
+    return dest
 
 
 def host_vulkan_library() -> Path:
@@ -245,15 +266,15 @@ def _library_jobs(os_arch: str) -> list[Job]:
     return [_job(command, flags, source) for source in kernel_sources()]
 
 
-def _link(command: list[str], jobs: Sequence[Job], dest: Path) -> Path:
+def _link(command: list[str], jobs: Sequence[Job], dest: Path, libraries: Sequence[str] = ()) -> Path:
     """Compile what the cache does not hold, link, and copy to `dest`; every file appears whole or not at all."""
-    words = [_identity(tuple(command)), *command, *(made.name for _, made in jobs)]
+    words = [_identity(tuple(command)), *command, *(made.name for _, made in jobs), *map(os.path.basename, libraries)]
     key = hashlib.sha256("\0".join(words).encode()).hexdigest()
     cached = cache_dir() / "objects" / f"{dest.stem}-{key[:24]}{dest.suffix}"
     if not cached.exists():
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_make, *zip(*jobs, strict=True)))
-        _make([*command, *(str(made) for _, made in jobs)], cached)
+        _make([*command, *(str(made) for _, made in jobs), *libraries], cached)
     _place(cached.read_bytes(), dest, executable=True)
     return dest
 

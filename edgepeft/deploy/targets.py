@@ -39,7 +39,7 @@ class Target:
     onnxruntime_broken: tuple[str, ...] = ()  # releases that are known to die on it
     emulate: tuple[str, ...] = ()  # qemu CPUs to verify on
     threads: int = 0  # 0: all
-    gpu: str = ""  # how its GPU is reached: "webgpu", or not at all
+    gpu: tuple[str, ...] = ()  # how its GPU is reached, of edgepeft.runtime.session.GPUS
     page: bool = False  # a page for browsers goes into its bundle
     ssh: str = ""  # a usual host name, for hints
 

@@ -8,7 +8,7 @@
 | rounding | our kernels, int8 activations | PyTorch in float | twice the noise of PyTorch rounding to int8, per layer |
 | answers, metric | of a task: `label_checks`, and steps: `token_checks` | | |
 | effect | adapter off; each of its tensors set to zero | the model itself | more than int8 noise; any difference |
-| gpu | the graph for GPUs, every node on one | stock, on the CPU | float32 rounding |
+| gpu | a GPU, every node on it, each way the target has | stock, on the CPU | float32 rounding |
 | device | emulated CPUs of the target with its pinned wheel | the same arrays here | as `stock` and `rounding` |
 
 A check that cannot run here (no compiler, no emulator, a merged adapter) is written down as skipped, with the reason.
@@ -179,26 +179,59 @@ def check_effect(work: Subject) -> Figures:
 
 
 def check_gpu(work: Subject) -> Figures:
-    """The graph for GPUs computes what the CPU's does, with every node on a GPU; a software one where it is set up."""
+    """A GPU, if only a software one, computes what the CPU does with every node on it, each way the target has."""
     from edgepeft.deploy import softgpu
     from edgepeft.deploy.targets import load_target
-    from edgepeft.runtime import webgpu
 
-    if not load_target(work.config.target).gpu:
+    ways = load_target(work.config.target).gpu
+    if not ways:
         raise Skipped(f"target {work.config.target} has no GPU")
     names = softgpu.available()
     if names:
         softgpu.use(names[-1])
-    if reason := webgpu.missing():
-        raise Skipped(f"{reason}; python -m edgepeft.deploy.softgpu install sets up one that computes on the CPU")
-    session, stock, worst = webgpu.open_session(work.folder), work.onnx(False, "float").session, 0.0
+    found, without = {}, {}
+    for way in ways:
+        try:
+            found[way] = GPU_RUNS[way](work)
+        except Skipped as reason:
+            without[f"{way}_skipped"] = str(reason)
+    if not found:
+        raise Skipped("; ".join(without.values()))
+    rows = [parity.Difference(f"{LOGITS}, {way}", error, FLOAT_ERROR) for way, error in found.items()]
+    parity.require("the GPU against the CPU", rows, "This driver or the provider is wrong: please report it.")
+    errors = {f"{way}_float_error": error for way, error in found.items()}
+    return {"gpu": names[-1] if names else "this machine's", **errors, **without, "nodes_on_cpu": 0}
+
+
+def _gpu_error(work: Subject, session: Any, inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> float:
+    """Return how far a GPU's logits are from the CPU's at most."""
+    stock, worst = work.onnx(False, "float").session, 0.0
     for feeds in work.device_runs(DEVICE_TRACED):
         wanted = stock.run([LOGITS], feeds)[0]
-        found = session.run([LOGITS], webgpu.inputs(feeds))[0]
-        worst = max(worst, parity.largest_error(found, wanted))
-    row = parity.Difference(LOGITS, worst, FLOAT_ERROR)
-    parity.require("the GPU against the CPU", [row], "This driver or the provider is wrong: please report it.")
-    return {"gpu": names[-1] if names else "this machine's", "float_error": worst, "nodes_on_cpu": 0}
+        worst = max(worst, parity.largest_error(session.run([LOGITS], inputs(feeds))[0], wanted))
+    return worst
+
+
+def _on_webgpu(work: Subject) -> float:
+    from edgepeft.runtime import webgpu
+
+    if reason := webgpu.missing():
+        raise Skipped(f"{reason}; {SOFT_GPU}")
+    return _gpu_error(work, webgpu.open_session(work.folder), webgpu.inputs)
+
+
+def _on_vulkan(work: Subject) -> float:
+    from edgepeft.deploy.compile import host_vulkan_library
+    from edgepeft.runtime import vulkan
+
+    library = host_vulkan_library()
+    if reason := vulkan.missing(library):
+        raise Skipped(f"{reason}; {SOFT_GPU}")
+    return _gpu_error(work, vulkan.open_session(library, work.folder / "model.onnx"), dict)
+
+
+SOFT_GPU = "python -m edgepeft.deploy.softgpu install sets up one that computes on the CPU"
+GPU_RUNS = {"webgpu": _on_webgpu, "vulkan": _on_vulkan}
 
 
 def check_device(work: Subject) -> Figures:

@@ -73,6 +73,16 @@ def test_the_whole_library_for_arm_boards_is_one_file_that_needs_nothing(tmp_pat
     assert all(f"{kernel}\0".encode() in names for kernel in ("i4b32_int8_neon", "i4b32_int8_dotprod", "i8c_int8_i8mm"))
 
 
+def test_the_vulkan_provider_for_phones_takes_bionics_libraries_and_no_others(tmp_path: Path) -> None:
+    made = compiler.vulkan_library("android-aarch64", tmp_path / compiler.VULKAN_LIBRARY)
+    alignments, _ = elf_facts(made)
+    assert elf_machine(made) == AARCH64
+    assert min(alignments) >= 16384
+    data = made.read_bytes()
+    assert all(f"{name}\0".encode() in data for name in compiler.BIONIC)
+    assert not any(name in data for name in (b"GLIBC", b"libc.so.6", b"libstdc++", b"libc++"))
+
+
 def test_the_host_library_is_kept_until_a_source_changes(tiny: Path) -> None:
     first = compiler.host_library()
     assert first == tiny.parent / "edgepeft" / "_lib" / compiler.LIBRARY

@@ -105,4 +105,4 @@ def test_a_good_file_is_taken() -> None:
 
 @pytest.mark.parametrize("name", ["web", "android-gpu"])
 def test_a_target_of_gpus_says_how_they_are_reached(name: str) -> None:
-    assert targets.load_target(name).gpu == "webgpu"
+    assert "webgpu" in targets.load_target(name).gpu

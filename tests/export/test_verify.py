@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from edgepeft.artifact import Run, read_json, read_tensors, tensor_header, write_json
-from edgepeft.deploy import compile, emulator
+from edgepeft.deploy import compile, emulator, softgpu
 from edgepeft.errors import TargetError, VerifyError
 from edgepeft.export import ops, parity
 from edgepeft.export import verify as stage
@@ -260,6 +260,23 @@ def test_device_that_differs_is_named(copy, emulated, spoil, words):
     emulated(Here(spoil))
     with pytest.raises(VerifyError, match=words):
         run_stage(config.replace(target="rpi4"), run)
+
+
+def test_a_gpu_is_compared_each_way_that_is_there(copy, monkeypatch):
+    def no_webgpu(work):
+        raise stage.Skipped("no WebGPU here")
+
+    if reason := softgpu.missing():
+        pytest.skip(reason)
+    config, run = copy
+    monkeypatch.setitem(stage.GPU_RUNS, "webgpu", no_webgpu)
+    gpu = run_stage(config.replace(target="android-gpu"), run)["gpu"]
+    assert gpu["status"] == "passed"
+    assert gpu["webgpu_skipped"] == "no WebGPU here"
+    assert 0 < gpu["vulkan_float_error"] < 1e-5
+    monkeypatch.setitem(stage.GPU_RUNS, "vulkan", lambda work: 0.01)
+    with pytest.raises(VerifyError, match="logits, vulkan"):
+        run_stage(config.replace(target="android-gpu"), run)
 
 
 def test_without_a_compiler_the_bodies_are_verified(copy, monkeypatch):
