@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from edgepeft.config import Config, checked
 from edgepeft.console import say
 from edgepeft.errors import ArtifactError, ConfigError, EdgePeftError, unknown
 from edgepeft.ranks import leads, world
+
+# Says when it is imported, on processors with AVX512-BF16, that a package is missing which nothing here needs.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _model_digest(config: Config) -> str:
