@@ -4,7 +4,7 @@
 // It goes one of two ways (TileJob::alone):
 //   alone     each output of a row of x is a dot product over R, read straight from B; only what R leaves over whole
 //             vectors is copied out first. B is read once per row, so this is for few rows, or rows that need little of R.
-//   together  up to kRankPanel ranks of B are turned to float [R][16], once for all rows.
+//   together  up to kRankPanel ranks of B are turned to float [R][outputs], once for all rows.
 // Both pass over blocks of ranks that are not live: those of a row are not computed, those of all rows not read.
 #pragma once
 
@@ -20,7 +20,7 @@ struct Adapter {
   const int64_t row_bytes;
   int64_t whole = 0;          // alone: ranks in whole vectors
   int64_t r0 = 0, ranks = 0;  // together: the panel
-  alignas(64) float panel[kRankPanel * kTileRows];  // together: B^T; alone: what `whole` leaves over, [16][lanes]
+  alignas(64) float panel[kRankPanel * kOutputs<V>];  // together: B^T; alone: what `whole` leaves over, [outputs][lanes]
 
   explicit Adapter(const TileJob& j) : job(j), row_bytes(j.rank * (j.b_half ? 2 : 4)) {}
 
@@ -47,14 +47,14 @@ struct Adapter {
 
   // ---- alone
   void fill_rest() {
-    const char* next = static_cast<const char*>(job.b) + kTileRows * row_bytes;  // wanted by the tile after this one
-    for (int64_t i = 0; !job.live && i < kTileRows * row_bytes && i < kAhead; i += 64) __builtin_prefetch(next + i);
+    const char* next = static_cast<const char*>(job.b) + kOutputs<V> * row_bytes;  // wanted by the job after this one
+    for (int64_t i = 0; !job.live && i < kOutputs<V> * row_bytes && i < kAhead; i += 64) __builtin_prefetch(next + i);
     whole = job.rank / V::lanes * V::lanes;
-    for (int n = 0; whole < job.rank && n < kTileRows; n++)
+    for (int n = 0; whole < job.rank && n < kOutputs<V>; n++)
       for (int r = 0; r < V::lanes; r++) panel[n * V::lanes + r] = element(n, whole + r);
   }
   EP_INLINE void alone(int64_t m, Sums<V, 1>& sums) const {
-    const bool full = job.columns == kTileRows && whole == job.rank;
+    const bool full = job.columns == kOutputs<V> && whole == job.rank;
     if (job.b_half) full ? dots<true, true>(m, sums) : dots<true, false>(m, sums);
     else full ? dots<false, true>(m, sums) : dots<false, false>(m, sums);
   }
@@ -106,16 +106,16 @@ struct Adapter {
     const int64_t in_vectors = ranks / V::lanes * V::lanes;
     for (int64_t r = 0; r < in_vectors; r += V::lanes) {
       if (!is_live<V>(job.live_any, r0 + r)) continue;
-      for (int n0 = 0; n0 < kTileRows; n0 += V::lanes) {
+      for (int n0 = 0; n0 < kOutputs<V>; n0 += V::lanes) {
         typename V::F v[V::lanes];
         for (int n = 0; n < V::lanes; n++)
           v[n] = load_any<V>(job.b, half, (n0 + n < job.columns ? n0 + n : job.columns - 1) * job.rank + r0 + r);
         V::transpose(v);
-        for (int i = 0; i < V::lanes; i++) V::store(panel + (r + i) * kTileRows + n0, v[i]);
+        for (int i = 0; i < V::lanes; i++) V::store(panel + (r + i) * kOutputs<V> + n0, v[i]);
       }
     }
-    for (int n = 0; n < kTileRows; n++)
-      for (int64_t r = in_vectors; r < ranks; r++) panel[r * kTileRows + n] = element(n, r0 + r);
+    for (int n = 0; n < kOutputs<V>; n++)
+      for (int64_t r = in_vectors; r < ranks; r++) panel[r * kOutputs<V> + n] = element(n, r0 + r);
   }
   template <int R>
   EP_SHARED void together(int64_t m, Sums<V, R>& sums_out) const {
@@ -130,7 +130,7 @@ struct Adapter {
         for (int i = 0; i < R; i++) {
           const typename V::F t_r = V::set1(t[i * job.t_stride + r]);
           for (int v = 0; v < kVectors<V>; v++)
-            sums[i][v] = V::fma(V::load(panel + r * kTileRows + v * V::lanes), t_r, sums[i][v]);
+            sums[i][v] = V::fma(V::load(panel + r * kOutputs<V> + v * V::lanes), t_r, sums[i][v]);
         }
     }
     __builtin_memcpy(&sums_out, &sums, sizeof(sums));

@@ -20,10 +20,11 @@ int64_t padded(int64_t ranks) { return ceil_div(ranks, kRankPad) * kRankPad; }
 int64_t rank_stride(const Group& g) { return padded(g.rank); }
 int64_t live_stride(const Group& g) { return ceil_div(g.rank, kRankPanel) * (kRankPanel / kRankBlock); }
 int64_t job_rows(const Call& call, int64_t m0) { return call.m - m0 < kJobRows ? call.m - m0 : kJobRows; }
-int64_t tile_count(const Call& call) {
-  int64_t tiles = 0;
-  for (int g = 0; g < call.groups; g++) tiles += ceil_div(call.group[g].n, kTileRows);
-  return tiles;
+int64_t job_outputs(const Call& call) { return int64_t{call.ops->tiles} * kTileRows; }
+int64_t job_count(const Call& call) {  // for one block of rows
+  int64_t jobs = 0;
+  for (int g = 0; g < call.groups; g++) jobs += ceil_div(call.group[g].n, job_outputs(call));
+  return jobs;
 }
 
 // Hands out scratch, or, from null, only measures it.
@@ -42,8 +43,8 @@ int64_t lay_out(Call& call, void* base) {
   if (call.s_in) arena.take(x_in, call.m * call.k);
   call.x_in = call.s_in ? x_in : call.x;
   if (call.act == Act::int8) {
-    const int64_t blocks = call.m * (call.k / info(call.format).act_block);
-    arena.take(call.q, call.m * call.k);
+    const int64_t columns = call.m * ceil_div(call.k, kChunk) * kChunk, blocks = columns / info(call.format).act_block;
+    arena.take(call.q, columns);
     arena.take(call.q_scale, blocks);
     arena.take(call.q_fix, blocks);
   }
@@ -147,14 +148,14 @@ void sum_blocks(const Call& call, int64_t m) {
 }
 
 void quantize_rows(const Call& call, int64_t m0, int64_t m1) {
-  const FormatInfo& f = info(call.format);
-  const int64_t blocks = call.k / f.act_block;
+  const int block = info(call.format).act_block, blocks = kChunk / block;
+  const int64_t step = call.m == 1 ? call.k : kChunk;  // a row alone lies in one piece
   for (int64_t m = m0; m < m1; m++) {
     for (int64_t c = 0; call.s_in && c < call.k; c++)
       const_cast<float*>(call.x_in)[m * call.k + c] = call.s_in[c * call.s_in_step] * call.x[m * call.k + c];
-    if (call.act == Act::int8)
-      call.ops->quantize(call.x_in + m * call.k, call.k, f.act_block, call.ops->zero, call.q + m * call.k,
-                         call.q_scale + m * blocks, call.q_fix + m * blocks);
+    for (int64_t c = 0, at = m; call.act == Act::int8 && c < call.k; c += step, at += call.m)
+      call.ops->quantize(call.x_in + m * call.k + c, call.k - c < step ? call.k - c : step, block, call.ops->zero,
+                         call.q + at * kChunk, call.q_scale + at * blocks, call.q_fix + at * blocks);
     if (call.blocks) sum_blocks(call, m);
   }
 }
@@ -201,22 +202,29 @@ void prepare_together(const Call& call) {
     if (spins > kSpins) yield_cpu();
 }
 
-TileJob tile_job(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
+TileJob tile_job(const Call& call, int64_t number, int64_t m0, int64_t m1) {
   const FormatInfo& f = info(call.format);
   int g = 0;
-  int64_t n0 = tile * kTileRows;  // in its group
-  while (n0 >= call.group[g].n) n0 -= call.group[g++].n;
+  int64_t n0 = number * job_outputs(call), tile = 0;  // n0: in its group
+  for (; n0 >= call.group[g].n; g++) {
+    n0 -= ceil_div(call.group[g].n, job_outputs(call)) * job_outputs(call);
+    tile += ceil_div(call.group[g].n, kTileRows);
+  }
+  tile += n0 / kTileRows;
   const Group& group = call.group[g];
-  const int64_t blocks = call.k / f.act_block;
+  const int64_t left = group.n - n0;
   TileJob job = {};
   job.k = call.k;
   job.m = m1 - m0;
   job.w = call.w + tile * tile_bytes(f, call.k);
   job.w_scale = static_cast<const char*>(call.w_scale) + tile * tile_scale_bytes(f, call.k);
+  job.w_step = left > kTileRows ? tile_bytes(f, call.k) : 0;
+  job.w_scale_step = left > kTileRows ? tile_scale_bytes(f, call.k) : 0;
   if (call.act == Act::int8) {
-    job.q = call.q + m0 * call.k;
-    job.q_scale = call.q_scale + m0 * blocks;
-    job.q_fix = call.q_fix + m0 * blocks;
+    job.q = call.q + m0 * kChunk;
+    job.q_scale = call.q_scale + m0 * (kChunk / f.act_block);
+    job.q_fix = call.q_fix + m0 * (kChunk / f.act_block);
+    job.q_rows = call.m;
   } else {
     job.x = call.x_in + m0 * call.k;
   }
@@ -240,7 +248,7 @@ TileJob tile_job(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
   job.bias_step = group.bias_step;
   job.y = group.y + m0 * group.n + n0;
   job.y_stride = group.n;
-  job.columns = static_cast<int>(group.n - n0 < kTileRows ? group.n - n0 : kTileRows);
+  job.columns = static_cast<int>(left < job_outputs(call) ? left : job_outputs(call));
   return job;
 }
 
@@ -248,12 +256,10 @@ TileJob tile_job(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
 
 int64_t plan(Call& call) {
   const FormatInfo& f = info(call.format);
-  const int64_t tiles = tile_count(call);
-  const int64_t reuse = 1 + (call.m < kJobRows ? call.m : kJobRows) / 8;  // more rows of x: fewer tiles make a task
-  int64_t per_task = kTaskBytes / (tile_bytes(f, call.k) * reuse);
-  if (per_task < 1) per_task = 1;
-  call.tiles_per_task = per_task;
-  call.tile_tasks = ceil_div(tiles, per_task);
+  const int64_t reuse = 1 + (call.m < kJobRows ? call.m : kJobRows) / 8;  // more rows of x: fewer jobs make a task
+  const int64_t per_task = kTaskBytes / (tile_bytes(f, call.k) * call.ops->tiles * reuse);
+  call.jobs_per_task = per_task < 1 ? 1 : per_task;
+  call.tile_tasks = ceil_div(job_count(call), call.jobs_per_task);
   call.row_tasks = ceil_div(call.m, kJobRows);
   call.tasks = call.tile_tasks * call.row_tasks;
   plan_preparation(call);
@@ -268,8 +274,8 @@ void place(Call& call, void* scratch) {
 
 void run(const Call& call, int64_t task) {
   const int64_t m0 = task / call.tile_tasks * kJobRows, m1 = m0 + job_rows(call, m0);
-  const int64_t first = task % call.tile_tasks * call.tiles_per_task, tiles = tile_count(call);
+  const int64_t first = task % call.tile_tasks * call.jobs_per_task, jobs = job_count(call);
   prepare_together(call);
-  for (int64_t tile = first; tile < first + call.tiles_per_task && tile < tiles; tile++)
-    call.ops->tile(tile_job(call, tile, m0, m1));
+  for (int64_t job = first; job < first + call.jobs_per_task && job < jobs; job++)
+    call.ops->tile(tile_job(call, job, m0, m1));
 }

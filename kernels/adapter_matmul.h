@@ -7,7 +7,7 @@
 // A row of kernels.inc gives three functions for one (format, activation, ISA):
 //   quantize  one row of x -> int8, scale and correction per activation block (int8 activations only)
 //   project   t = A.x for some rows of x
-//   tile      16 outputs x up to kJobRows rows of x, complete: weights, adapter, s_out, bias, stored once
+//   tile      `tiles` x 16 outputs x up to kJobRows rows of x, complete: weights, adapter, s_out, bias, stored once
 // A new ISA is one isa_<name>.cc that emits its rows with EP_EMIT_ROWS, one line each in kernels.inc, and a line in
 // EP_ISAS. Everything else (checks, dispatch, the ONNX op) reads those tables.
 #pragma once
@@ -17,6 +17,7 @@ enum class Act : int { int8, float32 };
 
 // ---- what a row computes ------------------------------------------------------------------------------------------
 constexpr int kJobRows = 256;  // most rows of x in one tile job: bounds what a tile keeps on its stack
+constexpr int kChunk = 512;    // columns of int8 x that lie together, row by row: x passes by as one stream
 constexpr int kRankPad = 16;   // t rows are zero padded to this many floats, so that vector loads may overrun R
 constexpr int kRankBlock = 8;  // ranks that are live, or not, together
 constexpr int kRankPanel = 64; // ranks of B that a tile turns at a time
@@ -26,10 +27,13 @@ struct TileJob {
   int64_t m;               // rows of x, 1..kJobRows
   const uint8_t* w;        // this tile: K/32 units
   const void* w_scale;     // this tile: [B,16]
+  int64_t w_step;          // bytes from a tile to the next one of this job; 0: there is none
+  int64_t w_scale_step;    // the same of w_scale
   const float* x;          // [m,K], float activations only
-  const int8_t* q;         // [m,K], int8 activations only, with
-  const float* q_scale;    //   [m,K/act_block] value of one step; NaN where the block holds NaN or Inf
-  const int32_t* q_fix;    //   [m,K/act_block] -zero * sum(q), zero being the row's, in the row's own form
+  const int8_t* q;         // [K/kChunk,q_rows,kChunk] of which m rows are this job's, int8 activations only, with
+  const float* q_scale;    //   the same by act_block: value of one step; NaN where the block holds NaN or Inf
+  const int32_t* q_fix;    //   the same: -zero * sum(q), zero being the row's, in the row's own form
+  int64_t q_rows;
   int64_t rank;            // 0: no adapter, and t, b are not read
   const float* t;          // [m,t_stride] gate . (A.x), zero from rank on
   int64_t t_stride;        // rank rounded up to kRankPad
@@ -50,11 +54,12 @@ struct TileJob {
   int64_t bias_step;
   float* y;                // [m,y_stride]: exactly `columns` of each row are written
   int64_t y_stride;
-  int columns;             // 1..16
+  int columns;             // 1..16 * tiles
 };
 
 struct RowOps {
   int tile_m;     // rows of x in one register tile
+  int tiles;      // of 16 outputs in a tile job
   int32_t zero;   // what the row subtracts from the integers it multiplies; quantize's corrections are made with it
   void (*quantize)(const float* x, int64_t k, int block, int32_t zero, int8_t* q, float* scale, int32_t* fix);
   void (*project)(const void* a, bool a_half, int64_t rank, int64_t k, const float* x, int64_t m, float* t,
@@ -97,10 +102,10 @@ enum class Isa : int {
 // In an ISA file, `#define EP_MINE_<isa> EP_YES` and then
 //   #define EP_ROW(op, format, act, tile_m, isa) EP_WHEN(EP_MINE_##isa, EP_DEFINE_ROW(op, format, act, tile_m, isa))
 //   #include "kernels.inc"
-// defines its rows, given functions quantize, project and a template tile<Format, Act, tile_m> and zero<Format, Act>.
+// defines its rows, given a number tiles, functions quantize, project and templates tile<Format, Act, tile_m>, zero<Format, Act>.
 #define EP_DEFINE_ROW(op, format, act, tile_m, isa)                                       \
   extern const RowOps EP_ROW_SYMBOL(op, format, act, isa);                                \
-  const RowOps EP_ROW_SYMBOL(op, format, act, isa) = {tile_m, zero<Format::format, Act::act>(), quantize, project, \
+  const RowOps EP_ROW_SYMBOL(op, format, act, isa) = {tile_m, tiles, zero<Format::format, Act::act>(), quantize, project, \
                                                       tile<Format::format, Act::act, tile_m>};
 
 struct Row {
@@ -164,7 +169,7 @@ struct Call {
   int groups;
   Group group[kMaxGroups];
   // Filled in by plan() and place().
-  int64_t tiles_per_task, tile_tasks, row_tasks, tasks;
+  int64_t jobs_per_task, tile_tasks, row_tasks, tasks;
   int64_t prepare_units, rows_per_unit, ranks_per_unit;
   Progress* progress;
   const float* x_in;          // s_in . x

@@ -16,7 +16,7 @@ EP_TARGET_PUSH("avx2,fma,f16c")
 namespace {
 
 struct Avx2 {
-  static constexpr int lanes = 8;
+  static constexpr int tiles = 1, lanes = 8;
   using F = __m256;
   using I = __m256i;
 
@@ -121,10 +121,10 @@ struct Avx2 {
   // 4 columns: R x 16 products of the codes in c0, c1. 4-bit ones gather in pairs, others in d at once. The empty asm
   // keeps gcc from starting all rows at once, which spills sums to memory and halves the speed.
   template <Format F, int R>
-  static EP_INLINE void dot_step(I c0, I c1, const int8_t* q, int64_t q_stride, I (&pairs)[R][2], I (&d)[R][2]) {
+  static EP_INLINE void dot_step(I c0, I c1, const int8_t* q, I (&pairs)[R][2], I (&d)[R][2]) {
     for (int r = 0; r < R; r++) {
       int32_t x4;
-      __builtin_memcpy(&x4, q + r * q_stride, 4);
+      __builtin_memcpy(&x4, q + r * kChunk, 4);
       const I x = set_int(x4);
       if constexpr (nibbles<F>()) {
         pairs[r][0] = _mm256_add_epi16(pairs[r][0], _mm256_maddubs_epi16(c0, x));
@@ -138,17 +138,17 @@ struct Avx2 {
     }
   }
   template <Format F, int R, bool packed>
-  static EP_INLINE void dot_unit(const uint8_t* w, const int8_t* q, int64_t q_stride, I (&d)[R][2]) {
+  static EP_INLINE void dot_unit(const uint8_t* w, int64_t, const int8_t* q, I (&d)[R][2]) {
     constexpr bool corrected = nibbles<F>() && info(F).act_block == kUnit;  // see correction()
     I pairs[R][2];
     for (int r = 0; r < R; r++)
       for (int v = 0; v < 2; v++) pairs[r][v] = corrected ? d[r][v] : set_int(0);
     if constexpr (packed) {
 #pragma GCC unroll 8
-      for (int j = 0; j < 8; j++) dot_step<F, R>(codes<F>(w, j, 0), codes<F>(w, j, 1), q + 4 * j, q_stride, pairs, d);
+      for (int j = 0; j < 8; j++) dot_step<F, R>(codes<F>(w, j, 0), codes<F>(w, j, 1), q + 4 * j, pairs, d);
     } else {
 #pragma GCC unroll 8
-      for (int j = 0; j < 8; j++) dot_step<F, R>(load_int(w + j * 64), load_int(w + j * 64 + 32), q + 4 * j, q_stride, pairs, d);
+      for (int j = 0; j < 8; j++) dot_step<F, R>(load_int(w + j * 64), load_int(w + j * 64 + 32), q + 4 * j, pairs, d);
     }
     if constexpr (nibbles<F>())
       for (int r = 0; r < R; r++)

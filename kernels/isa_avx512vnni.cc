@@ -1,4 +1,4 @@
-// AVX-512 with VNNI: a tile row is one vector, and vpdpbusd multiplies codes as the unsigned bytes they are.
+// AVX-512 with VNNI: a tile's outputs are one vector, and vpdpbusd multiplies codes as the unsigned bytes they are.
 //
 // What is then subtracted is zero * sum(q): 8 for 4-bit codes, 128 for 8-bit ones and for the NF4 table, which is
 // stored 128 up. Tests also build this file with EP_SIMDE, which runs the same code on any CPU.
@@ -21,8 +21,19 @@
 EP_TARGET_PUSH("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 namespace {
 
+// Lane i takes lane i ^ bit, of the first of two vectors or, where i has the bit, of the second.
+template <int bit>
+struct Fold {
+  alignas(64) int32_t lane[16];
+  constexpr Fold() : lane() {
+    for (int i = 0; i < 16; i++) lane[i] = (i ^ bit) + (i & bit ? 16 : 0);
+  }
+};
+template <int bit>
+constexpr Fold<bit> kFold;
+
 struct Avx512 {
-  static constexpr int lanes = 16;
+  static constexpr int tiles = 2, lanes = 16;
   using F = __m512;
   using I = __m512i;
 
@@ -46,13 +57,18 @@ struct Avx512 {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
-  static EP_INLINE __m256 sum_8(const F* v) {
-    __m256 pair[4];
-    for (int i = 0; i < 4; i++) pair[i] = _mm256_hadd_ps(halves(v[2 * i]), halves(v[2 * i + 1]));
-    const __m256 low = _mm256_hadd_ps(pair[0], pair[1]), high = _mm256_hadd_ps(pair[2], pair[3]);
-    return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+  // Of the lanes that differ in one bit of their number, those without it go on for a and those with it for b.
+  template <int bit>
+  static EP_INLINE F fold(F a, F b) {
+    constexpr uint16_t with = bit == 8 ? 0xff00 : bit == 4 ? 0xf0f0 : bit == 2 ? 0xcccc : 0xaaaa;
+    return add(_mm512_mask_blend_ps(with, a, b), _mm512_permutex2var_ps(a, load_int(kFold<bit>.lane), b));
   }
-  static EP_INLINE F sum_each(const F (&v)[16]) { return _mm512_insertf32x8(_mm512_castps256_ps512(sum_8(v)), sum_8(v + 8), 1); }
+  static EP_INLINE F sum_each(F (&v)[16]) {
+    for (int i = 0; i < 8; i++) v[i] = fold<8>(v[i], v[i + 8]);
+    for (int i = 0; i < 4; i++) v[i] = fold<4>(v[i], v[i + 4]);
+    for (int i = 0; i < 2; i++) v[i] = fold<2>(v[i], v[i + 2]);
+    return fold<1>(v[0], v[1]);
+  }
   template <int which>  // two of a's, then two of b's; SIMDe has no shuffle_f32x4
   static EP_INLINE F quarters(F a, F b) {
     return _mm512_castsi512_ps(_mm512_shuffle_i32x4(_mm512_castps_si512(a), _mm512_castps_si512(b), which));
@@ -126,16 +142,33 @@ struct Avx512 {
     for (int j = 0; j < 8; j++) _mm512_storeu_si512(out + j * 64, codes<F>(w, j));
   }
 
+  static EP_INLINE I columns(const int8_t* q) {  // 4 columns, once for each output
+    int32_t four;
+    __builtin_memcpy(&four, q, 4);
+    return set_int(four);
+  }
+  // One row of x: codes in the upper halves of bytes are multiplied where they are, and their sum is shifted.
+  static EP_INLINE void dot_nibbles(const uint8_t* w, int64_t w_step, const int8_t* q, I (&d)[tiles]) {
+    I high[tiles];
+    for (int t = 0; t < tiles; t++) high[t] = set_int(0);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++)
+      for (int t = 0; t < tiles; t++) {
+        const I c = load_int(w + t * w_step + j * 64);
+        d[t] = _mm512_dpbusd_epi32(d[t], _mm512_and_si512(c, _mm512_set1_epi8(15)), columns(q + 4 * j));
+        high[t] = _mm512_dpbusd_epi32(high[t], _mm512_and_si512(c, _mm512_set1_epi8(-16)), columns(q + 16 + 4 * j));
+      }
+    for (int t = 0; t < tiles; t++) d[t] = _mm512_add_epi32(d[t], _mm512_srai_epi32(high[t], 4));
+  }
   template <Format F, int R, bool packed>
-  static EP_INLINE void dot_unit(const uint8_t* w, const int8_t* q, int64_t q_stride, I (&d)[R][1]) {
+  static EP_INLINE void dot_unit(const uint8_t* w, int64_t w_step, const int8_t* q, I (&d)[R][tiles]) {
+    if constexpr (packed && R == 1 && info(F).bits == 4 && !info(F).nf4) return dot_nibbles(w, w_step, q, d[0]);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; j++) {
-      const I c = packed ? codes<F>(w, j) : load_int(w + j * 64);
-      for (int r = 0; r < R; r++) {
-        int32_t x4;
-        __builtin_memcpy(&x4, q + r * q_stride + 4 * j, 4);
-        d[r][0] = _mm512_dpbusd_epi32(d[r][0], c, set_int(x4));
-      }
+      I c[tiles];
+      for (int t = 0; t < tiles; t++) c[t] = packed ? codes<F>(w + t * w_step, j) : load_int(w + t * w_step + j * 64);
+      for (int r = 0; r < R; r++)
+        for (int t = 0; t < tiles; t++) d[r][t] = _mm512_dpbusd_epi32(d[r][t], c[t], columns(q + r * kChunk + 4 * j));
     }
   }
 };

@@ -58,14 +58,14 @@ struct I8mm : NeonBase {
     }
   }
   template <Format F, int R, bool packed>
-  static EP_INLINE void row_pairs(const uint8_t* w, const int8_t* q, int64_t q_stride, I (&d)[R][4]) {
+  static EP_INLINE void row_pairs(const uint8_t* w, const int8_t* q, I (&d)[R][4]) {
     I sums[R / 2][4][2];
     for (int r = 0; r < R / 2; r++)
       for (int v = 0; v < 4; v++) sums[r][v][0] = sums[r][v][1] = set_int(0);
 #pragma GCC unroll 4
     for (int p = 0; p < 4; p++) {
       int8x16_t x[R / 2];
-      for (int r = 0; r < R / 2; r++) x[r] = vcombine_s8(vld1_s8(q + 2 * r * q_stride + 8 * p), vld1_s8(q + (2 * r + 1) * q_stride + 8 * p));
+      for (int r = 0; r < R / 2; r++) x[r] = vcombine_s8(vld1_s8(q + 2 * r * kChunk + 8 * p), vld1_s8(q + (2 * r + 1) * kChunk + 8 * p));
       for (int v = 0; v < 4; v++) {
         const Pair c = pair<F, packed>(w, p, v);
         for (int r = 0; r < R / 2; r++) {
@@ -82,10 +82,10 @@ struct I8mm : NeonBase {
       }
   }
   template <Format F, int R, bool packed>
-  static EP_INLINE void dot_unit(const uint8_t* w, const int8_t* q, int64_t q_stride, I (&d)[R][4]) {
+  static EP_INLINE void dot_unit(const uint8_t* w, int64_t, const int8_t* q, I (&d)[R][4]) {
     static_assert(R == 1 || R % 2 == 0, "smmla takes rows of x by two");
     if constexpr (R == 1) one_row<F, packed>(w, q, d[0]);
-    else row_pairs<F, R, packed>(w, q, q_stride, d);
+    else row_pairs<F, R, packed>(w, q, d);
   }
 };
 

@@ -28,7 +28,7 @@ struct Neon : NeonBase {
 
   // V of the 4 vectors, so that R x V x 2 sums of 16 bits stay in registers.
   template <Format F, int R, bool packed, int V>
-  static EP_INLINE void dot_vectors(const uint8_t* w, const int8_t* q, int64_t q_stride, I (&d)[R][4], int v0) {
+  static EP_INLINE void dot_vectors(const uint8_t* w, const int8_t* q, I (&d)[R][4], int v0) {
     int16x8_t low[R][V], high[R][V];
     I wide[R][V][2];
 #pragma GCC unroll 8
@@ -39,7 +39,7 @@ struct Neon : NeonBase {
       for (int v = 0; v < V; v++)
         c[v] = packed ? codes<F>(w, j, v0 + v) : vld1q_s8(reinterpret_cast<const int8_t*>(w) + j * 64 + (v0 + v) * 16);
       for (int r = 0; r < R; r++) {
-        const int8x16_t x = columns(q + r * q_stride + 4 * j);
+        const int8x16_t x = columns(q + r * kChunk + 4 * j);
         for (int v = 0; v < V; v++) {
           low[r][v] = fresh ? vmull_s8(vget_low_s8(c[v]), vget_low_s8(x)) : vmlal_s8(low[r][v], vget_low_s8(c[v]), vget_low_s8(x));
           high[r][v] = fresh ? vmull_high_s8(c[v], x) : vmlal_high_s8(high[r][v], c[v], x);
@@ -56,9 +56,9 @@ struct Neon : NeonBase {
       }
   }
   template <Format F, int R, bool packed>
-  static EP_INLINE void dot_unit(const uint8_t* w, const int8_t* q, int64_t q_stride, I (&d)[R][4]) {
+  static EP_INLINE void dot_unit(const uint8_t* w, int64_t, const int8_t* q, I (&d)[R][4]) {
     constexpr int V = nibbles<F>() ? (R == 1 ? 4 : 2) : (R == 1 ? 4 : R == 2 ? 2 : 1);
-    for (int v = 0; v < 4; v += V) dot_vectors<F, R, packed, V>(w, q, q_stride, d, v);
+    for (int v = 0; v < 4; v += V) dot_vectors<F, R, packed, V>(w, q, d, v);
   }
 };
 

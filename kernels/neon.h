@@ -3,7 +3,7 @@
 #pragma once
 
 struct NeonBase {
-  static constexpr int lanes = 4;
+  static constexpr int tiles = 1, lanes = 4;
   using F = float32x4_t;
   using I = int32x4_t;
 

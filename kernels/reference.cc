@@ -41,13 +41,13 @@ void project(const void* a, bool half, int64_t rank, int64_t k, const float* x, 
 }
 
 float dot_int8(const TileJob& job, const FormatInfo& f, int64_t m, int n) {
-  const int64_t blocks = job.k / f.act_block;
   float sum = 0;
-  for (int64_t b = 0; b < blocks; b++) {
+  for (int64_t b = 0; b < job.k / f.act_block; b++) {
+    const int64_t row = b * f.act_block / kChunk * job.q_rows + m, c0 = b * f.act_block;
     int32_t dot = 0;
-    for (int64_t c = b * f.act_block; c < (b + 1) * f.act_block; c++) dot += int_at(f, job.w, n, c) * job.q[m * job.k + c];
+    for (int64_t c = c0; c < c0 + f.act_block; c++) dot += int_at(f, job.w, n, c) * job.q[row * kChunk + c % kChunk];
     const float w_scale = scale_at(f, job.w_scale, n, f.block ? b : 0) * int_scale(f);
-    sum += static_cast<float>(dot) * job.q_scale[m * blocks + b] * w_scale;
+    sum += static_cast<float>(dot) * job.q_scale[(row * kChunk + c0 % kChunk) / f.act_block] * w_scale;
   }
   return sum;
 }
@@ -57,6 +57,8 @@ float dot_float(const TileJob& job, const FormatInfo& f, int64_t m, int n) {
   for (int64_t c = 0; c < job.k; c++) sum += value_at(f, job.w, job.w_scale, n, c) * job.x[m * job.k + c];
   return sum;
 }
+
+constexpr int tiles = 1;
 
 // The zero of a format is taken off the codes before they are multiplied, so no correction is needed.
 template <Format, Act>

@@ -38,3 +38,5 @@ static inline __m512 fused(__m512 a, __m512 b, __m512 c) {
 #define _mm512_cvtepi32_ps(i) joined<__m512>(_mm256_cvtepi32_ps(part<__m256i>(i, 0)), _mm256_cvtepi32_ps(part<__m256i>(i, 1)))
 #define _mm512_cvtps_epi32(f) joined<__m512i>(_mm256_cvtps_epi32(part<__m256>(f, 0)), _mm256_cvtps_epi32(part<__m256>(f, 1)))
 #define _mm512_extractf32x8_ps(f, index) part<__m256>(f, index)
+#undef _mm512_srai_epi32
+#define _mm512_srai_epi32(i, by) joined<__m512i>(_mm256_srai_epi32(part<__m256i>(i, 0), by), _mm256_srai_epi32(part<__m256i>(i, 1), by))

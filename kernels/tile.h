@@ -1,12 +1,13 @@
 // The shape of every SIMD row, once: an ISA file brings a small vocabulary V and gets quantize, project and tile.
 // Include it inside the file's anonymous namespace and target region, after V's intrinsics header.
 //
-// tile: 16 outputs x m rows of x. K goes by in chunks whose weights are unpacked (int8) or dequantized (float) once
-// into a stage that fits L1; each group of R rows of x then runs over the stage with its sums in registers. Sums wait
+// tile: V::tiles x 16 outputs x m rows of x. K goes by in chunks whose weights are unpacked (int8) or dequantized (float)
+// once into a stage that fits L1; each group of R rows of x then runs over the stage with its sums in registers. Sums wait
 // in `acc` between chunks. When few rows share the weights they are read packed, straight from memory. The sums start
 // from B.t, whose additions along R thus wait for nothing, and y is written once, and never read.
 //
-// V supplies, all static (nv = 16 / lanes vectors hold one row of a tile):
+// V supplies, all static (nv = 16 * tiles / lanes vectors hold one row of a job):
+//   tiles: of 16 outputs in a job, which share each load of x
 //   lanes, F (lanes floats), I (lanes int32)
 //   load(float*) load_half(uint16*) store(float*, F) set1(float) add mul fma(a,b,c) = a*b+c   F
 //   sum(F) -> float;  sum_each(F v[lanes]) -> F whose lane i is sum(v[i])
@@ -16,21 +17,23 @@
 //   correction(q, zero, n) -> what d starts from in a block of n columns: -zero * sum(q), in the form dot_unit takes
 //   zero<Format>() what dot_unit's integers still carry beyond code - zero (see RowOps::zero)
 //   stage_bytes<Format>(), unpack_unit<Format>(w, out): one unit in the form dot_unit<.., packed = false> reads
-//   dot_unit<Format, R, packed>(w, q, q_stride, I d[R][nv]): adds R x 16 dot products over 32 columns to d, which starts
-//     from the correction; after the last unit of a block d holds int32 sums
+//   dot_unit<Format, R, packed>(w, w_step, q, I d[R][nv]): adds dot products over 32 columns of R rows of q, kChunk apart,
+//     and of tiles, w_step apart, to d, which starts from the correction; after a block's last unit d holds int32 sums
 #pragma once
 
 #define EP_SHARED __attribute__((noinline))  // one copy for all that call it: what a library takes to compile, and its size
 
-constexpr int kChunk = 1024;      // int8 columns in a stage
-constexpr int kFloatChunk = 256;  // float columns in a stage
-constexpr int kAhead = 4096;      // bytes of B fetched for the next tile
+constexpr int kAhead = 4096;      // bytes of B fetched for the next job
 constexpr int kWeightsAhead = 2048;  // bytes of packed W fetched ahead, when they stream from memory
 
 template <class V>
-constexpr int kVectors = kTileRows / V::lanes;
+constexpr int kOutputs = V::tiles * kTileRows;  // of a job
+template <class V>
+constexpr int kVectors = kOutputs<V> / V::lanes;
+template <class V>
+constexpr int kFloatChunk = 256 / V::tiles;  // float columns in a stage
 template <class V, int R>
-using Sums = typename V::F[R][kTileRows / V::lanes];
+using Sums = typename V::F[R][kVectors<V>];
 
 template <class V>
 EP_INLINE typename V::F load_any(const void* p, bool half, int64_t i) {
@@ -38,77 +41,85 @@ EP_INLINE typename V::F load_any(const void* p, bool half, int64_t i) {
 }
 
 // ---- weights ------------------------------------------------------------------------------------------------------
+// Of lanes lane0.. of one tile.
 template <class V, Format F>
-EP_INLINE typename V::F scale_vector(const void* w_scale, int64_t block, int v) {
-  return load_any<V>(w_scale, info(F).half_scale, (info(F).block ? block : 0) * kTileRows + v * V::lanes);
+EP_INLINE typename V::F scale_vector(const void* w_scale, int64_t block, int lane0) {
+  return load_any<V>(w_scale, info(F).half_scale, (info(F).block ? block : 0) * kTileRows + lane0);
 }
 
-// One unit as float [32][16].
+// One unit as float [32][16], rows `stride` apart.
 template <class V, Format F>
-EP_INLINE void dequantize_unit(const uint8_t* w, const void* w_scale, int64_t block, float* out) {
+EP_INLINE void dequantize_unit(const uint8_t* w, const void* w_scale, int64_t block, float* out, int stride = kTileRows) {
   constexpr FormatInfo f = info(F);
   const typename V::F minus_zero = V::set1(static_cast<float>(-f.zero));
-  for (int v = 0; v < kVectors<V>; v++) {
-    const typename V::F scale = scale_vector<V, F>(w_scale, block, v);
+  for (int n = 0; n < kTileRows; n += V::lanes) {
+    const typename V::F scale = scale_vector<V, F>(w_scale, block, n);
     for (int j = 0; j < f.bits; j++) {  // 4 columns at a time, in 4 bit the 4 of the other half unit beside them
-      const typename V::I lanes = V::load_int(w + (j * kTileRows + v * V::lanes) * 4);
+      const typename V::I lanes = V::load_int(w + (j * kTileRows + n) * 4);
       for (int c = 0; c < 32 / f.bits; c++) {
         const int byte = f.bits == 8 ? c : c / 2, high = f.bits == 8 ? 0 : c % 2;
         const typename V::I code = V::field(lanes, byte * 8 + high * 4, f.bits == 8 ? 255 : 15);
         const typename V::F value = f.nf4 ? V::nf4(code) : V::add(V::to_float(code), minus_zero);
-        V::store(out + (4 * j + byte + 16 * high) * kTileRows + v * V::lanes, V::mul(value, scale));
+        V::store(out + (4 * j + byte + 16 * high) * stride + n, V::mul(value, scale));
       }
     }
   }
 }
 
 // ---- one chunk of K, R rows of x ----------------------------------------------------------------------------------
-// int8: integer dot products per block, then one fma with both scales.
+// int8: integer dot products per block, then one fma with both scales. The stage holds unit by unit, and each of all tiles.
 template <class V, Format F, bool packed>
 struct Int8Chunk {
   static constexpr int columns = packed ? 1 << 30 : kChunk;
-  static constexpr int blocks_in_stage = kChunk / info(F).act_block;
-  static constexpr int unit_stage = packed ? kTileRows * kUnit * info(F).bits / 8 : V::template stage_bytes<F>();
-  alignas(64) uint8_t stage[packed ? 1 : kChunk / kUnit * unit_stage];
-  alignas(64) float scales[packed ? 1 : blocks_in_stage * kTileRows];
+  static constexpr int block = info(F).act_block, blocks = kChunk / block;
+  static constexpr int unit_stage = V::template stage_bytes<F>();
+  alignas(64) uint8_t stage[packed ? 1 : kChunk / kUnit * V::tiles * unit_stage];
+  alignas(64) float scales[packed ? 1 : blocks * kOutputs<V>];
 
   void fill(const TileJob& job, int64_t k0, int64_t k1) {
     if constexpr (!packed) {
-      constexpr FormatInfo f = info(F);
-      const uint8_t* w = job.w + k0 / kUnit * unit_bytes(f);
-      for (int64_t u = 0; u < (k1 - k0) / kUnit; u++) V::template unpack_unit<F>(w + u * unit_bytes(f), stage + u * unit_stage);
-      for (int64_t b = k0 / f.act_block, i = 0; b < k1 / f.act_block; b++)
+      uint8_t* to = stage;
+      for (int64_t u = k0 / kUnit; u < k1 / kUnit; u++)
+        for (int t = 0; t < V::tiles; t++, to += unit_stage)
+          V::template unpack_unit<F>(job.w + t * job.w_step + u * unit_bytes(info(F)), to);
+      for (int64_t b = k0 / block, i = 0; b < k1 / block; b++)
         for (int v = 0; v < kVectors<V>; v++, i += V::lanes) V::store(scales + i, weight_scale(job, b, v));
     }
   }
-  static EP_INLINE typename V::F weight_scale(const TileJob& job, int64_t block, int v) {
-    const typename V::F scale = scale_vector<V, F>(job.w_scale, block, v);
+  static EP_INLINE typename V::F weight_scale(const TileJob& job, int64_t b, int v) {
+    const int tile = v * V::lanes / kTileRows;
+    const typename V::F scale =
+        scale_vector<V, F>(static_cast<const char*>(job.w_scale) + tile * job.w_scale_step, b, v * V::lanes % kTileRows);
     return info(F).nf4 ? V::mul(scale, V::set1(int_scale(info(F)))) : scale;
   }
   template <int R>
   EP_SHARED void add(const TileJob& job, int64_t m, int64_t k0, int64_t k1, Sums<V, R>& sums_out) const {
-    constexpr int block = info(F).act_block;
-    const int64_t blocks = job.k / block;
     const uint8_t* w = packed ? job.w : stage;
-    const int8_t* q = job.q + m * job.k + k0;
-    const float* q_scale = job.q_scale + m * blocks;
-    const int32_t* q_fix = job.q_fix + m * blocks;
-    const float* scale = scales;
+    const int64_t w_step = packed ? job.w_step : unit_stage;
+    constexpr int unit_step = packed ? kTileRows * kUnit * info(F).bits / 8 : V::tiles * unit_stage;
     Sums<V, R> sums;  // of its own: stores through sums_out could change anything, as far as a compiler knows
     __builtin_memcpy(&sums, &sums_out, sizeof(sums));
-    for (int64_t b = k0 / block; b < k1 / block; b++, scale += kTileRows) {
-      typename V::I d[R][kVectors<V>];
-      for (int r = 0; r < R; r++)
-        for (int v = 0; v < kVectors<V>; v++) d[r][v] = V::set_int(q_fix[r * blocks + b]);
-      for (int u = 0; u < block / kUnit; u++, w += unit_stage, q += kUnit) {
-        for (int i = 0; packed && i < unit_stage; i += 64) __builtin_prefetch(w + kWeightsAhead + i);  // and past pages' ends
-        V::template dot_unit<F, R, packed>(w, q, job.k, d);
-      }
-      for (int r = 0; r < R; r++) {
-        const typename V::F x_scale = V::set1(q_scale[r * blocks + b]);
-        for (int v = 0; v < kVectors<V>; v++) {
-          const typename V::F w_scale = packed ? weight_scale(job, b, v) : V::load(scale + v * V::lanes);
-          sums[r][v] = V::fma(V::to_float(d[r][v]), V::mul(w_scale, x_scale), sums[r][v]);
+    for (int64_t k = k0; k < k1; k += kChunk) {
+      const int64_t at = k / kChunk * job.q_rows + m;
+      const int8_t* q = job.q + at * kChunk;
+      const float *q_scale = job.q_scale + at * blocks, *scale = scales;
+      const int32_t* q_fix = job.q_fix + at * blocks;
+      const int64_t left = (k1 - k) / block;
+      for (int64_t b = 0; b < (left < blocks ? left : blocks); b++, scale += kOutputs<V>) {
+        typename V::I d[R][kVectors<V>];
+        for (int r = 0; r < R; r++)
+          for (int v = 0; v < kVectors<V>; v++) d[r][v] = V::set_int(q_fix[r * blocks + b]);
+        for (int u = 0; u < block / kUnit; u++, w += unit_step, q += kUnit) {
+          for (int t = 0; packed && t < V::tiles; t++)
+            for (int i = 0; i < unit_step; i += 64) __builtin_prefetch(w + t * w_step + kWeightsAhead + i);  // and past pages' ends
+          V::template dot_unit<F, R, packed>(w, w_step, q, d);
+        }
+        for (int r = 0; r < R; r++) {
+          const typename V::F x_scale = V::set1(q_scale[r * blocks + b]);
+          for (int v = 0; v < kVectors<V>; v++) {
+            const typename V::F w_scale = packed ? weight_scale(job, k / block + b, v) : V::load(scale + v * V::lanes);
+            sums[r][v] = V::fma(V::to_float(d[r][v]), V::mul(w_scale, x_scale), sums[r][v]);
+          }
         }
       }
     }
@@ -119,8 +130,8 @@ struct Int8Chunk {
 // float: only what fills the stage depends on the format.
 template <class V>
 struct FloatStage {
-  static constexpr int columns = kFloatChunk;
-  alignas(64) float stage[kFloatChunk * kTileRows];
+  static constexpr int columns = kFloatChunk<V>;
+  alignas(64) float stage[kFloatChunk<V> * kOutputs<V>];
 
   template <int R>
   EP_SHARED void add(const TileJob& job, int64_t m, int64_t k0, int64_t k1, Sums<V, R>& sums_out) const {
@@ -129,7 +140,7 @@ struct FloatStage {
     __builtin_memcpy(&sums, &sums_out, sizeof(sums));
     for (int64_t k = k0; k < k1; k++) {
       typename V::F w[kVectors<V>];
-      for (int v = 0; v < kVectors<V>; v++) w[v] = V::load(stage + (k - k0) * kTileRows + v * V::lanes);
+      for (int v = 0; v < kVectors<V>; v++) w[v] = V::load(stage + (k - k0) * kOutputs<V> + v * V::lanes);
       for (int r = 0; r < R; r++) {
         const typename V::F x_rk = V::set1(x[r * job.k + k]);
         for (int v = 0; v < kVectors<V>; v++) sums[r][v] = V::fma(w[v], x_rk, sums[r][v]);
@@ -143,26 +154,29 @@ struct FloatChunk : FloatStage<V> {
   void fill(const TileJob& job, int64_t k0, int64_t k1) {
     constexpr FormatInfo f = info(F);
     for (int64_t k = k0; k < k1; k += kUnit)
-      dequantize_unit<V, F>(job.w + k / kUnit * unit_bytes(f), job.w_scale, f.block ? k / f.block : 0,
-                            this->stage + (k - k0) * kTileRows);
+      for (int t = 0; t < V::tiles; t++)
+        dequantize_unit<V, F>(job.w + t * job.w_step + k / kUnit * unit_bytes(f),
+                              static_cast<const char*>(job.w_scale) + t * job.w_scale_step, f.block ? k / f.block : 0,
+                              this->stage + (k - k0) * kOutputs<V> + t * kTileRows, kOutputs<V>);
   }
 };
 
 #include "adapter.h"
 
 // One number for each column, as far as there are columns; null: zero.
+template <int outputs>
 inline void spread(const float* from, int64_t step, int columns, float* to) {
-  if (from && step == 1 && columns == kTileRows) __builtin_memcpy(to, from, kTileRows * sizeof(float));
-  else for (int n = 0; n < kTileRows; n++) to[n] = from && n < columns ? from[n * step] : 0.0f;
+  if (from && step == 1 && columns == outputs) __builtin_memcpy(to, from, outputs * sizeof(float));
+  else for (int n = 0; n < outputs; n++) to[n] = from && n < columns ? from[n * step] : 0.0f;
 }
 
 // ---- y ------------------------------------------------------------------------------------------------------------
 template <class V, int R>
 EP_SHARED void write_y(const TileJob& job, int64_t m, const Sums<V, R>& sums, const float* s_out, const float* bias) {
   for (int r = 0; r < R; r++) {
-    alignas(64) float line[kTileRows];
+    alignas(64) float line[kOutputs<V>];
     float* y = job.y + (m + r) * job.y_stride;
-    float* to = job.columns == kTileRows ? y : line;
+    float* to = job.columns == kOutputs<V> ? y : line;
     for (int v = 0; v < kVectors<V>; v++) {
       const typename V::F bias_v = V::load(bias + v * V::lanes);
       V::store(to + v * V::lanes, job.s_out ? V::fma(sums[r][v], V::load(s_out + v * V::lanes), bias_v) : V::add(sums[r][v], bias_v));
@@ -171,15 +185,22 @@ EP_SHARED void write_y(const TileJob& job, int64_t m, const Sums<V, R>& sums, co
   }
 }
 
-// ---- a tile -------------------------------------------------------------------------------------------------------
+// ---- a job --------------------------------------------------------------------------------------------------------
+// The greatest power of two below R.
+constexpr int fewer(int R) {
+  int rows = 1;
+  while (rows * 2 < R) rows *= 2;
+  return rows;
+}
+
 template <class V, class Chunk>
 struct Tile {
   const TileJob& job;
   Chunk chunk;
   Adapter<V> adapter;
   bool first = true;  // acc holds nothing yet
-  alignas(64) float acc[kJobRows * kTileRows];
-  alignas(64) float s_out[kTileRows], bias[kTileRows];
+  alignas(64) float acc[kJobRows * kOutputs<V>];
+  alignas(64) float s_out[kOutputs<V>], bias[kOutputs<V>];
 
   explicit Tile(const TileJob& j) : job(j), adapter(j) {}
 
@@ -187,14 +208,14 @@ struct Tile {
   EP_INLINE void load_sums(int64_t m, Sums<V, R>& sums) const {
     for (int r = 0; r < R; r++)
       for (int v = 0; v < kVectors<V>; v++)
-        sums[r][v] = first ? V::set1(0.0f) : V::load(acc + (m + r) * kTileRows + v * V::lanes);
+        sums[r][v] = first ? V::set1(0.0f) : V::load(acc + (m + r) * kOutputs<V> + v * V::lanes);
   }
   template <int R>
   EP_INLINE void keep_sums(int64_t m, const Sums<V, R>& sums) {
     for (int r = 0; r < R; r++)
-      for (int v = 0; v < kVectors<V>; v++) V::store(acc + (m + r) * kTileRows + v * V::lanes, sums[r][v]);
+      for (int v = 0; v < kVectors<V>; v++) V::store(acc + (m + r) * kOutputs<V> + v * V::lanes, sums[r][v]);
   }
-  // Rows by R, what remains by R/2, ... 1.
+  // Rows by R, what remains by fewer(R), ... 1.
   template <int R>
   void adapter_rows(const Adapter<V>& from, int64_t m) {
     for (; m + R <= job.m; m += R) {
@@ -203,7 +224,7 @@ struct Tile {
       from.template add<R>(m, sums);
       keep_sums<R>(m, sums);
     }
-    if constexpr (R > 1) adapter_rows<R / 2>(from, m);
+    if constexpr (R > 1) adapter_rows<fewer(R)>(from, m);
   }
   // C.sums, of a tile that has an offset.
   template <int R>
@@ -235,12 +256,12 @@ struct Tile {
       }
       write_y<V, R>(job, m, sums, s_out, bias);
     }
-    if constexpr (R > 1) chunk_rows<R / 2>(m, k0, k1);
+    if constexpr (R > 1) chunk_rows<fewer(R)>(m, k0, k1);
   }
   template <int R>
   void all() {
-    if (job.s_out) spread(job.s_out, job.s_out_step, job.columns, s_out);
-    spread(job.bias, job.bias_step, job.columns, bias);
+    if (job.s_out) spread<kOutputs<V>>(job.s_out, job.s_out_step, job.columns, s_out);
+    spread<kOutputs<V>>(job.bias, job.bias_step, job.columns, bias);
     if (job.blocks) offset_rows<R>();
     for (int64_t r0 = kRankPanel; !job.alone && r0 < job.rank; r0 += kRankPanel, first = false) {  // rare, so a pass each
       adapter.fill(r0);
@@ -323,6 +344,7 @@ void project_of(const void* a, bool half, int64_t rank, int64_t k, const float* 
 
 // What EP_DEFINE_ROW names, for vocabulary V.
 #define EP_ROWS_FROM(V)                                                                                             \
+  constexpr int tiles = V::tiles;                                                                                   \
   void quantize(const float* x, int64_t k, int block, int32_t zero, int8_t* q, float* scale, int32_t* fix) {        \
     quantize_of<V>(x, k, block, zero, q, scale, fix);                                                               \
   }                                                                                                                 \
