@@ -47,6 +47,15 @@ __all__ = ["bundle", "check_bundle"]
 JINJA = "jinja2>=3.1.6"
 REQUIRED = ("model.onnx", "config.json", "tokenizer.json")
 
+PAGE = """
+## In a browser
+
+    edgepeft serve . --open
+
+or copy this folder to any web server with HTTPS. `edgepeft.js` is the module for pages of your own, `edgepeft.d.ts` its
+types; `web/vendor/NOTICE.txt` names what it needs and under which licences.
+"""
+
 README = """# {name}: {what} for {target}
 
 A {task} model: frozen weights in {format}, adapter {adapter}. Made by edgepeft {version}; `manifest.json` holds what
@@ -247,7 +256,7 @@ def _write_documents(values: Mapping[str, Any], target: Target, out: Path) -> No
     hosted = "decoder" in values and not _has_prompt(out)
     text = use.text + (HOSTED if hosted else UNHOSTED if "decoder" in values else "")
     words |= {"what": use.what.format_map(words), "use": text.format_map(words)}
-    (out / "README.md").write_text(README.format_map(words))
+    (out / "README.md").write_text(README.format_map(words) + PAGE * target.page)
     if hosted:
         kind = read_json(out / "config.json")["model_type"]
         library = f"lib/{target.os_arch}/{FILE_NAME}"

@@ -10,7 +10,7 @@
  * run, several prompts in one run, an int8 cache.
  */
 
-import { BASE, DEFAULT, Places, named, ownTensors, readAdapter } from "./web/adapters.js";
+import { BASE, DEFAULT, Places, defaultTensors, named, ownTensors, readAdapter, takePrompt } from "./web/adapters.js";
 import { Engine } from "./web/engine.js";
 import { EdgePeftError, Files } from "./web/files.js";
 import { Generator } from "./web/generator.js";
@@ -45,18 +45,22 @@ class Adapters {
     if (name !== DEFAULT && !this.places.any) {
       throw new EdgePeftError("merged at export, so it has no adapters to choose from.");
     }
-    const { labels, values } = await this.#values(name);
-    return { name, labels, feeds: await this.engine.place(values) };
+    const { labels, values, prompt = new Map() } = await this.#values(name);
+    return { name, labels, prompt, feeds: await this.engine.place(values) };
   }
 
   async #values(name) {
     const file = `adapters/${DEFAULT}/labels.json`;
     const labels = this.files.has(file) ? await this.files.json(file) : (this.files.manifest.labels ?? []);
-    if (name === DEFAULT) return { labels, values: this.places.defaults };
+    const { graph } = this.engine;
+    if (name === DEFAULT) {
+      return { labels, values: this.places.defaults, prompt: takePrompt(name, await defaultTensors(this.files), graph) };
+    }
     const own = await ownTensors(this.files);
     if (name === BASE) return { labels, values: this.places.feeds("the base", new Map(), own, true) };
     const found = await readAdapter(this.files, name);
-    return { labels: found.labels, values: this.places.feeds(found.where, found.tensors, own, false) };
+    const prompt = takePrompt(found.where, found.tensors, graph);
+    return { labels: found.labels, prompt, values: this.places.feeds(found.where, found.tensors, own, false) };
   }
 }
 

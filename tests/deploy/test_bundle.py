@@ -114,3 +114,17 @@ def test_a_pi_gets_its_own_library_and_wheels(run: Run) -> None:
     assert (folder / "requirements.txt").read_text().splitlines() == list(load_target("rpi").requirements)
     assert "1.21.0 dies with SIGILL" in (folder / "README.md").read_text()
     assert load(folder).classify("play").label in st.LABELS
+
+
+def test_a_target_of_browsers_has_a_page(run: Run) -> None:
+    from edgepeft.deploy import web
+
+    if reason := web.missing():
+        pytest.skip(reason)
+    folder = build(run, "web")
+    files = check_bundle(folder, "full").files
+    own = {path.relative_to(web.PAGE).as_posix() for path in web.PAGE.rglob("*") if path.is_file()}
+    assert own <= set(files)
+    assert {f"web/vendor/{name}" for package in web.PACKAGES for name in package.files.values()} <= set(files)
+    assert "edgepeft serve" in (folder / "README.md").read_text()
+    assert check_bundle(folder)["sizes_bytes"]["page"] > 40e6

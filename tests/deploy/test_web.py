@@ -4,139 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from builders import LABELS
 
-from edgepeft.deploy import browser, serve, web
+from edgepeft.deploy import browser, web
 from edgepeft.errors import TargetError
-from edgepeft.export import webgpu as export
 from edgepeft.runtime import load
-from tests.deploy.chromium import Browser, Page
-from tests.export import tiny_decoder, tiny_run
-from tests.runtime import standin, writer
+from tests.deploy.served import Served
 
 TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order
 TEXTS = ("turn off the lamp", "Play a JAZZ in the hall, please!", "lamp " * 80)
 PROMPT = "turn on the lamp in the attic and " * 3
-KINDS = {"classifier": "bert", "writer": "llama"}
 DEVICES = ("webgpu", "wasm")
-FLAGS = {"webgpu": browser.SOFTWARE_GPU, "wasm": browser.NO_GPU}
-
-
-class Served:
-    """A bundle with a page, and its address while it is served."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._start(0)
-
-    def _start(self, port: int) -> None:
-        self._server = serve.server(self.folder, port)
-        self.port = self._server.server_port
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://{serve.HOST}:{self.port}/"
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def again(self) -> None:
-        self._start(self.port)
-
-
-def _sealed(folder: Path, kind: str, exported: Path, quantized: Path) -> Path:
-    """Make a bundle with a page of an exported folder, with a second adapter of another rank."""
-    export.write(exported)
-    shutil.copytree(exported, folder)
-    about = json.loads((quantized / "quantized.json").read_text())
-    same = {"base_digest": about["base_digest"], "format": about["format"], "activation": "float"}
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (quantized / name).exists():
-            shutil.copy(quantized / name, folder)
-    web.write(folder)
-    seal = standin.reseal if kind == "classifier" else writer.reseal
-    seal(folder, **same, **({"labels": list(LABELS), "max_length": 48} if kind == "classifier" else {"context": 200}))
-    return folder
-
-
-def _classifier(place: Path) -> Path:
-    from edgepeft.adapt import peft_files
-    from edgepeft.artifact import write_json
-
-    config, run = tiny_run.make_run(place)
-    exported = tiny_run.export_run(config, run)
-    tiny_run.random_adapter(run, place / "trained", rank=6, seed=5)
-    other = exported / "adapters" / "other"
-    peft_files.write_device(other, place / "trained")
-    write_json(other / "labels.json", list(LABELS))
-    return _sealed(place / "bundle", "classifier", exported, run.path("quantized"))
-
-
-def _writer(place: Path) -> Path:
-    exported = tiny_decoder.export_decoder(place, "llama", "i4b32", context=200)
-    other = tiny_decoder.random_adapter(exported.run.path("quantized"), place / "second", rank=6, seed=5)
-    shutil.copytree(other, exported.folder / "adapters" / "other")
-    default = exported.folder / "adapters" / "default"
-    shutil.copy(exported.adapter / "adapter_config.json", default)
-    return _sealed(place / "bundle", "writer", exported.folder, exported.run.path("quantized"))
-
-
-MAKE = {"classifier": _classifier, "writer": _writer}
-
-
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return the served bundle of a kind, made once."""
-    if reason := web.missing():
-        pytest.skip(reason)
-    made: dict[str, Served] = {}
-
-    def make(kind: str) -> Served:
-        if kind not in made:
-            made[kind] = Served(MAKE[kind](tmp_path_factory.mktemp(kind)))
-        return made[kind]
-
-    yield make
-    for served in made.values():
-        served.stop()
-
-
-@pytest.fixture(scope="module")
-def browsers(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return the running browser of a device, started once."""
-    if reason := browser.missing():
-        pytest.skip(reason)
-    running: dict[str, Browser] = {}
-
-    def start(device: str) -> Browser:
-        if device not in running:
-            running[device] = Browser(tmp_path_factory.mktemp(device), *FLAGS[device])
-        return running[device]
-
-    yield start
-    for one in running.values():
-        one.close()
-
-
-@pytest.fixture(scope="module")
-def pages(bundles: Any, browsers: Any) -> Any:
-    """Return the page of a kind on a device, loaded once."""
-    opened: dict[tuple[str, str], Page] = {}
-
-    def open_page(kind: str, device: str) -> Page:
-        if (kind, device) not in opened:
-            opened[kind, device] = browsers(device).open(bundles(kind).url)
-        return opened[kind, device]
-
-    return open_page
 
 
 def _same(found: list[float], wanted: np.ndarray) -> None:
@@ -163,7 +44,7 @@ def test_a_classifier_answers_as_python_does_under_every_adapter(bundles, pages,
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_language_model_writes_as_python_does_under_every_adapter(bundles, pages, device: str) -> None:
     page, model = pages("writer", device), load(bundles("writer").folder, library="none")
-    for adapter in ("default", "other", "none"):
+    for adapter in ("default", "other", "before", "none"):
         about = json.dumps({"adapter": adapter, "maxNewTokens": 8})
         ids = model.encode(PROMPT)
         assert len(ids) > 64
@@ -186,6 +67,14 @@ def test_keys_and_values_stay_on_the_gpu(pages) -> None:
     page = pages("writer", "webgpu")
     page.run("model.generate('Hello', {maxNewTokens: 2})")
     assert set(page.run("Object.values(model.past).map(value => value.location)")) == {"gpu-buffer"}
+
+
+def test_an_adapter_that_came_later_is_taken_by_name(bundles, pages) -> None:
+    folder, page = bundles("classifier").folder / "adapters", pages("classifier", "wasm")
+    shutil.copytree(folder / "other", folder / "late")
+    late, other = (page.run(f"model.classify('turn off the lamp', {{adapter: '{n}'}})") for n in ("late", "other"))
+    assert late == other
+    assert page.run("model.adapters") == ["default", "other"]
 
 
 def test_no_gpu_is_said_and_the_cpu_taken(pages) -> None:

@@ -14,6 +14,7 @@ export const BASE = "none";
 export const TENSORS = "adapter_model.safetensors";
 export const TERMS = "terms.safetensors";
 const OWN = "adapters/base.safetensors";
+const PAST = "past_key_values.";
 const RANKS = 4; // a vector of WebGPU
 const PEFT_TYPES = ["LORA", "EXPERTS", "BOTTLENECK", "PARALLEL"];
 
@@ -135,6 +136,25 @@ function neutral(name, dims) {
   if (!/\.(gate|s_in|s_out)$/.test(name)) return null;
   const sizes = dims.map((size) => (typeof size === "number" ? size : 1));
   return { dims: sizes, data: new Float32Array(sizes.reduce((a, b) => a * b, 1)).fill(1) };
+}
+
+/** Take the keys and values out of an adapter's tensors that stand before the text: Map input -> {dims, data}. */
+export function takePrompt(where, tensors, graph) {
+  const found = [...tensors.keys()].filter((name) => name.startsWith(PAST));
+  const prompt = new Map(found.map((name) => [name, tensors.get(name)]));
+  for (const name of found) tensors.delete(name);
+  for (const name of found.length ? graph.pasts : []) {
+    const [one, heads, , size] = prompt.get(name)?.dims ?? [];
+    const wanted = graph.inputs.get(name).dims;
+    if (one !== 1 || heads !== wanted[1] || size !== wanted[3]) throw new EdgePeftError(`${where}: ${name} does not fit.`);
+  }
+  return prompt;
+}
+
+/** Return the tensors of the default adapter that are not in the graph: what stands before the text. */
+export async function defaultTensors(files) {
+  const name = `adapters/${DEFAULT}/${TERMS}`;
+  return files.has(name) ? readTensors(name, (await files.read([name]))[name]).tensors : new Map();
 }
 
 /** Read an adapter's folder: {tensors, labels}. Throws EdgePeftError where it does not belong to this bundle. */

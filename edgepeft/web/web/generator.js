@@ -4,7 +4,8 @@
  *     ids ──► run ──► logits of the last token ──► Sampler ──► Decoding ──► Stops ──► shown
  *              └─ present keys and values, on the GPU, are the next run's past ─┘
  *
- * The last answer's keys and values stay for a prompt that begins alike, under the same adapter only.
+ * The last answer's keys and values stay for a prompt that begins alike, under the same adapter only. An adapter's own
+ * keys and values stand before the text, and take their columns from the context.
  */
 
 import { chatTemplate } from "./chat.js";
@@ -16,12 +17,14 @@ import { Decoding, Stops, checkText } from "./tokens.js";
 const CHUNK = 256; // tokens of a prompt that one run reads
 const MAX_NEW_TOKENS = 256;
 
+/** Return how many columns of the context an adapter's own keys and values take. */
+const columns = (adapter) => [...adapter.prompt.values()][0]?.dims[2] ?? 0;
+
 export class Generator extends Model {
   async prepare() {
     this.about = this.files.manifest.decoder;
     this.context = this.files.manifest.context;
     this.template = await chatTemplate(this.files);
-    this.#forget();
   }
 
   /** Return the tokens of a prompt: a text, or messages. */
@@ -75,8 +78,10 @@ export class Generator extends Model {
     }
     const ids = this.encode(prompt, templateOptions);
     const chosen = await this.chosen(adapter);
+    const room = this.context - columns(chosen) - ids.length;
+    if (room < 0) throw new EdgePeftError(`prompt: ${-room} tokens more than fit behind adapter '${chosen.name}'.`);
     const row = {
-      limit: Math.min(maxNewTokens, this.context - ids.length),
+      limit: Math.min(maxNewTokens, room),
       sampler: new Sampler(options, ids),
       decoding: new Decoding(this.tokens, typeof prompt === "string" ? ids : []),
       stops: new Stops([stop].flat()),
@@ -113,22 +118,24 @@ export class Generator extends Model {
     return piece;
   }
 
-  #forget() {
+  /** Drop what was read, and begin as an adapter does. */
+  #begin(adapter) {
     for (const value of Object.values(this.past ?? {})) value.dispose();
     const { kv_heads: heads, head_dim: width } = this.about;
-    const empty = () => this.engine.tensor("float32", [1, heads, 0, width], []);
-    this.past = Object.fromEntries(this.engine.graph.pasts.map((name) => [name, empty()]));
+    const none = { dims: [1, heads, 0, width], data: [] };
+    const start = (name) => adapter.prompt.get(name) ?? none;
+    const tensor = ({ dims, data }) => this.engine.tensor("float32", dims, data);
+    this.past = Object.fromEntries(this.engine.graph.pasts.map((name) => [name, tensor(start(name))]));
     this.seen = [];
-    this.seenBy = null;
+    this.seenBy = adapter;
   }
 
   /** Read tokens, of which those read last need not be read again, and return the logits of the last. */
   async #read(ids, adapter) {
-    if (this.seenBy !== adapter) this.#forget();
-    this.seenBy = adapter;
+    if (this.seenBy !== adapter) this.#begin(adapter);
     let known = 0;
     while (known < Math.min(this.seen.length, ids.length - 1) && this.seen[known] === ids[known]) known++;
-    if (2 * known < this.seen.length) this.#forget(); // what is read again costs less than to carry so much along
+    if (2 * known < this.seen.length) this.#begin(adapter); // what is read again costs less than to carry so much along
     this.seen = this.seen.slice(0, known);
     let logits;
     for (let start = this.seen.length; start < ids.length; start += CHUNK) {
@@ -139,7 +146,7 @@ export class Generator extends Model {
 
   async #run(ids, adapter) {
     const tensor = (...about) => this.engine.tensor(...about);
-    const total = this.seen.length + ids.length;
+    const total = columns(adapter) + this.seen.length + ids.length;
     const feeds = {
       ...adapter.feeds,
       ...this.past,
@@ -152,7 +159,7 @@ export class Generator extends Model {
     try {
       out = await this.engine.run(feeds);
     } catch (error) {
-      this.#forget();
+      this.seenBy = null; // what is there may be half of something
       throw error;
     }
     for (const [name, value] of Object.entries(this.past)) {
