@@ -27,6 +27,7 @@ from statistics import mean
 from typing import Any
 
 from edgepeft.artifact import Run, read_json, write_json
+from edgepeft.bench.training import typed
 from edgepeft.config import Config
 from edgepeft.console import say, table
 from edgepeft.errors import ConfigError, EdgePeftError
@@ -136,9 +137,7 @@ def draw(rows: Sequence[dict[str, Any]], metric: str, reference: float | None, f
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure all cases; return {"reference", "metric", "rows"}."""
-    given = dict(pair.split("=", 1) for pair in options.set)
-    typed = {name: type(getattr(Config, name))(value) for name, value in given.items()}
-    base = Config(model=options.model, data=options.data, task=options.task, **typed)
+    base = Config(model=options.model, data=options.data, task=options.task, **typed(options.set))
     decoder = base.task == DECODING
     known = read_json(options.json) if options.json and options.json.is_file() else {"reference": None, "rows": []}
     asked = {name: getattr(options, name) for name in ("model", "data", "task", "examples", "set")}

@@ -160,18 +160,20 @@ def failures(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _config(options: argparse.Namespace, variant: str | None) -> Config:
     """Return the configuration: defaults, then `--set name=value`, typed as the field's default is."""
-    given: dict[str, Any] = {}
-    for pair in options.set:
-        name, _, value = pair.partition("=")
-        given[name] = _typed(type(getattr(Config, name)), value)
+    given = typed(options.set)
     if variant in FORMATS:
         given["format"] = variant
     return Config(seed=options.seeds[0], **given)
 
 
-def _typed(kind: type, value: str) -> Any:
-    """Return a setting's text as its type; a truth is one of two words, as any other would count as true."""
-    return {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+def typed(pairs: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of `name=value` each, typed as the field's default is; a truth is "true" or "false"."""
+    given: dict[str, Any] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        kind = type(getattr(Config, name))
+        given[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+    return given
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +44,7 @@ ALIAS = "edgepeft.alias"
 NOT_TENSORS = ("logits_to_keep",)  # overridable too, but a setting of the run
 DOWN, UP, GATE = "lora_A.weight", "lora_B.weight", "gate"
 ROUTER, BOTTLENECKS = "lora_router.weight", (".lora_down.", ".lora_up.", ".lora_beside_down.", ".lora_beside_up.")
+STEM = re.compile(r"(.*\.lora_(?:beside_)?)(?:down|up)\.(?:weight|bias)")  # of the four tensors of a bottleneck
 KINDS = ("LORA", "EXPERTS", "BOTTLENECK", "PARALLEL")  # whose file is the graph's tensors
 LABELS = "labels"  # the dimension of a head
 ORT_TYPES: dict[str, np.dtype[Any]] = {"tensor(float16)": np.dtype(np.float16), "tensor(float)": np.dtype(np.float32)}
@@ -246,8 +248,36 @@ def _check_tensors(
             rank = array.shape[0] if array is not None and array.ndim else 0
             if rank != (other.shape[-1] if other is not None and other.ndim else 0):
                 problems.append(f"{name} has rank {rank}, its B another")
+    problems = problems or [*_gate_problems(arrays, places), *_bottleneck_problems(arrays)]
     if problems:
         raise ArtifactError(f"{folder}: " + "; ".join(problems[:5]) + ".")
+
+
+def _gate_problems(arrays: Mapping[str, np.ndarray], places: Mapping[str, Slot]) -> list[str]:
+    """Return the gates and routers that do not go with the rank of their linear, in words."""
+    problems = []
+    for name, array in arrays.items():
+        module = name.removesuffix(GATE).removesuffix(ROUTER)
+        rank = len(arrays.get(module + DOWN, ()))
+        if places[name].gate and len(array) not in (1, rank):
+            problems.append(f"{name} has {len(array)} gates for a rank of {rank}")
+        if name.endswith(ROUTER) and (not len(array) or not rank or rank % len(array)):
+            problems.append(f"{name} has {len(array)} experts for a rank of {rank}")
+    return problems
+
+
+def _bottleneck_problems(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """Return the bottlenecks of which some parts lack, or are not of one width, in words."""
+    problems = []
+    for stem in sorted({found[1] for name in arrays if (found := STEM.fullmatch(name))}):
+        names = [f"{stem}{part}" for part in ("down.weight", "down.bias", "up.weight", "up.bias")]
+        if lacking := [name for name in names if name not in arrays]:
+            problems.append(f"{lacking[0]} is missing, and others of its bottleneck are there")
+            continue
+        down, bias, up, _ = (arrays[name].shape for name in names)
+        if not down[0] == bias[0] == up[1]:
+            problems.append(f"{stem}*: expected one width, found {down[0]}, {bias[0]} and {up[1]}")
+    return problems
 
 
 def _feeds(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
