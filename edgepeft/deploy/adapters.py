@@ -45,7 +45,7 @@ from edgepeft.deploy.adapter_source import (
 from edgepeft.errors import ArtifactError, ConfigError, VerifyError, unknown
 from edgepeft.runtime import adapters as ad
 from edgepeft.runtime import manifest as mf
-from edgepeft.runtime import prompts
+from edgepeft.runtime import prompts, webgpu
 
 OWN = "base.safetensors"  # the base's own of what adapters replace
 ONNX_ADAPTER = "adapter.onnx_adapter"
@@ -215,6 +215,7 @@ def add(
         write_device(source, new, manifest, places)
         write_json(new / ABOUT, {**source.about, "base": known_by})
         _widen(place, new, {*places, *prompts.pasts(before.session)})
+        _for_gpus(place)
         _reseal(place, manifest, name)
         model = _load(place)
         smoke(model, new)
@@ -260,6 +261,18 @@ def _widen(place: Path, folder: Path, places: Collection[str]) -> None:
         ) from None
     widen(place, wanted)
     say(f"{len(wanted)} inputs were added to model.onnx ({names}{', ...' if len(wanted) > 3 else ''})")
+
+
+def _for_gpus(place: Path) -> None:
+    """Let the graph for GPUs have room for all adapters that are there, where there is one."""
+    if not (place / webgpu.FILE).exists():
+        return
+    try:
+        from edgepeft.export.webgpu import write_again
+    except ImportError:
+        say("the graph for GPUs stays as it is, for the ranks it has: making room takes edgepeft[build]")
+        return
+    write_again(place)
 
 
 def smoke(model: Any, folder: Path) -> None:

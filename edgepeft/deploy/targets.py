@@ -41,6 +41,7 @@ class Target:
     threads: int = 0  # 0: all
     gpu: tuple[str, ...] = ()  # how its GPU is reached, of edgepeft.runtime.session.GPUS
     page: bool = False  # a page for browsers goes into its bundle
+    gpu_steps: bool = False  # a branch of its own for single tokens, see edgepeft.export.webgpu_steps
     ssh: str = ""  # a usual host name, for hints
 
     @property

@@ -54,10 +54,10 @@ def export(config: Config, run: Run, out: Path) -> dict[str, Any]:
     running = running_numbers(out, settings, config.context) if family.kind == "decoder" else {}
     graph = _graph(family, settings, weights, adapter, config.activation, running.get("context"))
     check(graph.save(out))
-    if "webgpu" in load_target(config.target).gpu:
+    if "webgpu" in (target := load_target(config.target)).gpu:
         from edgepeft.export import webgpu
 
-        webgpu.write(out)
+        webgpu.write(out, target.gpu_steps)
     summary = {**_summary(graph, out, config, about), **running, **chosen}
     write_json(out / "export.json", summary)
     _tell(summary)

@@ -8,7 +8,7 @@
 | rounding | our kernels, int8 activations | PyTorch in float | twice the noise of PyTorch rounding to int8, per layer |
 | answers, metric | of a task: `label_checks`, and steps: `token_checks` | | |
 | effect | adapter off; each of its tensors set to zero | the model itself | more than int8 noise; any difference |
-| gpu | a GPU, every node on it, each way the target has | stock, on the CPU | float32 rounding |
+| gpu | a GPU, every node on it, each way the target has | stock, on the CPU | float32 rounding, or digits' |
 | device | emulated CPUs of the target with its pinned wheel | the same arrays here | as `stock` and `rounding` |
 
 A check that cannot run here (no compiler, no emulator, a merged adapter) is written down as skipped, with the reason.
@@ -18,6 +18,7 @@ Layers are compared on a few real sentences of different lengths, padding includ
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 HALF_NOISE = 1e-2  # of the logits, by keeping the adapter in float16; measured: 4e-5 to 1e-3
 NOISE_FACTOR = 2.0
 NOISE_FLOOR = 1e-3
+DIGITS_ERROR = 5e-3  # of the logits, by an adapter in 4-bit digits, which errs by 1e-3 of what it changes
 DEVICE_TRACED = 2
 
 
@@ -197,9 +199,9 @@ def check_gpu(work: Subject) -> Figures:
             without[f"{way}_skipped"] = str(reason)
     if not found:
         raise Skipped("; ".join(without.values()))
-    rows = [parity.Difference(f"{LOGITS}, {way}", error, FLOAT_ERROR) for way, error in found.items()]
+    rows = [parity.Difference(f"{LOGITS}, {way}", error, bound) for way, (error, bound) in found.items()]
     parity.require("the GPU against the CPU", rows, "This driver or the provider is wrong: please report it.")
-    errors = {f"{way}_float_error": error for way, error in found.items()}
+    errors = {f"{way}_float_error": error for way, (error, _) in found.items()}
     return {"gpu": names[-1] if names else "this machine's", **errors, **without, "nodes_on_cpu": 0}
 
 
@@ -212,22 +214,25 @@ def _gpu_error(work: Subject, session: Any, inputs: Callable[[Mapping[str, Any]]
     return worst
 
 
-def _on_webgpu(work: Subject) -> float:
+def _on_webgpu(work: Subject) -> tuple[float, float]:
+    """Return the error of WebGPU, and what it may be."""
     from edgepeft.runtime import webgpu
 
     if reason := webgpu.missing():
         raise Skipped(f"{reason}; {SOFT_GPU}")
-    return _gpu_error(work, webgpu.open_session(work.folder), webgpu.inputs)
+    session = webgpu.open_session(work.folder)
+    error = _gpu_error(work, session, functools.partial(webgpu.inputs, session))
+    return error, DIGITS_ERROR if webgpu.in_digits(session) else FLOAT_ERROR
 
 
-def _on_vulkan(work: Subject) -> float:
+def _on_vulkan(work: Subject) -> tuple[float, float]:
     from edgepeft.deploy.compile import host_vulkan_library
     from edgepeft.runtime import vulkan
 
     library = host_vulkan_library()
     if reason := vulkan.missing(library):
         raise Skipped(f"{reason}; {SOFT_GPU}")
-    return _gpu_error(work, vulkan.open_session(library, work.folder / "model.onnx"), dict)
+    return _gpu_error(work, vulkan.open_session(library, work.folder / "model.onnx"), dict), FLOAT_ERROR
 
 
 SOFT_GPU = "python -m edgepeft.deploy.softgpu install sets up one that computes on the CPU"

@@ -7,7 +7,7 @@
 | AdapterMatMul_<format>_g<G> | MatMulNBits + (x A) B, the groups' A and B packed | A side by side: one product, not G |
 | q, k, v of one node into attention | one value | attention takes them packed: no split |
 | SkipRMSNorm, RMSNorm | Skip-/SimplifiedLayerNormalization | one shader |
-| SkipLayerNorm | Add + LayerNormalization | ONNX Runtime fuses both with the bias before |
+| SkipLayerNorm | SkipLayerNormalization | |
 | PackedEmbedding, RowEmbedding | GatherBlockQuantized | the same |
 | attention_mask, logits_to_keep, Range | seqlens_k, total_sequence_length, logits_index, position_ids | counts |
 | PaddedAttention and its mask | MultiHeadAttention and attention_bias | WebGPU has no padding mask |
@@ -22,7 +22,7 @@ capped attention scores, which the provider computes otherwise than the CPU does
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from edgepeft.artifact import write_bytes
 from edgepeft.errors import ModelError
 from edgepeft.export.body import Body
 from edgepeft.export.ops import DOMAIN, GROUP_INPUTS, NAME, OPSET, SHARED_INPUTS, int4_rows
 from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, TILE_COLUMNS, TILE_ROWS
-from edgepeft.runtime.webgpu import FILE, PACKED, pack
+from edgepeft.runtime.webgpu import DIGITS, FILE, PACKED, pack
 
 MICROSOFT = "com.microsoft"
 FORMATS_TAKEN = tuple(name for name in FORMATS if not name.startswith("nf4"))
@@ -52,16 +53,33 @@ BIASES = {  # inputs that take the place of a mask, by the operator that reads i
 REPLACED = ("attention_mask", "logits_to_keep")
 
 
-def write(folder: Path) -> Path:
-    """Write the graph for GPUs beside an exported one; return its file. Raises ModelError for what it cannot hold."""
+def write(folder: Path, steps: bool = False) -> Path:
+    """Write the graph for GPUs beside an exported one; return its file. Raises ModelError for what it cannot hold.
+
+    steps: with a branch of its own for single tokens, see `webgpu_steps`.
+    """
+    from edgepeft.export.webgpu_steps import Steps
+
     model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
-    made = _Pass(folder, model).run()
+    made = (Steps if steps else Pass)(folder, model).run()
     path = folder / FILE
-    onnx.save(made, str(path), save_as_external_data=False)
+    write_bytes(path, made.SerializeToString(deterministic=True))
     return path
 
 
-class _Pass:
+def write_again(folder: Path) -> None:
+    """Write a bundle's graph for GPUs anew, for the adapters that are there now."""
+    write(folder, ranks_in(folder) is not None)
+
+
+def ranks_in(folder: Path) -> dict[str, int] | None:
+    """Return {node: ranks} that a graph for GPUs takes in digits, None for one without a branch for single tokens."""
+    model = onnx.load(str(folder / FILE), load_external_data=False)
+    found = {entry.key: entry.value for entry in model.metadata_props}
+    return {n: e["ranks"] for n, e in json.loads(found[DIGITS]).items()} if DIGITS in found else None
+
+
+class Pass:
     """One model on its way."""
 
     def __init__(self, folder: Path, model: onnx.ModelProto) -> None:
@@ -73,55 +91,69 @@ class _Pass:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
         self.nodes: list[onnx.NodeProto] = []
-        self.inputs: list[onnx.ValueInfoProto] = []
-        self.tensors: list[onnx.TensorProto] = []
-        self.functions: dict[str, onnx.FunctionProto] = {}
-        self.laid_out: set[str] = set()
-        self.packed: dict[str, list[dict[str, Any]]] = {}
-
-    def run(self) -> onnx.ModelProto:
-        """Return the new model."""
+        self.layout: list[onnx.NodeProto] = []  # of weights, folded when the graph is loaded
         fed = {name: FED[name] for node in self.graph.node for name in node.output if name in FED}
+        self.fed = {old: new for old, (new, _, _) in fed.items()}
         biases: dict[Any, None] = dict.fromkeys(
             BIASES[node.op_type] for node in self.graph.node if node.op_type in BIASES
         )
-        self.inputs += [helper.make_tensor_value_info(*value) for value in (*fed.values(), *biases)]
-        self.names = {old: new for old, (new, _, _) in fed.items()}
+        self.inputs = [helper.make_tensor_value_info(*value) for value in (*fed.values(), *biases)]
+        self.tensors: list[onnx.TensorProto] = []
+        self.functions: dict[str, onnx.FunctionProto] = {}
+        self.laid_out: set[str] = set()
+        self.made: set[str] = set()  # names of constants
+        self.packed: dict[str, list[dict[str, Any]]] = {}
+        self.one_row = any(node.op_type == "GroupQueryAttention" for node in self.graph.node)  # language models
+
+    def run(self) -> onnx.ModelProto:
+        """Return the new model."""
+        return self.model_of(self.branch())
+
+    def branch(self) -> list[onnx.NodeProto]:
+        """Return the nodes that stand for the model's, those that something reads."""
+        self.names, self.nodes = dict(self.fed), []
         for node in self.graph.node:
-            if not set(node.output) & set(fed):
-                self.node(node)
-        self.prune()
-        kept = {name for node in self.nodes for name in node.input}
-        first = [v for v in self.graph.input if v.name not in REPLACED and v.name in kept]
+            if not set(node.output) & set(self.fed):
+                copy = onnx.NodeProto()
+                copy.CopyFrom(node)
+                self.node(copy)
+        return _read(self.nodes, {value.name for value in self.graph.output})
+
+    def model_of(self, nodes: list[onnx.NodeProto], read: Iterable[str] = ()) -> onnx.ModelProto:
+        """Return the model of nodes; `read`: what they read beside their own inputs."""
+        names = {name for node in nodes for name in node.input} | set(read)
+        nodes = [*_read(self.layout, names), *nodes]
+        names = {name for node in nodes for name in node.input} | names
+        kept = names - {*REPLACED, *self.made}
+        first = [v for v in self.graph.input if v.name in kept]
         graph = helper.make_graph(
-            self.nodes, self.graph.name, [*first, *self.inputs], list(self.graph.output),
-            [t for t in self.graph.initializer if t.name in kept] + self.tensors,
+            nodes, self.graph.name, [*first, *self.inputs], list(self.graph.output),
+            [*(t for t in self.graph.initializer if t.name in kept), *(t for t in self.tensors if t.name in names)],
         )  # fmt: skip
-        used = {node.op_type for node in self.nodes if node.domain == DOMAIN}
-        functions = [f for f in self.model.functions if f.name in used] + list(self.functions.values())
+        functions = [f for f in self.model.functions if not f.name.startswith(NAME)] + list(self.functions.values())
         domains = [helper.make_opsetid(d, v) for d, v in (("", OPSET), (MICROSOFT, 1), (DOMAIN, self.version()))]
         model = helper.make_model(graph, opset_imports=domains, functions=functions, ir_version=self.model.ir_version)
-        helper.set_model_props(model, {PACKED: json.dumps(self.packed)})
+        helper.set_model_props(model, self.about())
         return model
 
+    def about(self) -> dict[str, str]:
+        """Return what the device runtime has to know."""
+        return {PACKED: json.dumps(self.packed)}
+
     def version(self) -> int:
+        """Return the version of this project's operators."""
         return next(entry.version for entry in self.model.opset_import if entry.domain == DOMAIN)
 
-    def prune(self) -> None:
-        """Drop nodes that nothing reads."""
-        wanted, kept = {value.name for value in self.graph.output}, []
-        for node in reversed(self.nodes):
-            if wanted & set(node.output):
-                wanted |= set(node.input)
-                kept.append(node)
-        self.nodes = kept[::-1]
-
     def add(self, op: str, inputs: list[str], outputs: list[str], domain: str = "", **attrs: Any) -> str:
+        """Add a node; return its first output."""
         self.nodes.append(helper.make_node(op, inputs, outputs, name=outputs[0], domain=domain, **attrs))
         return outputs[0]
 
     def constant(self, name: str, value: np.ndarray) -> str:
-        self.tensors.append(numpy_helper.from_array(value, name))
+        """Add a constant, once for all branches."""
+        if name not in self.made:
+            self.made.add(name)
+            self.tensors.append(numpy_helper.from_array(value, name))
         return name
 
     # --- node by node ---
@@ -141,9 +173,9 @@ class _Pass:
                 "SimplifiedLayerNormalization", list(node.input), list(node.output), axis=-1, stash_type=1, **attrs
             )
         elif node.op_type == "SkipLayerNorm":
-            x, skip, *affine = node.input
-            total = self.add("Add", [x, skip], [f"{node.name}:gpu_sum"])
-            self.add("LayerNormalization", [total, *affine], list(node.output), axis=-1, **attrs)
+            self.add("SkipLayerNormalization", list(node.input), list(node.output), MICROSOFT, **attrs)
+        elif node.op_type == "Cast" and node.input[0] in self.overridable:
+            self.names[node.output[0]] = self.widened(node.input[0])
         elif node.op_type == "GroupQueryAttention" and attrs.get("softcap"):
             raise ModelError(f"{node.name}: WebGPU's attention does not cap scores as it should; take another target.")
         elif node.op_type.startswith("PackedEmbedding_"):
@@ -172,20 +204,45 @@ class _Pass:
         sizes = [int(attrs[f"n{g}"]) for g in range(groups)]
         name, k, n = "|".join(node.output), int(attrs["K"]), int(attrs["N"])
         scaled = x if s_in == "one" else self.add("Mul", [x, s_in], [f"{name}:gpu_s_in"])
-        base = self.base(tag, name, [scaled, w, scale], k, n)
+        parts = [node.input[len(SHARED_INPUTS) + len(GROUP_INPUTS) * g :][: len(GROUP_INPUTS)] for g in range(groups)]
+        parts, bias = self.bias(name, [list(part) for part in parts], sizes, n)
+        base = self.base(tag, name, [scaled, w, scale, bias], k, n)
         if n != sum(sizes):  # rows that fill a tile
             cut = self.constant(f"{name}:gpu_rows", np.array([sum(sizes), n - sum(sizes)], np.int64))
             base = f"{name}:gpu_real"
             self.add("Split", [f"{name}:gpu_base", cut], [base, f"{name}:gpu_filling"], axis=-1)
-        parts = [node.input[len(SHARED_INPUTS) + len(GROUP_INPUTS) * g :][: len(GROUP_INPUTS)] for g in range(groups)]
-        y = self.adapter(name, x, base, [list(p) for p in parts], sizes, k)
-        self.ends(node, name, y, [list(p) for p in parts], sizes)
+        self.ends(node, name, self.adapter(name, x, base, parts, sizes, k), parts, sizes)
+
+    def bias(self, name: str, parts: list[list[str]], sizes: list[int], n: int) -> tuple[list[list[str]], str]:
+        """Return the parts of a node without their biases, and these as one constant of n rows; "" where they are none.
+
+        They stay where they are if an adapter has them, or scales an output before them.
+        """
+        names = [bias for *_, bias in parts]
+        fixed = all(s_out == "one" for *_, s_out, _ in parts) and not set(names) & self.overridable
+        if not fixed or set(names) == {"zero"}:
+            return parts, ""
+        whole = np.zeros(n, np.float32)
+        whole[: sum(sizes)] = np.concatenate(
+            [np.broadcast_to(self.value(bias), size) for bias, size in zip(names, sizes, strict=True)]
+        )
+        return [[*part[:-1], "zero"] for part in parts], self.constant(f"{name}:gpu_bias", whole)
+
+    def widened(self, name: str) -> str:
+        """Let a float16 input of an adapter be a float32 one, as not every GPU can widen it; return its name."""
+        if name not in self.made:
+            self.constant(name, self.value(name).astype(np.float32))
+            old = next(value for value in self.graph.input if value.name == name)
+            dims = [dim.dim_param or dim.dim_value for dim in old.type.tensor_type.shape.dim]
+            self.inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, dims))
+        return name
 
     def base(self, tag: str, name: str, inputs: list[str], k: int, n: int) -> str:
-        """Add W x by MatMulNBits."""
-        sizes = {"K": k, "N": n, "bits": FORMATS[tag].bits, "block_size": _block(tag)}
-        rows = self.unpacked(tag, inputs[1:], k, n)
-        return self.add("MatMulNBits", [inputs[0], *rows], [f"{name}:gpu_base"], MICROSOFT, **sizes)
+        """Add W x + bias by MatMulNBits; inputs: x, w, its scales, bias or ""."""
+        sizes = {"K": k, "N": n, "bits": FORMATS[tag].bits, "block_size": block_of(tag)}
+        rows = self.unpacked(tag, inputs[1:3], k, n)
+        bias = ["", "", inputs[3]] if inputs[3] else []
+        return self.add("MatMulNBits", [inputs[0], *rows, *bias], [f"{name}:gpu_base"], MICROSOFT, **sizes)
 
     def unpacked(self, tag: str, weight: list[str], k: int, n: int) -> list[str]:
         """Add the codes and scales of a weight as MatMulNBits reads them, once for all that read the weight."""
@@ -194,7 +251,7 @@ class _Pass:
             self.laid_out.add(weight[0])
             kind = f"Unpacked_{tag}"
             self.functions.setdefault(kind, unpacked(tag, kind))
-            self.add(kind, weight, rows, DOMAIN, K=k, N=n)
+            self.layout.append(helper.make_node(kind, weight, rows, name=rows[0], domain=DOMAIN, K=k, N=n))
         return rows
 
     def embedding(self, node: onnx.NodeProto) -> None:
@@ -206,9 +263,11 @@ class _Pass:
         tiles, units = self.constants[w].dims[:2]
         n, k = tiles * TILE_ROWS, units * TILE_COLUMNS
         codes, scales = self.unpacked(tag, [w, scale], k, n)
-        flat = self.constant(f"{node.name}:gpu_shape", np.array([n, k * FORMATS[tag].bits // 8], np.int64))
-        codes = self.add("Reshape", [codes, flat], [f"{node.name}:gpu_rows"])
-        self.gather(node, FORMATS[tag].bits, _block(tag), [ids, codes, scales])
+        flat = self.constant(f"{w}:gpu_shape", np.array([n, k * FORMATS[tag].bits // 8], np.int64))
+        if (rows := f"{w}:gpu_rows") not in self.laid_out:
+            self.laid_out.add(rows)
+            self.layout.append(helper.make_node("Reshape", [codes, flat], [rows], name=rows))
+        self.gather(node, FORMATS[tag].bits, block_of(tag), [ids, rows, scales])
 
     def gather(self, node: onnx.NodeProto, bits: int, block: int, table: list[str]) -> None:
         """Add rows of a table of codes and scales in rows: ids, codes, float32 scales."""
@@ -222,7 +281,7 @@ class _Pass:
         wide = f"{scale}:gpu_float32"
         if wide not in self.laid_out:
             self.laid_out.add(wide)
-            self.add("Cast", [scale], [wide], to=TensorProto.FLOAT)
+            self.layout.append(helper.make_node("Cast", [scale], [wide], name=wide, to=TensorProto.FLOAT))
         spec = EMBEDDING_FORMATS[node.op_type.removeprefix("RowEmbedding_")]
         self.gather(node, spec.bits, spec.block, [ids, w, wide])
 
@@ -239,7 +298,7 @@ class _Pass:
         values = {part: self.value(part) for group in parts for part in group[:3]}
         a_ks, b_sn = pack(about, values, k)
         names = [f"{name}.lora_A", f"{name}.lora_B"]
-        if any(a in self.overridable for a, *_ in parts):
+        if any(a in self.overridable for a, *_ in parts) and name not in self.packed:
             rank = f"{name}.rank"
             shapes: list[Any] = [(k, rank), (rank, sum(sizes))]
             for packed, dims in zip(names, shapes, strict=True):
@@ -247,8 +306,16 @@ class _Pass:
             self.packed[name] = about
         self.constant(names[0], a_ks)
         self.constant(names[1], b_sn)
-        low = self.add("MatMul", [x, names[0]], [f"{name}:gpu_low"])
-        return self.add("Add", [base, self.add("MatMul", [low, names[1]], [f"{name}:gpu_up"])], [f"{name}:gpu_adapted"])
+        low, out = self.add("MatMul", [x, names[0]], [f"{name}:gpu_low"]), f"{name}:gpu_adapted"
+        if not self.one_row:
+            return self.add("Add", [base, self.add("MatMul", [low, names[1]], [f"{name}:gpu_up"])], [out])
+        low, flat = (self.axes("Squeeze", value) for value in (low, base))
+        return self.axes("Unsqueeze", self.add("Gemm", [low, names[1], flat], [f"{name}:gpu_sum"]), out)
+
+    def axes(self, op: str, value: str, name: str = "") -> str:
+        """Take the one row of a language model off a value, or put it back, which costs a GPU nothing."""
+        first = self.constant("gpu_first_axis", np.zeros(1, np.int64))
+        return self.add(op, [value, first], [name or f"{value}:gpu_{op.lower()}"])
 
     def ends(self, node: onnx.NodeProto, name: str, y: str, parts: list[list[str]], sizes: list[int]) -> None:
         """Add scales and biases of outputs, and the split; name the outputs."""
@@ -283,7 +350,17 @@ class _Pass:
         return raw.reshape(tuple(tensor.dims))
 
 
-def _block(tag: str) -> int:
+def _read(nodes: list[onnx.NodeProto], wanted: set[str]) -> list[onnx.NodeProto]:
+    """Return the nodes of which something is wanted, in order."""
+    wanted, kept = set(wanted), []
+    for node in reversed(nodes):
+        if wanted & set(node.output):
+            wanted |= set(node.input)
+            kept.append(node)
+    return kept[::-1]
+
+
+def block_of(tag: str) -> int:
     """Return how many weights share a scale in MatMulNBits' layout."""
     return FORMATS[tag].block if FORMATS[tag].bits == 4 else EIGHT_BIT_BLOCK
 

@@ -47,7 +47,9 @@ ROUTER, BOTTLENECKS = "lora_router.weight", (".lora_down.", ".lora_up.", ".lora_
 STEM = re.compile(r"(.*\.lora_(?:beside_)?)(?:down|up)\.(?:weight|bias)")  # of the four tensors of a bottleneck
 KINDS = ("LORA", "EXPERTS", "BOTTLENECK", "PARALLEL")  # whose file is the graph's tensors
 LABELS = "labels"  # the dimension of a head
-ORT_TYPES: dict[str, np.dtype[Any]] = {"tensor(float16)": np.dtype(np.float16), "tensor(float)": np.dtype(np.float32)}
+ORT_TYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float16)": np.dtype(np.float16), "tensor(float)": np.dtype(np.float32), "tensor(uint8)": np.dtype(np.uint8)
+}  # fmt: skip
 
 
 @functools.cache

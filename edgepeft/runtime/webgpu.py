@@ -20,10 +20,13 @@ from typing import Any
 import numpy as np
 
 from edgepeft.errors import ArtifactError, TargetError
-from edgepeft.runtime.adapters import Slot
+from edgepeft.runtime import digits
+from edgepeft.runtime.adapters import DOWN, UP, Slot
 
 FILE = "model.webgpu.onnx"
 PACKED = "edgepeft.packed"
+DIGITS = "edgepeft.digits"
+ONE_TOKEN = "one_token"
 PROVIDER = "WebGpuExecutionProvider"
 HIDDEN = np.float32(-1e4)  # far below any score of attention
 RANKS = 4  # a vector of WebGPU
@@ -60,15 +63,42 @@ def pack(
     return np.ascontiguousarray(np.concatenate(downs, 1)), np.concatenate(ups)
 
 
+def pack_digits(name: str, about: Mapping[str, Any], values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return {input: array} of a node's adapter in 4-bit digits, A's codes and scales before those of each B.
+
+    about: {"groups": as for `pack`, "k": K, "ranks": R, "apart": a B for each group}; values: as for `pack`.
+    Raises TargetError for an adapter of more ranks than R.
+    """
+    groups, ranks = about["groups"], int(about["ranks"])
+    found = sum(len(values[group["a"]]) for group in groups)
+    if found > ranks:
+        raise TargetError(
+            f"{name}: the adapter has {found} ranks, this graph for GPUs takes {ranks}. device='cpu' works."
+        )
+    a_ks, b_sn = pack(groups, values, about["k"])
+    wide = [np.zeros((ranks, part.shape[1]), np.float32) for part in (a_ks.T, b_sn)]
+    for whole, part in zip(wide, (a_ks.T, b_sn), strict=True):
+        whole[:found] = part[:found]
+    out = dict(zip((f"{name}.lora_A", f"{name}.lora_A.scales"), digits.down(wide[0]), strict=True))
+    ends = np.cumsum([group["n"] for group in groups])[:-1]
+    for g, part in enumerate(np.split(wide[1], ends, axis=1) if about["apart"] else [wide[1]]):
+        out |= dict(zip((f"{name}.lora_B.{g}", f"{name}.lora_B.{g}.scales"), digits.up(part.T), strict=True))
+    return out
+
+
 def slots(session: Any, own: Mapping[str, Slot]) -> dict[str, Slot]:
     """Return the places of an adapter's tensors: the graph's own inputs, and in place of packed ones what they hold."""
-    sizes = {name: slot.shape for name, slot in own.items()}
-    found = {name: slot for name, slot in own.items() if not name.endswith((".lora_A", ".lora_B"))}
-    for name, groups in packed(session).items():
-        k = sizes[f"{name}.lora_A"][0]
+    half, packed_names = np.dtype(np.float16), tuple(f"{name}.lora_" for name in _groups(session))
+    found = {
+        name: Slot(name, slot.shape, half) if slot.low_rank else slot
+        for name, slot in own.items() if not name.startswith(packed_names)
+    }  # fmt: skip
+    sizes = {name: own[f"{name}.lora_A"].shape[0] for name in packed(session)}
+    sizes |= {name: about["k"] for name, about in in_digits(session).items()}
+    for name, groups in _groups(session).items():
         for group in groups:
-            half, rank = np.dtype(np.float16), f"{group['a']}.rank"
-            found[group["a"]] = Slot(group["a"], (rank, k), half)
+            rank = f"{group['a']}.rank"
+            found[group["a"]] = Slot(group["a"], (rank, sizes[name]), half)
             found[group["b"]] = Slot(group["b"], (group["n"], rank), half)
             if group["gate"]:
                 found[group["gate"]] = Slot(group["gate"], ("gates",), np.dtype(np.float32))
@@ -82,24 +112,45 @@ def is_gpu(session: Any) -> bool:
 
 
 def packed(session: Any) -> dict[str, list[dict[str, Any]]]:
-    """Return {node: its groups} of what the graph takes packed."""
+    """Return {node: its groups} of what the graph takes packed in float32."""
     return json.loads(session.get_modelmeta().custom_metadata_map.get(PACKED, "{}"))
+
+
+def in_digits(session: Any) -> dict[str, dict[str, Any]]:
+    """Return {node: what `pack_digits` asks for} of what the graph takes in 4-bit digits."""
+    return json.loads(session.get_modelmeta().custom_metadata_map.get(DIGITS, "{}"))
+
+
+def _groups(session: Any) -> dict[str, list[dict[str, Any]]]:
+    return {**packed(session), **{name: about["groups"] for name, about in in_digits(session).items()}}
 
 
 def feeds(session: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what to feed the graph for an adapter's own feeds, packed where the graph takes that."""
-    values, inside = {name: value.numpy() for name, value in given.items()}, set()
-    out = {}
-    for name, groups in packed(session).items():
+    values = {name: value.numpy() for name, value in given.items()}
+    about, inside = in_digits(session), set()
+    out: dict[str, np.ndarray] = {}
+    for name, groups in _groups(session).items():
         names = {group[part] for group in groups for part in ("a", "b", "gate") if group[part]}
         inside |= names
         if not names & set(values):
             continue
-        k = values[groups[0]["a"]].shape[1]
-        for ending, array in zip("AB", pack(groups, values, k), strict=True):
-            out[f"{name}.lora_{ending}"] = array
-    rest = {name: array for name, array in values.items() if name not in inside}
+        if name in about:
+            out |= pack_digits(name, about[name], values)
+            continue
+        pair = pack(groups, values, values[groups[0]["a"]].shape[1])
+        out |= {f"{name}.lora_{ending}": array for ending, array in zip("AB", pair, strict=True)}
+    rest = {name: _whole(name, array) for name, array in values.items() if name not in inside}
     return {name: on_device(array) for name, array in {**rest, **out}.items()}
+
+
+def _whole(name: str, array: np.ndarray) -> np.ndarray:
+    """Return a tensor as the graph takes it: A and B of a linear of its own in float32, and never of rank 0."""
+    if not name.endswith((DOWN, UP)):
+        return array
+    axis = 0 if name.endswith(DOWN) else 1
+    fill = [(0, 0 if array.shape[axis] or place != axis else RANKS) for place in range(2)]
+    return np.pad(array.astype(np.float32), fill)
 
 
 def on_device(array: np.ndarray) -> Any:
@@ -180,21 +231,23 @@ def classifier_inputs(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     return {**{name: array for name, array in arrays.items() if name != "attention_mask"}, **counted}
 
 
-def inputs(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def inputs(session: Any, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return what this graph takes for what the CPU's takes, in either task."""
     if "token_type_ids" in feeds:
         return classifier_inputs(feeds)
     keep = int(feeds.get("logits_to_keep", np.ones(1, np.int64))[0])
     rest = {name: array for name, array in feeds.items() if name not in ("attention_mask", "logits_to_keep")}
-    return {**rest, **decoder_inputs(feeds["attention_mask"], feeds["input_ids"].shape[1], keep)}
+    return {**rest, **decoder_inputs(session, feeds["attention_mask"], feeds["input_ids"].shape[1], keep)}
 
 
-def decoder_inputs(mask: np.ndarray, columns: int, keep: int) -> dict[str, np.ndarray]:
+def decoder_inputs(session: Any, mask: np.ndarray, columns: int, keep: int) -> dict[str, np.ndarray]:
     """Return what attention counts for `columns` new tokens, the last `keep` kept; mask is int64 [batch, total]."""
     count = columns if keep == 0 else min(keep, columns)
     lengths = mask.sum(axis=1)
     place = np.arange(columns - count, columns, dtype=np.int64)
+    step = {ONE_TOKEN: np.array(columns == 1)} if in_digits(session) else {}
     return {
+        **step,
         "seqlens_k": (lengths - 1).astype(np.int32),
         "total_sequence_length": np.array(mask.shape[1], np.int32),
         "logits_index": np.ascontiguousarray(np.broadcast_to(place[None, :, None], (len(mask), count, 1))),
