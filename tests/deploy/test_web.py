@@ -18,6 +18,7 @@ TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order
 TEXTS = ("turn off the lamp", "Play a JAZZ in the hall, please!", "lamp " * 80)
 PROMPT = "turn on the lamp in the attic and " * 3
 DEVICES = ("webgpu", "wasm")
+NEW, STREAMED = 4, 12  # tokens
 
 
 def _same(found: list[float], wanted: np.ndarray) -> None:
@@ -45,22 +46,23 @@ def test_a_classifier_answers_as_python_does_under_every_adapter(bundles, pages,
 def test_a_language_model_writes_as_python_does_under_every_adapter(bundles, pages, device: str) -> None:
     page, model = pages("writer", device), load(bundles("writer").folder, library="none")
     for adapter in ("default", "other", "before", "none"):
-        about = json.dumps({"adapter": adapter, "maxNewTokens": 8})
+        about = json.dumps({"adapter": adapter, "maxNewTokens": NEW})
         ids = model.encode(PROMPT)
         assert len(ids) > 64
         assert page.run(f"model.encode({json.dumps(PROMPT)})") == ids
         _same(page.run(f"model.logits({ids}, {about}).then(row => [...row])"), model.logits(ids, adapter, 1)[0])
-        wanted = model.generate(PROMPT, adapter=adapter, max_new_tokens=8)
+        wanted = model.generate(PROMPT, adapter=adapter, max_new_tokens=NEW)
         found = page.run(f"model.generate({json.dumps(PROMPT)}, {about})")
         assert found["tokens"] == wanted.tokens
         assert (found["text"], found["finish"]) == (wanted.text, wanted.finish)
-        wanted = model.chat("turn on the lamp", adapter=adapter, max_new_tokens=8)
-        assert page.run(f"model.chat('turn on the lamp', {about})")["tokens"] == wanted.tokens
+    about = json.dumps({"adapter": "other", "maxNewTokens": NEW})
+    wanted = model.chat("turn on the lamp", adapter="other", max_new_tokens=NEW)
+    assert page.run(f"model.chat('turn on the lamp', {about})")["tokens"] == wanted.tokens
     collect = "(async () => { const all = []; for await (const p of %s) all.push(p); return all })()"
-    options = "{stream: true, maxNewTokens: 40}"
+    options = f"{{stream: true, maxNewTokens: {STREAMED}}}"
     pieces = page.run(collect % f"model.generate('Hello', {options})")
     assert len(pieces) > 1
-    assert "".join(pieces) == model.generate("Hello", max_new_tokens=40).text
+    assert "".join(pieces) == model.generate("Hello", max_new_tokens=STREAMED).text
 
 
 def test_keys_and_values_stay_on_the_gpu(pages) -> None:
