@@ -64,7 +64,13 @@ class Method:
         return getattr(importlib.import_module("edgepeft.adapt.training"), self.hooks[moment])(*arguments)
 
 
-def _lora(config: Config, modules: list[str], heads: list[str], task_type: str, **more: Any) -> Any:
+def _lora(*given: Any, **more: Any) -> Any:
+    from edgepeft.adapt import fused
+
+    return fused.in_one(_any_lora(*given, **more))
+
+
+def _any_lora(config: Config, modules: list[str], heads: list[str], task_type: str, **more: Any) -> Any:
     from peft import LoraConfig
 
     # PEFT takes any real alpha; its annotation says int.
@@ -89,7 +95,7 @@ def _qalora(config: Config, *given: Any) -> Any:
     from edgepeft.adapt import layers
     from edgepeft.quant.formats import FORMATS
 
-    return layers.pooled(_lora(config, *given, use_qalora=True, qalora_group_size=FORMATS[config.format].group))
+    return layers.pooled(_any_lora(config, *given, use_qalora=True, qalora_group_size=FORMATS[config.format].group))
 
 
 def _bitfit(config: Config, modules: list[str], heads: list[str], task_type: str) -> Any:

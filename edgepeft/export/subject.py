@@ -136,9 +136,12 @@ class Subject:
 
     def device_form(self, folder: Path, exact: bool) -> Trace:
         """Write the device form of the trained adapter below `folder`, `exact` in float32; return PyTorch's layers."""
+        from edgepeft.train.watch import quiet
+
         base = Base.open(self.run.path("quantized"))
         write_form(folder, peft_files.read(self.run.path("adapter"), base=base), base, exact)
-        model = adapted_model(self.config, self.run, self.splits.labels, folder)
+        with quiet():
+            model = adapted_model(self.config, self.run, self.splits.labels, folder)
         return parity.torch_trace(model, self.sample(TRACED), self.layers)
 
     @functools.cached_property

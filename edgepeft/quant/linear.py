@@ -31,9 +31,10 @@ import torch
 
 from edgepeft.quant import native
 from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, TILE_COLUMNS, TILE_ROWS, Packed, WeightFormat
-from edgepeft.quant.multiply import PackedMatmul, room
+from edgepeft.quant.multiply import PackedMatmul, cut, room
 
 PIECE = 1 << 23  # the most weights that exist as floats at a time
+CACHED = 1 << 18  # as many as stay in the cache until they are rounded to a narrower type
 
 
 def _values(fmt: WeightFormat, codes: torch.Tensor) -> torch.Tensor:
@@ -184,19 +185,22 @@ class QuantLinear(_PackedModule, torch.nn.Linear):  # type: ignore[override]  # 
 
         A piece on the CPU lies where the one before it lay: what is to be kept must be copied.
         """
-        n, k, on_cpu = self.out_features, self.in_features, self.qweight.device.type == "cpu"
-        tiles, most = -(-n // TILE_ROWS), max(PIECE // (TILE_ROWS * k), 1)
-        step = -(-tiles // -(-tiles // most))
-        qweight, qscale = self.tiles()
-        for first in range(0, tiles, step):
-            chosen, rows = slice(first, first + step), slice(first * TILE_ROWS, min((first + step) * TILE_ROWS, n))
-            count = rows.stop - rows.start
-            out = room(count, k) if on_cpu else None
-            w_nk = dequantize(FORMATS[self.format], qweight[chosen], qscale[chosen], count, k, out)
-            w_nk = self._shifted(w_nk, rows)
-            if dtype != torch.float32:
-                w_nk = room(count, k, dtype).copy_(w_nk) if on_cpu else w_nk.to(dtype)
+        k, packed = self.in_features, self.tiles()
+        for rows in cut(slice(0, self.out_features), k, PIECE):
+            if dtype == torch.float32 or self.qweight.device.type != "cpu":
+                yield rows, self._decoded(packed, rows).to(dtype)
+                continue
+            w_nk = room(rows.stop - rows.start, k, dtype)
+            for part in cut(rows, k, CACHED):
+                w_nk[part.start - rows.start : part.stop - rows.start] = self._decoded(packed, part)
             yield rows, w_nk
+
+    def _decoded(self, packed: tuple[torch.Tensor, torch.Tensor], rows: slice) -> torch.Tensor:
+        """Return some rows, whole tiles, of the weight, float32; on the CPU where `room` has room."""
+        n, k, on_cpu = rows.stop - rows.start, self.in_features, self.qweight.device.type == "cpu"
+        w, scale = (tensor[rows.start // TILE_ROWS : -(-rows.stop // TILE_ROWS)] for tensor in packed)
+        out = room(n, k) if on_cpu else None
+        return self._shifted(dequantize(FORMATS[self.format], w, scale, n, k, out), rows)
 
     def int8_product(self, x: torch.Tensor) -> torch.Tensor:
         """Return x Ŵᵀ + bias in the dtype of x, on the CPU, x rounded to 8 bits by row and block as the format says."""

@@ -10,10 +10,13 @@ dequantizing into them does. The product is made in the dtype of x, or in that o
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from edgepeft.quant.formats import TILE_ROWS
 
 if TYPE_CHECKING:
     from edgepeft.quant.linear import QuantLinear
@@ -30,10 +33,46 @@ def room(n: int, k: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return kept[dtype][: n * k].view(n, k)
 
 
+def cut(rows: slice, k: int, most: int) -> Iterator[slice]:
+    """Yield rows of K columns, whole tiles from the first on, in parts of like sizes: `most` elements or one tile."""
+    tiles, most_tiles = -(-(rows.stop - rows.start) // TILE_ROWS), max(most // (TILE_ROWS * k), 1)
+    step = -(-tiles // -(-tiles // most_tiles)) * TILE_ROWS
+    return (slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step))
+
+
 def product_dtype(x: torch.Tensor) -> torch.dtype:
     """Return the dtype in which x is multiplied here: autocast's where that is on, else its own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def forward(x: torch.Tensor, layer: QuantLinear, bias_n: torch.Tensor | None) -> torch.Tensor:
+    """Return y [..., N] of x [..., K]; without a gradient."""
+    dtype = product_dtype(x)
+    if layer.activation == "int8" and x.device.type == "cpu" and x.numel():
+        return layer.int8_product(x).to(dtype)
+    x_mk = x.reshape(-1, layer.in_features).to(dtype)
+    y = x_mk.new_empty(*x.shape[:-1], layer.out_features)
+    y_mn = y.view(-1, layer.out_features)
+    for rows, w_nk in layer.pieces(dtype):
+        if bias_n is None:
+            torch.mm(x_mk, w_nk.T, out=y_mn[:, rows])
+        else:
+            torch.addmm(bias_n[rows].to(dtype), x_mk, w_nk.T, out=y_mn[:, rows])
+    return y
+
+
+def backward(dy_mn: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
+    """Return dx [M, K] in the dtype of dy [M, N]."""
+    dx_mk = dy_mn.new_empty(len(dy_mn), layer.in_features)
+    for rows, w_nk in layer.pieces(dy_mn.dtype):
+        torch.addmm(dx_mk, dy_mn[:, rows], w_nk, beta=int(rows.start > 0), out=dx_mk)
+    return dx_mk
+
+
+def bias_gradient(dy_mn: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of a bias, float32 [N]."""
+    return dy_mn.sum(0, dtype=torch.float32)
 
 
 class PackedMatmul(torch.autograd.Function):
@@ -43,28 +82,14 @@ class PackedMatmul(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, layer: QuantLinear, bias_n: torch.Tensor | None) -> torch.Tensor:
         """Return y [..., N] of x [..., K]."""
         ctx.layer, ctx.x_dtype = layer, x.dtype
-        if layer.activation == "int8" and x.device.type == "cpu" and x.numel():
-            return layer.int8_product(x)
-        dtype = product_dtype(x)
-        x_mk = x.reshape(-1, layer.in_features).to(dtype)
-        y = x_mk.new_empty(*x.shape[:-1], layer.out_features)
-        y_mn = y.view(-1, layer.out_features)
-        for rows, w_nk in layer.pieces(dtype):
-            if bias_n is None:
-                torch.mm(x_mk, w_nk.T, out=y_mn[:, rows])
-            else:
-                torch.addmm(bias_n[rows].to(dtype), x_mk, w_nk.T, out=y_mn[:, rows])
-        return y
+        return forward(x, layer, bias_n)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None]:
         """Return the gradients of x and of the bias."""
-        layer, dy_mn = ctx.layer, dy.reshape(-1, ctx.layer.out_features)
-        dbias = dy_mn.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        dy_mn = dy.reshape(-1, ctx.layer.out_features)
+        dbias = bias_gradient(dy_mn) if ctx.needs_input_grad[2] else None
         if not ctx.needs_input_grad[0]:
             return None, None, dbias
-        dx_mk = dy_mn.new_empty(len(dy_mn), layer.in_features)
-        for rows, w_nk in layer.pieces(dy.dtype):
-            torch.addmm(dx_mk, dy_mn[:, rows], w_nk, beta=int(rows.start > 0), out=dx_mk)
-        return dx_mk.view(*dy.shape[:-1], layer.in_features).to(ctx.x_dtype), None, dbias
+        return backward(dy_mn, ctx.layer).view(*dy.shape[:-1], -1).to(ctx.x_dtype), None, dbias

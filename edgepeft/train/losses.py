@@ -30,7 +30,7 @@ from edgepeft.backbone.decoder import describe
 from edgepeft.quant.multiply import product_dtype
 from edgepeft.train.chats import IGNORED
 
-CHUNK_BYTES, CACHED_BYTES = 128 << 20, 2 << 20
+CHUNK_BYTES, CACHED_BYTES = 160 << 20, 2 << 20
 FLOAT_BYTES = 4
 INPUTS = ("input_ids", "inputs_embeds", "past_key_values", "position_ids")
 # (logits [T, V], targets [T], which of all positions these are) -> loss [T], hits [T], d loss / d logits [T, V], which
@@ -82,7 +82,8 @@ class _TokenLosses(torch.autograd.Function):
 
 def chunks(tokens: int, vocabulary: int, most_bytes: int | None = None) -> Iterator[slice]:
     """Yield the positions whose logits are used at a time: CHUNK_BYTES of them unless told otherwise."""
-    step = max(1, (most_bytes or CHUNK_BYTES) // (FLOAT_BYTES * vocabulary))
+    most = max(1, (most_bytes or CHUNK_BYTES) // (FLOAT_BYTES * vocabulary))
+    step = -(-tokens // max(1, -(-tokens // most))) or 1
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
 

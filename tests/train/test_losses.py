@@ -70,7 +70,7 @@ def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(losses, "CHUNK_BYTES", 5 * VOCABULARY * losses.FLOAT_BYTES)
     head = torch.nn.Linear(HIDDEN, VOCABULARY, bias=False)
     losses.token_losses(torch.randn(12, HIDDEN), head, torch.zeros(12, dtype=torch.int64))
-    assert sizes == [5, 5, 2]
+    assert sizes == [4, 4, 4]
 
 
 def drawn_examples(seed: int = 0) -> list[dict[str, list[int]]]:
