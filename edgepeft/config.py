@@ -118,7 +118,7 @@ class Config:
     alpha: float = _field(32.0, "LoRA alpha; the adapter is scaled by alpha / rank.", low=1e-3, group="train")
     share_groups: int = _field(2, "share-groups: groups of layers, each with one A, B a role.", low=1, group="train")
     lora_plus_ratio: float = _field(16.0, "loraplus: learning rate of B over that of A.", low=1, group="train")
-    prompt_tokens: int = _field(20, "prompt, prefix: rows before every text.", low=1, high=1 << 12, group="train")
+    prompt_tokens: int = _field(20, "prompt, p-tuning, prefix: rows before a text.", low=1, high=1 << 12, group="train")
     dropout: float = _field(0.05, "Dropout on the adapter's input.", low=0, high=0.9, group="train")
     epochs: int = _field(0, "Passes over the training set.", low=1, group="train")
     batch_size: int = _field(0, "Examples, or packed rows of them, per forward pass.", low=1, group="train")

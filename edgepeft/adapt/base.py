@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from edgepeft.artifact import read_json, read_tensors
-from edgepeft.backbone.families import FAMILIES
+from edgepeft.backbone.families import FAMILIES, Family
 from edgepeft.quant import native
 from edgepeft.quant.formats import EMBEDDING_FORMATS, Packed
 
@@ -40,14 +40,14 @@ class Base:
         return self.about["base_digest"]
 
     @property
-    def decodes(self) -> bool:
-        """Tell whether it is a causal language model."""
-        return FAMILIES[self.about["family"]].kind == "decoder"
+    def family(self) -> Family:
+        """The row of its family."""
+        return FAMILIES[self.about["family"]]
 
     @property
     def heads(self) -> tuple[str, ...]:
         """The modules that are trained in full with an adapter."""
-        return FAMILIES[self.about["family"]].heads
+        return self.family.heads
 
     def _parts(self) -> dict[str, Mapping[str, Any]]:
         return {part["name"]: part for part in (*self.about["layers"], *self.about["kept"])}

@@ -6,8 +6,9 @@ stage knows the terms of the one equation alone (`terms`):
     y = s_out ⊙ ( W·(s_in ⊙ x) + B·( gate ⊙ (A·x) ) ) + bias
 
 A row builds the PEFT configuration and may say more: what is done to the model before PEFT sees it (`prepare`) and
-after (`attach`), with which optimizer (`optimizer`), and what happens when training begins, goes on from a checkpoint,
-and after each of its steps (`begin`, `resume`, `step`); those live in `training`. A method whose effect is not on a
+after (`attach`), with which optimizer (`optimizer`), what happens when training begins, goes on from a checkpoint, and
+after each of its steps (`begin`, `resume`, `step`), and what a checkpoint holds beside what PEFT puts into it (`save`,
+`restore`); those live in `training`. A method whose effect is not on a
 linear (prompts, prefixes, bottlenecks) is a row as well: its hooks put it into the model.
 
 The table is named by the command line, so this module imports neither numpy, torch nor peft at its top.
@@ -38,7 +39,7 @@ class Method:
 
     peft_type: how adapter_config.json names what is saved.  words: what it is, for the documentation.
     hooks: {moment: name of a function in `edgepeft.adapt.training`}; moments are "prepare", "attach", "optimizer",
-    "begin", "resume" and "step".  trains_base: it trains tensors of the base that stay in float (biases).
+    "begin", "resume", "step", "save" and "restore".  trains_base: it trains tensors of the base that stay in float.
     """
 
     tag: str
@@ -218,6 +219,14 @@ ROWS = (
     Method(
         "prompt", "PROMPT_TUNING", "learned rows before the tokens' embeddings (--prompt-tokens)",
         functools.partial(_prompt, "PromptTuningConfig"), {"prepare": "prompt_prepare", "attach": "prompt_begin"},
+    ),
+    Method(
+        "p-tuning", "P_TUNING", "such rows, made by a small network while they are trained",
+        functools.partial(_prompt, "PromptEncoderConfig"),
+        {
+            "prepare": "prompt_prepare", "attach": "network_begin", "save": "network_save",
+            "restore": "network_restore",
+        },
     ),
     Method(
         "prefix", "PREFIX_TUNING", "learned keys and values of every layer before the text",

@@ -10,6 +10,11 @@ in float; a token then costs what V more tokens of context cost, and the graph s
 
     past_key_values.<layer>.key, .value     float32 [1, kv_heads, V, head_dim], named as the inputs that take them
 
+An encoder's tokens do see each other, so its graph takes the rows themselves, where an adapter has any:
+
+    <word embedding>.prompt                 float32 [V, hidden]; the first of them is the token that is classified
+    <k or v of a layer>.prefix              float32 [V, hidden], before the linear's outputs; no query is of them
+
 The network of P-tuning is no part of an adapter: PEFT saves the rows alone, so a training keeps it beside them.
 
 PEFT's file has other names than those of its other kinds, as nothing is injected: `inner` and `outer` translate.
@@ -21,7 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepeft.adapt.terms import PREFIX
+from edgepeft.adapt.terms import PREFIX, PROMPT, STATES
 from edgepeft.artifact import read_json
 from edgepeft.errors import ArtifactError
 
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from edgepeft.adapt.base import Base
+    from edgepeft.backbone.families import Family
 
 ROWS = "prompt_embeddings"
 WRAPPER = "base_model."
@@ -98,20 +104,36 @@ def _against(folder: Path, prefix: bool, layers: int, heads: int, width: int) ->
 
 def held(rows: np.ndarray, settings: Mapping[str, Any], base: Base | None) -> dict[str, np.ndarray]:
     """Return {input of the graph: array} of a prompt [V, ..]. Raises ArtifactError for what has no such form."""
-    import numpy as np
-
-    if settings["peft_type"] == PREFIX_TUNING:
-        layers, heads = int(settings["num_layers"]), int(settings["num_attention_heads"])
-        parts = rows.reshape(len(rows), 2 * layers, heads, -1).transpose(1, 2, 0, 3)
-        return {name: np.ascontiguousarray(part[None]) for name, part in zip(names(layers), parts, strict=True)}
-    if base is not None and not base.decodes:
-        raise ArtifactError(f"{ROWS}: a prompt before an encoder's text is not supported. Take --method lora.")
+    prefix = settings["peft_type"] == PREFIX_TUNING
+    if base is not None and base.family.kind == "encoder":
+        return _encoded(rows, base.family, int(settings["num_layers"]) if prefix else 0)
+    if prefix:
+        return _cached(rows, int(settings["num_layers"]), int(settings["num_attention_heads"]))
     if base is None or base.folder is None:
         raise ArtifactError(
             f"{ROWS}: a device holds the keys and values that the base makes of them, and the packed base was not "
             "given. Build with --adapter-from FOLDER, on the same base and --format, and add what comes out."
         )
     return computed(base.folder, rows)
+
+
+def _encoded(rows: np.ndarray, family: Family, layers: int) -> dict[str, np.ndarray]:
+    """Return rows before the words' [V, hidden], or of a prefix those before the outputs of every layer's k and v."""
+    from numpy import ascontiguousarray, split
+
+    if not layers:
+        return {f"{PREFIX}{family.prefix}.{family.embeddings['word']}.{PROMPT}": rows}
+    modules = [family.linears[role].format(i=i) for i in range(layers) for role in "kv"]
+    parts = zip(modules, split(rows, len(modules), axis=1), strict=True)
+    return {f"{PREFIX}{family.prefix}.{module}.{STATES}": ascontiguousarray(part) for module, part in parts}
+
+
+def _cached(rows: np.ndarray, layers: int, heads: int) -> dict[str, np.ndarray]:
+    """Return the keys and values of a prefix as a cache has them."""
+    from numpy import ascontiguousarray
+
+    parts = rows.reshape(len(rows), 2 * layers, heads, -1).transpose(1, 2, 0, 3)
+    return {name: ascontiguousarray(part[None]) for name, part in zip(names(layers), parts, strict=True)}
 
 
 def computed(folder: Path, rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -41,7 +41,8 @@ HALVES = ("a_rk", "b_nr")  # kept as float16, the others as float32
 ROUTER = "lora_router.weight"
 BOTTLENECK = ("lora_down.weight", "lora_down.bias", "lora_up.weight", "lora_up.bias")
 PARALLEL = tuple(ending.replace("lora_", "lora_beside_") for ending in BOTTLENECK)
-BESIDE = (ROUTER, *BOTTLENECK, *PARALLEL)  # neutral: zeros, of one expert or of width 0
+PROMPT, STATES = "prompt", "prefix"  # rows before the words' of an encoder, before the outputs of its k and v
+BESIDE = (ROUTER, *BOTTLENECK, *PARALLEL, f".{PROMPT}", f".{STATES}")  # neutral: zeros, of one expert or of width 0
 
 
 @dataclasses.dataclass(frozen=True)

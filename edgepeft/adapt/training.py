@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from edgepeft.adapt import layers, prompts
 from edgepeft.backbone.families import family_of
@@ -22,6 +24,7 @@ from edgepeft.quant.formats import FORMATS
 if TYPE_CHECKING:
     from edgepeft.config import Config
 
+NETWORK = "prompt_encoder.safetensors"
 LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -176,11 +179,13 @@ def only_biases(peft: Any, config: Config) -> None:
 
 
 def prompt_prepare(model: Any, config: Config) -> None:
-    """Refuse what there is no device form of, and what would train without a prefix."""
-    if family_of(model.config.to_dict(), "the model").kind != "decoder":
-        raise ConfigError(f"--method {config.method}: a prompt before an encoder's text is not supported. Take lora.")
-    if config.checkpointing and config.method == "prefix":  # layers that are computed twice forget their cache
+    """Refuse what would train without a prefix, or without its teacher."""
+    if config.method != "prefix":
+        return
+    if config.checkpointing:  # layers that are computed twice forget their cache
         raise ConfigError("--checkpointing: layers that are computed twice take no prefix. Leave it out.")
+    if config.teacher != "none" and not decodes(model):  # PEFT then goes past the model's own forward
+        raise ConfigError("--method prefix: a classifier with a prefix takes no teacher. Take --method prompt.")
 
 
 def prompt_begin(peft: Any, config: Config) -> None:
@@ -194,12 +199,51 @@ def _words(peft: Any, config: Config) -> torch.Tensor:
     return words(torch.randint(words.num_embeddings, (config.prompt_tokens,), generator=chance))
 
 
+def network_begin(peft: Any, config: Config) -> None:
+    """Leave the start to PEFT: a network drawn by the seed makes the rows."""
+    prompts.embeds(peft)
+
+
+def network_save(peft: Any, folder: Path) -> None:
+    """Write the network into a checkpoint, where PEFT has but the rows that it makes."""
+    save_file(peft.prompt_encoder["default"].state_dict(), folder / NETWORK)
+
+
+def network_restore(peft: Any, folder: Path) -> None:
+    """Put back the network of a checkpoint."""
+    peft.prompt_encoder["default"].load_state_dict(load_file(folder / NETWORK))
+
+
 def prefix_begin(peft: Any, config: Config) -> None:
     """Begin with what the model makes of such rows."""
     with torch.no_grad():
-        layers = prompts.cached(peft.get_base_model(), _words(peft, config)[None]).layers
-        parts = torch.stack([part[0] for layer in layers for part in (layer.keys, layer.values)])
-        peft.prompt_encoder["default"].embedding.weight.copy_(parts.permute(2, 0, 1, 3).flatten(1))
+        base, rows = peft.get_base_model(), _words(peft, config)[None]
+        parts = _cached(base, rows) if decodes(base) else _keys_and_values(base, rows)
+        peft.prompt_encoder["default"].embedding.weight.copy_(torch.cat(parts, -1))
+
+
+def decodes(model: Any) -> bool:
+    """Tell whether a model is a causal language model."""
+    return family_of(model.config.to_dict(), "the model").kind == "decoder"
+
+
+def _cached(model: Any, rows: torch.Tensor) -> list[torch.Tensor]:
+    """Return what a language model's cache holds of rows, [V, kv_heads * head_dim] each."""
+    layers = prompts.cached(model, rows).layers
+    return [part[0].transpose(0, 1).flatten(1) for layer in layers for part in (layer.keys, layer.values)]
+
+
+def _keys_and_values(model: Any, rows: torch.Tensor) -> list[torch.Tensor]:
+    """Return what an encoder's k and v make of rows, layer by layer, [V, hidden] each."""
+    family, found = family_of(model.config.to_dict(), "the model"), []
+    backbone = model.get_submodule(family.prefix)
+    modules = [family.linears[role].format(i=i) for i in range(model.config.num_hidden_layers) for role in "kv"]
+    keep = lambda _module, _inputs, output: found.append(output[0])  # noqa: E731
+    hooks = [backbone.get_submodule(name).register_forward_hook(keep) for name in modules]
+    backbone(inputs_embeds=rows)
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 # --- bottlenecks ---------------------------------------------------------------------------------------------------

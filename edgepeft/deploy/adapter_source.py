@@ -25,6 +25,7 @@ from edgepeft.console import say
 from edgepeft.errors import ArtifactError
 from edgepeft.runtime import adapters as ad
 from edgepeft.runtime import manifest as mf
+from edgepeft.runtime.prompts import PAST
 
 ABOUT = "about.json"
 SETTINGS, LABELS = "adapter_config.json", "labels.json"
@@ -61,6 +62,13 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     header, metadata, _ = tensor_header(tensor_file(folder))
     stored = {name: name for name in header} | aliases(metadata)
     return {name: tuple(header[source]["shape"]) for name, source in stored.items()}
+
+
+def columns(folder: Path) -> int:
+    """Return how many tokens an adapter in its device form puts before every text."""
+    shapes = tensor_shapes(folder)
+    found = [shape[0] for name, shape in shapes.items() if name.endswith(ad.BEFORE)]
+    return max([*found, *(shape[2] for name, shape in shapes.items() if name.startswith(PAST))], default=0)
 
 
 def _scale_is_folded(settings: Mapping[str, Any]) -> bool:

@@ -27,7 +27,7 @@ from edgepeft import OP_ABI, __version__, runtime
 from edgepeft.artifact import Run, read_json, sha256_file, write_json
 from edgepeft.console import say, table
 from edgepeft.deploy import web
-from edgepeft.deploy.adapter_source import ABOUT, about, tensor_shapes
+from edgepeft.deploy.adapter_source import ABOUT, about, columns
 from edgepeft.errors import ArtifactError
 from edgepeft.export import genai
 from edgepeft.export.ops import DOMAIN, MINIMUM_ONNXRUNTIME
@@ -35,7 +35,6 @@ from edgepeft.runtime import manifest as mf
 from edgepeft.runtime.adapters import DEFAULT
 from edgepeft.runtime.library import FILE_NAME
 from edgepeft.runtime.manifest import check_bundle
-from edgepeft.runtime.prompts import PAST
 from edgepeft.runtime.session import CACHE_SCALES
 
 if TYPE_CHECKING:
@@ -228,7 +227,8 @@ def _limits(run: Run, exported: Mapping[str, Any], training: Mapping[str, Any]) 
         return {"context": context, "max_length": context, "decoder": exported["decoder"]}
     longest = training["config"]["max_length"]
     places = read_json(run.path("export") / "config.json").get("max_position_embeddings") or longest
-    return {"max_length": min(longest, places), "labels": training["labels"]}
+    most = min(longest, places - _prompt(run.path("export")))
+    return {"max_length": most, "positions": places, "labels": training["labels"]}
 
 
 def why(target: Target) -> str:
@@ -253,7 +253,7 @@ def _write_documents(values: Mapping[str, Any], target: Target, out: Path) -> No
         "version": __version__, "requirement": target.requirements[0], "why": why(target), "example": use.example,
         "take": use.take,
     }  # fmt: skip
-    hosted = "decoder" in values and not _has_prompt(out)
+    hosted = "decoder" in values and not _prompt(out)
     text = use.text + (HOSTED if hosted else UNHOSTED if "decoder" in values else "")
     words |= {"what": use.what.format_map(words), "use": text.format_map(words)}
     (out / "README.md").write_text(README.format_map(words) + PAGE * target.page)
@@ -263,10 +263,10 @@ def _write_documents(values: Mapping[str, Any], target: Target, out: Path) -> No
         write_json(out / genai.NAME, genai.genai_config(kind, values["context"], values["decoder"], library))
 
 
-def _has_prompt(out: Path) -> bool:
-    """Tell whether the shipped adapter stands before the text."""
+def _prompt(out: Path) -> int:
+    """Return how many tokens the shipped adapter puts before every text."""
     folder = out / "adapters" / DEFAULT
-    return folder.is_dir() and any(name.startswith(PAST) for name in tensor_shapes(folder))
+    return columns(folder) if folder.is_dir() else 0
 
 
 def requirements(values: Mapping[str, Any], target: Target) -> list[str]:

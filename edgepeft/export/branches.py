@@ -1,6 +1,7 @@
 """What adapters add beside the terms of a linear: schema, ONNX body and numpy reference of each, one row of BRANCHES.
 
     RouterGate    gate[..., e·R/E + r] = softmax(router x)[e]            x [.., K], router [E, K], A [R, K]
+    Before        z = rows, then x, in each row of a batch               x [B, S, H], rows [V, H], z [B, V + S, H]
     Bottleneck    z = y + up·gelu(down·h + down_bias) + up_bias          y [.., N], h [.., H], down [R, H], up [N, R]
 
 They are functions of domain `edgepeft` like those of `functions`, without kernels of our own: ONNX Runtime inlines them
@@ -38,6 +39,19 @@ def router_gate(x: np.ndarray, router: np.ndarray, a: np.ndarray) -> list[np.nda
     return [np.repeat(share / share.sum(axis=-1, keepdims=True), len(a) // len(router), axis=-1)]
 
 
+def _before_body(body: Body) -> None:
+    count = body("Concat", body("Shape", "x", start=0, end=1), body.ints(1, 1), axis=0)
+    each = body("Expand", body("Unsqueeze", "rows", body.ints(0)), count)
+    body("Concat", each, "x", out="z", axis=1)
+
+
+def before(x: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
+    """Return [rows, then x] in float64."""
+    import numpy as np
+
+    return [np.concatenate([np.broadcast_to(rows, (len(x), *rows.shape)), x], 1).astype(np.float64)]
+
+
 def _bottleneck_body(body: Body) -> None:
     low = body("Add", body("MatMul", "h", body.transposed("down")), "down_bias")
     added = body("Add", body("MatMul", body("Gelu", low), body.transposed("up")), "up_bias")
@@ -61,6 +75,7 @@ BRANCHES = {
     row.name: row
     for row in (
         Function("RouterGate", ("x", "router", "a"), ("gate",), _router_body, router_gate),
+        Function("Before", ("x", "rows"), ("z",), _before_body, before),
         Function("Bottleneck", ("y", "h", "down", "down_bias", "up", "up_bias"), ("z",), _bottleneck_body, bottleneck),
     )
 }

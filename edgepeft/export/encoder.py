@@ -11,6 +11,11 @@ for a text; only k and v still see every token.
 The classifier is overridable like the adapter's tensors, and its number of labels symbolic; linears, embeddings and the
 names of values are `emitter`'s.
 
+An adapter's prompt comes before the words' embeddings, and all that follows has its tokens too; the first of them is
+the one that is classified, as in Hugging Face PEFT. A prefix comes before keys and values alone: positions begin behind
+it, and queries are filled up to its length for the time of attention, as a mask fits no fewer of them. Either is there
+where the exported adapter has one, with 0 rows for adapters that have none.
+
 Padding: -10000 is added to the scores of padded keys, which leaves them exactly 0 after the softmax. Attention, norms,
 GELU and packed embeddings are functions of ours (`functions`), with bodies of ONNX Runtime's own.
 Left out: relative positions, sequences beyond the position table (the runtime refuses those).
@@ -25,13 +30,14 @@ from typing import Any
 
 import numpy as np
 
+from edgepeft.adapt.terms import PROMPT, STATES
 from edgepeft.backbone.families import Family
 from edgepeft.errors import ModelError
 from edgepeft.export.emitter import BATCH, SEQUENCE, AdapterFile, Emitter, Weights, parent
 from edgepeft.export.functions import FUNCTIONS
 from edgepeft.export.graph import FLOAT, INT64, Dims, Graph, Value
 
-LABELS = "labels"
+LABELS, ROWS, TOTAL = "labels", "prompt", "prompted"
 ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gelu": ("ErfGelu", {}),
     "gelu_python": ("ErfGelu", {}),
@@ -56,6 +62,7 @@ def build(
     ids, mask, types = (graph.input(name, INT64, tokens) for name in names)
     emit = _Emitter(graph, family, settings, weights, adapter, activation)
     x = emit.embeddings(ids, types)
+    mask = emit.widened(mask, 1)
     layers = settings[family.layers_setting]
     for i in range(layers):
         x = emit.layer(i, x, mask, first_token=i == layers - 1)
@@ -93,20 +100,54 @@ class _Emitter(Emitter):
         self.settings = settings
         self.hidden: int = settings["hidden_size"]
         self.tokens: Dims = (BATCH, SEQUENCE, self.hidden)
+        self.prompt = adapter.beside(self.module("word"), PROMPT)
+        first = self.prompt or adapter.beside(self.module("k", 0), STATES)
+        self.columns = None if first is None else self.count(self.fed(first, (ROWS, self.hidden)), 0, "prompt_length")
+
+    def count(self, x: Value, axis: int, name: str) -> Value:
+        """Return a size, [1]."""
+        return self.graph.node("Shape", x, start=axis, end=axis + 1, dtype=INT64, shape=(1,), name=name)
+
+    def widened(self, x: Value, fill: int) -> Value:
+        """Return x [batch, sequence, ..] with as many columns of `fill` in front as the adapter has rows."""
+        if self.columns is None:
+            return x
+        graph, dims = self.graph, (BATCH, TOTAL, *x.shape[2:])
+        zeros = [graph.constant(f"zeros_{n}", np.zeros(n, np.int64)) for n in (1, 2 * len(dims) - 2)]
+        pads = graph.node(
+            "Concat", zeros[0], self.columns, zeros[1], axis=0, dtype=INT64, shape=(2 * len(dims),),
+            name=f"{x.name}:pads",
+        )  # fmt: skip
+        kind = np.dtype(np.float32 if x.dtype == FLOAT else np.int64)
+        value = graph.constant(f"fill_{fill}_{kind}", np.array(fill, kind))
+        return graph.node("Pad", x, pads, value, mode="constant", dtype=x.dtype, shape=dims, name=f"{x.name}:prompted")
+
+    def behind(self, module: str, ending: str, x: Value) -> Value:
+        """Return x behind the rows that an adapter has for a module, if it has any."""
+        rows = self.adapter.beside(module, ending)
+        if rows is None:
+            return x
+        out = [Value(f"{module}:{ending}", FLOAT, (BATCH, TOTAL, self.hidden))]
+        return self.call("Before", [x, self.fed(rows, (ROWS, self.hidden))], out)[0]
 
     def embeddings(self, ids: Value, types: Value) -> Value:
-        word = self.embedding(self.module("word"), ids)
+        word = self.behind(self.module("word"), PROMPT, self.embedding(self.module("word"), ids))
+        if self.prompt is not None:
+            self.tokens, types = (BATCH, TOTAL, self.hidden), self.widened(types, 0)
         kind = self.embedding(self.module("type"), types)
-        place = self.embedding(self.module("position"), self.positions(ids))
+        place = self.embedding(self.module("position"), self.positions(types))
         both = self.graph.node("Add", kind, place, shape=self.tokens, name="embeddings:type+position")
         return self.skip_norm(self.module("embeddings"), word, both)
 
     def positions(self, ids: Value) -> Value:
-        """Return 0, 1, ... up to the sequence's length."""
-        count = self.graph.node("Shape", ids, start=1, end=2, dtype=INT64, shape=(1,), name="sequence_length:1d")
+        """Return a position for each token, from 0 on, or from where a prefix ends."""
+        count = self.count(ids, 1, "sequence_length:1d")
+        first, one = (self.graph.constant(f"position_{i}", np.array(i, np.int64)) for i in (0, 1))
+        if self.columns is not None and self.prompt is None:
+            count = self.graph.node("Add", count, self.columns, dtype=INT64, shape=(1,), name="sequence_end:1d")
+            first = self.graph.node("Squeeze", self.columns, dtype=INT64, shape=(), name="position_first")
         count = self.graph.node("Squeeze", count, dtype=INT64, shape=(), name="sequence_length")
-        zero, one = (self.graph.constant(f"position_{i}", np.array(i, np.int64)) for i in (0, 1))
-        return self.graph.node("Range", zero, count, one, dtype=INT64, shape=(SEQUENCE,), name="position_ids")
+        return self.graph.node("Range", first, count, one, dtype=INT64, shape=self.tokens[1:2], name="position_ids")
 
     def skip_norm(self, module: str, x: Value, skip: Value) -> Value:
         """LayerNorm(x + skip)."""
@@ -121,11 +162,11 @@ class _Emitter(Emitter):
         if first_token:
             whole, zero = x, self.graph.constant("first", np.zeros(1, np.int64))
             x = self.graph.node("Gather", x, zero, axis=1, shape=(BATCH, 1, self.hidden), name=f"{q}:first_token")
-            inputs = [self.linear(q, x), *self.linears([k, v], whole), mask]
+            query, seen = self.linear(q, x), self.linears([k, v], whole)
         else:
-            inputs = [*self.linears([q, k, v], x), mask]
-        kind, out = f"PaddedAttention{'_one' if first_token else ''}", Value(parent(q), FLOAT, x.shape)
-        mixed = self.call(kind, inputs, [out], num_heads=self.settings["num_attention_heads"])[0]
+            query, *seen = self.linears([q, k, v], x)
+        seen = [self.behind(module, STATES, y) for module, y in zip((k, v), seen, strict=True)]
+        mixed = self.attention(parent(q), [query, *seen, mask], first_token)
         x = self.skip_norm(name("attention"), self.linear(name("o"), mixed), x)
         wide = self.act(parent(name("up")), self.linear(name("up"), x))
         return self.skip_norm(name("layer"), self.linear(name("down"), wide, x), x)
@@ -135,6 +176,19 @@ class _Emitter(Emitter):
         if op in FUNCTIONS:
             return self.call(op, [x], [Value(name, FLOAT, x.shape)])[0]
         return self.graph.node(op, x, shape=x.shape, name=name, **attrs)
+
+    def attention(self, name: str, inputs: list[Value], first_token: bool) -> Value:
+        """Return what the heads mix of queries, keys, values and mask: of one query, or as many as there are keys."""
+        query, heads = inputs[0], {"num_heads": self.settings["num_attention_heads"]}
+        if first_token:
+            return self.call("PaddedAttention_one", inputs, [query._replace(name=name)], **heads)[0]
+        if self.columns is None or self.prompt is not None:
+            return self.call("PaddedAttention", inputs, [query._replace(name=name)], **heads)[0]
+        wide = self.widened(query, 0)
+        out = [wide._replace(name=f"{name}:prompted")]
+        mixed = self.call("PaddedAttention", [wide, *inputs[1:]], out, **heads)[0]
+        end, axis = (self.graph.constant(f"slice_{n}", np.array([n], np.int64)) for n in (2**62, 1))
+        return self.graph.node("Slice", mixed, self.columns, end, axis, shape=query.shape, name=name)
 
     def classifier(self, head: str, x: Value) -> Value:
         """tanh(dense(first token)) times the head, whose weights come with the adapter when it has them."""

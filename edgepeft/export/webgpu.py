@@ -182,9 +182,10 @@ class Pass:
             self.embedding(node)
         elif node.op_type.startswith("RowEmbedding_"):
             self.row_embedding(node)
-        elif node.op_type in ("RouterGate", "Bottleneck"):
+        elif node.op_type in ("RouterGate", "Bottleneck", "Before"):
             raise ModelError(
-                f"{node.name}: routers and bottlenecks have no form for GPUs. Take another method or target."
+                f"{node.name}: routers, bottlenecks and prompts of encoders have no form for GPUs. Take another method "
+                "or target."
             )
         elif node.op_type in BIASES:
             inputs = [*node.input[:3], "", "", BIASES[node.op_type][0]]

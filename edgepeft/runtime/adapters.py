@@ -9,6 +9,7 @@ An adapter's tensors are overridable inputs of the graph, so swapping is feeding
     …s_in, s_out    [K], [N]    (not fed)            ones            its view, or ones where it has none
     a router        [E, K]      (not fed)            zeros [1, K]    its view, or of one expert where it has none
     a bottleneck                (not fed)            of width 0      its view, or of width 0 where it has none
+    an encoder's prompt [V, N]  (not fed)            [0, N]          its view, or [0, N] where it has none
     a bias, a norm              (not fed)            the base's      its view, or the base's where it has none
     the head                    (not fed)            (not fed)       its view; must be there
 
@@ -45,6 +46,7 @@ NOT_TENSORS = ("logits_to_keep",)  # overridable too, but a setting of the run
 DOWN, UP, GATE = "lora_A.weight", "lora_B.weight", "gate"
 ROUTER, BOTTLENECKS = "lora_router.weight", (".lora_down.", ".lora_up.", ".lora_beside_down.", ".lora_beside_up.")
 STEM = re.compile(r"(.*\.lora_(?:beside_)?)(?:down|up)\.(?:weight|bias)")  # of the four tensors of a bottleneck
+BEFORE = (".prompt", ".prefix")
 KINDS = ("LORA", "EXPERTS", "BOTTLENECK", "PARALLEL")  # whose file is the graph's tensors
 LABELS = "labels"  # the dimension of a head
 ORT_TYPES: dict[str, np.dtype[Any]] = {
@@ -83,8 +85,8 @@ class Slot:
 
     @property
     def branch(self) -> bool:
-        """Tell whether this is part of what stands beside a linear: a router of experts, or a bottleneck."""
-        return self.name.endswith(ROUTER) or any(part in self.name for part in BOTTLENECKS)
+        """Tell whether this is part of what stands beside a linear: a router of experts, a bottleneck, or a prompt."""
+        return self.name.endswith((ROUTER, *BEFORE)) or any(part in self.name for part in BOTTLENECKS)
 
     @property
     def neutral(self) -> bool:
@@ -132,7 +134,8 @@ class Slot:
 class Adapter:
     """What to feed for one adapter, and the labels its head speaks of. `rank` is the largest rank in it.
 
-    prompt: keys and values that a cache begins with, see `edgepeft.runtime.prompts`.
+    prompt: keys and values that a cache begins with, see `edgepeft.runtime.prompts`.  columns: how many tokens of the
+    context its prompt takes, of a classifier too.
     parts: of a sum, the adapters and their weights; it feeds nothing of its own (see edgepeft.runtime.mixing).
     """
 
@@ -141,12 +144,8 @@ class Adapter:
     rank: int
     feeds: Mapping[str, Any]
     prompt: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    columns: int = 0
     parts: tuple[tuple[Adapter, float], ...] = ()
-
-    @property
-    def columns(self) -> int:
-        """Return how many columns of a cache its prompt takes."""
-        return next((array.shape[2] for array in self.prompt.values()), 0)
 
     @property
     def weights(self) -> tuple[tuple[Adapter, float], ...]:
@@ -321,7 +320,8 @@ def load_adapter(
         n: a.reshape((1,) * (len(places[n].shape) - 1) + a.shape) if places[n].gate else a for n, a in arrays.items()
     }
     feeds = _feeds({**_neutral(places, own), **fed})
-    return Adapter(folder.name, read_labels(folder, labels), rank, feeds, prompt)
+    widths = [*(a.shape[2] for a in prompt.values()), *(len(a) for n, a in arrays.items() if n.endswith(BEFORE))]
+    return Adapter(folder.name, read_labels(folder, labels), rank, feeds, prompt, max(widths, default=0))
 
 
 def _own(folder: Path, places: Mapping[str, Slot]) -> dict[str, np.ndarray]:

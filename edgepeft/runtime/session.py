@@ -281,7 +281,9 @@ class Bundle:
     def off(self, name: str) -> str:
         """Let an adapter be taken turned off, under its own head, and return the name for that."""
         adapter, base, off = self._get(name), self._get(ad.BASE), f"{name} off"
-        self._loaded[off] = dataclasses.replace(adapter, name=off, feeds={**adapter.feeds, **base.feeds}, prompt={})
+        self._loaded[off] = dataclasses.replace(
+            adapter, name=off, feeds={**adapter.feeds, **base.feeds}, prompt={}, columns=0
+        )
         return off
 
     def base(self) -> None:
@@ -337,6 +339,14 @@ class Model(Bundle):
         self._output = session.get_outputs()[0].name
         self._local = threading.local()
 
+    def _make(self, name: str) -> ad.Adapter:
+        """Return an adapter. Raises ArtifactError for a prompt longer than what the longest text leaves room for."""
+        made, longest = super()._make(name), int(self.manifest["max_length"])
+        if made.columns and longest + made.columns > (most := int(self.manifest["positions"])):
+            what = f"its prompt of {made.columns} and a text of {longest} tokens take more than the {most} positions"
+            raise ArtifactError(f"{self.manifest.folder}: adapter {name!r}: {what}. Build with a smaller --max-length.")
+        return made
+
     @property
     def labels(self) -> tuple[str, ...]:
         """Return the labels of the adapter in use, in the order of the logits."""
@@ -373,7 +383,7 @@ class Model(Bundle):
         if all(adapter is rows[0] for adapter in rows) and not rows[0].parts:
             return list(self._checked(self.run(arrays, rows[0].name), rows[0]))
         mix, length = self._mixes.of(rows), arrays[self._inputs[0]].shape[1]
-        feeds = mix.feeds(rows, {"sequence": length})
+        feeds = mix.feeds(rows, {"sequence": length, "prompted": length + rows[0].columns})
         found = self._run(self._bind(feeds), arrays)
         return [
             self._checked(row[None, mix.labels(adapter)], adapter)[0] for row, adapter in zip(found, rows, strict=True)

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from transformers.utils import ModelOutput
 
+from edgepeft.adapt.prompts import columns
 from edgepeft.artifact import read_json
 from edgepeft.backbone.decoder import describe
 from edgepeft.train.chats import IGNORED
@@ -184,7 +185,7 @@ def taught_classes(model: Any, lesson: Lesson) -> Iterator[None]:
         if "answers" in lesson:
             extra = extra + about.weight * divergence(found.logits, lesson["answers"], about.temperature)
         if "hidden" in lesson:
-            wanted = inputs["attention_mask"].bool()
+            wanted = inputs["attention_mask"][:, columns(model) :].bool()
             error_t = hidden_error(about, found.hidden_states, wanted, lesson["hidden"])
             sums = extra.new_zeros(len(extra)).index_add(0, wanted.nonzero()[:, 0], error_t)
             extra = extra + about.hidden_weight * sums / wanted.sum(1)

@@ -125,6 +125,7 @@ def fit(
         return {}
     best = checkpoints.best_step(history, task.select, task.lower)
     _load_adapter(model, checkpoints.place(work, best))
+    METHODS[config.method].at("restore", model, checkpoints.place(work, best))
     if _frozen_digest(model) != before:
         raise RuntimeError("the frozen backbone changed while the adapter was trained")
     rows = epoch_rows(history)

@@ -80,7 +80,7 @@ class Progress(TrainerCallback):
 
 
 class MethodSteps(TrainerCallback):
-    """Lets a method do its part: when training goes on from a checkpoint, and after each step of the optimizer."""
+    """Lets a method do its part: when training goes on from a checkpoint, and after each step, and in checkpoints."""
 
     def __init__(self, method: Method, model: Any) -> None:
         self.method, self.model = method, model
@@ -88,11 +88,17 @@ class MethodSteps(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Call the method when the tensors of a checkpoint are in place."""
         if state.global_step:
+            self.method.at("restore", self.model, checkpoints.place(Path(args.output_dir), state.global_step))
             self.method.at("resume", self.model)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Call the method with the number of the step, while the gradients are there."""
         self.method.at("step", self.model, state.global_step + 1)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Let the method add to a checkpoint before it is sealed."""
+        if ranks.leads():
+            self.method.at("save", self.model, checkpoints.place(Path(args.output_dir), state.global_step))
 
 
 class Sealer(TrainerCallback):

@@ -19,7 +19,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +86,14 @@ class Subject:
         place = self.folder / name.replace(" ", "_") / "peft"
         return save(setting(name, self.kind, self.model(), self.heads, self.config), place)
 
-    def logits(self, model: Any) -> np.ndarray:
-        """Return PyTorch's logits."""
+    def logits(self, model: Any, batch: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
+        """Return PyTorch's logits of a batch, the subject's own unless given."""
         import torch
 
         with torch.inference_mode():
-            found = model(**{name: torch.from_numpy(array) for name, array in self.batch.items()}).logits.numpy()
+            found = model(
+                **{name: torch.from_numpy(array) for name, array in (batch or self.batch).items()}
+            ).logits.numpy()
         return found if self.heads else found[:, -self.batch["input_ids"].shape[1] :]  # behind a prompt
 
     def adapter(self, folder: Path) -> peft_files.Adapter:

@@ -35,7 +35,7 @@ TAGS = ("i4b32", "i8c", "nf4b64")
 EACH = {**dict.fromkeys(METHODS), **LORA_SETTINGS}
 PROMPTS = [name for name, method in METHODS.items() if method.prompt]
 CELLS = [
-    *(("bert", name) for name in EACH if name not in PROMPTS),
+    *(("bert", name) for name in EACH),
     *(("llama", name) for name in {**EACH, **DECODER_SETTINGS} if name != "bitfit"),
     *(("tied", name) for name in DECODER_SETTINGS),
 ]
@@ -71,10 +71,8 @@ def test_the_graph_gives_what_peft_gives(subjects: Callable, kind: str, name: st
 def test_what_cannot_be_is_refused(subjects: Callable, form: str) -> None:
     assert "no biases to train" in cell(subjects("llama", "i4b32"), "bitfit", form)
     for name in PROMPTS:
-        assert "before an encoder's text is not supported" in cell(subjects("bert", "i4b32"), name, form)
-        assert (cell(subjects("llama", "i4b32"), name, "merged")) == (
-            "refused: a prompt stands before the text and in no weight"
-        )
+        found = cell(subjects("llama", "i4b32"), name, "merged")
+        assert found == "refused: a prompt stands before the text and in no weight"
     with pytest.raises(EdgePeftError, match="is an embedding"):
         merged(subjects("llama", "i4b32"), "embeddings")
 
@@ -94,8 +92,24 @@ def test_shared_tensors_are_stored_once(subjects: Callable) -> None:
     assert len(peft["target_modules"]) == 13, "PEFT's own file repeats them"
 
 
-@pytest.mark.parametrize("name", ["experts", "houlsby", "parallel"])
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_padding_behind_a_prompt_changes_nothing(subjects: Callable, name: str) -> None:
+    from edgepeft.export.parity import OnnxModel
+
+    subject = subjects("bert", "i4b32")
+    out = subject.export(subject.made(name))
+    short = {key: array[:, :6] for key, array in subject.batch.items()}
+    padded = {key: np.where(np.arange(9) < 6, array, 0) for key, array in subject.batch.items()}
+    model, torch_model = OnnxModel(out, None), subject.model((out / ADAPTER_FILE).parent)
+    for batch in (short, padded):
+        assert np.abs(model.logits(batch) - subject.logits(torch_model, short)).max() <= FLOAT
+    assert np.abs(model.logits(padded) - model.logits(subject.batch)).max() > FLOAT
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(k, n) for k in ("bert", "llama") for n in ("experts", "houlsby", "parallel")] + [("bert", n) for n in PROMPTS],
+)
 def test_a_branch_can_be_switched_off_or_left_out(subjects: Callable, kind: str, name: str) -> None:
     """The runtime's neutral tensors leave the base; a LoRA in a graph of experts has a gate of 1."""
     from edgepeft.export.parity import OnnxModel
@@ -110,7 +124,7 @@ def test_a_branch_can_be_switched_off_or_left_out(subjects: Callable, kind: str,
     if not subject.heads:  # a head comes with its adapter
         assert np.abs(model.logits(subject.batch, neutral) - base).max() <= FLOAT
     assert np.array_equal(model.logits(subject.batch, neutral), model.logits(subject.batch, model.without_adapter()))
-    if name == "experts":
+    if name in ("experts", *PROMPTS):
         folder = subject.export(subject.made("lora"))
         lora = {key: value for key, value in read_tensors(folder / ADAPTER_FILE).items() if key in places}
         wanted = subject.logits(subject.model((folder / ADAPTER_FILE).parent))
@@ -185,7 +199,7 @@ def test_a_cell_is_the_worst_of_all_formats_or_tells_them_apart(tmp_path: Path) 
 def test_every_method_in_every_format(tmp_path: Path, kind: str, tag: str) -> None:
     subject = Subject(tmp_path, kind, tag)
     odd = {name: found for name in METHODS if (found := cell(subject, name, "separate")) != "exact"}
-    assert set(odd) <= {"bitfit", *PROMPTS}
+    assert set(odd) <= {"bitfit"}
 
 
 def test_terms_and_rounding_are_not_lost_in_numpy(subjects: Callable) -> None:

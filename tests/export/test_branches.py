@@ -53,6 +53,15 @@ def test_a_router_shares_out_to_each_rank(experts, ranks, leading):
         assert np.allclose(gate.sum(-1), ranks / experts, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 4])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 5), (2, 0)])
+def test_rows_come_before_each_row_of_a_batch(rows, batch, length):
+    x, prompt = normal(batch, length, K), normal(rows, K, seed=1)
+    found = check("Before", [x, prompt])
+    assert found.shape == (batch, rows + length, K)
+    assert all(np.array_equal(row, np.concatenate([prompt, own])) for row, own in zip(found, x, strict=True))
+
+
 def test_a_router_over_one_expert_is_neutral():
     gate = run("RouterGate", [normal(5, K), np.zeros((1, K), np.float32), normal(7, K)])
     assert np.array_equal(gate, np.ones((5, 7), np.float32))

@@ -19,7 +19,7 @@ def trained(config: Config, run: Run) -> Path:
     return run.path("adapter")
 
 
-@pytest.mark.parametrize("tag", [tag for tag in METHODS if tag != "lora" and not METHODS[tag].prompt])
+@pytest.mark.parametrize("tag", [tag for tag in METHODS if tag != "lora"])
 def test_a_method_learns(new_run: Callable[..., Run], tiny_config: Config, tag: str) -> None:
     run = new_run("i8c") if tag == "dora" else new_run()
     rate = tiny_config.learning_rate / (16 if tag == "loraplus" else 1)  # its B learns 16 times as fast
@@ -29,7 +29,7 @@ def test_a_method_learns(new_run: Callable[..., Run], tiny_config: Config, tag: 
     effect = peft_files.read(folder, base=base).effect(base)
     losses = [row["train_loss"] for row in read_json(folder / "training.json")["epochs"]]
     assert min(losses[1:]) < losses[0]
-    assert effect.modules
+    assert effect.modules or effect.prompt
     if tag == "adalora":
         ranks = [len(terms.a_rk) for terms in effect.modules.values()]
         assert sum(ranks) <= tiny_config.rank * len(base.linears) < 6 * len(base.linears)
