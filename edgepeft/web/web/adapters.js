@@ -110,7 +110,8 @@ export class Places {
       out.set(`${node}.lora_B`, b);
     }
     for (const [name, { dims }] of this.plain) {
-      const found = tensors.get(name) ?? own.get(name) ?? neutral(name, dims);
+      const given = tensors.get(name)?.data.length === 0 ? null : tensors.get(name);
+      const found = given ?? own.get(name) ?? neutral(name, dims);
       if (!found && !isBase) throw new EdgePeftError(`${where}: ${name} is missing.`);
       const value = found ?? this.defaults.get(name); // the base has the default adapter's head
       const right = value.dims.every((size, axis) => typeof dims[axis] === "string" || size === dims[axis]);
@@ -132,7 +133,12 @@ export class Places {
   }
 }
 
+/** Return what leaves the base as it is, or null where there is none. A and B are never of rank 0 here. */
 function neutral(name, dims) {
+  if (/\.lora_[AB]\.weight$/.test(name)) {
+    const sizes = dims.map((size) => (typeof size === "number" ? size : RANKS));
+    return { dims: sizes, data: new Float32Array(sizes[0] * sizes[1]) };
+  }
   if (!/\.(gate|s_in|s_out)$/.test(name)) return null;
   const sizes = dims.map((size) => (typeof size === "number" ? size : 1));
   return { dims: sizes, data: new Float32Array(sizes.reduce((a, b) => a * b, 1)).fill(1) };

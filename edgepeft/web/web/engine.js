@@ -60,6 +60,9 @@ export class Engine {
     if (reason && device === "webgpu") throw new EdgePeftError(`device 'webgpu': ${reason}. 'wasm' works everywhere.`);
     const first = await files.read([GRAPH]);
     const graph = openGraph(first[GRAPH]);
+    if (graph.metadata["edgepeft.digits"]) {
+      throw new EdgePeftError("this bundle's graph for GPUs is not one for browsers. Build it with --target web.");
+    }
     const outside = [...graph.defaults.values()].map((value) => value.location).filter(Boolean);
     const names = [...new Set([...graph.locations, ...outside])];
     const progress = (seen) => onProgress({ stage: "load", ...seen });
