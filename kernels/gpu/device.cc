@@ -11,7 +11,8 @@ namespace {
 
 constexpr uint32_t kSetsInPool = 256;
 constexpr uint64_t kStaging = 16 << 20;
-constexpr uint64_t kPatience = 60ull * 1000 * 1000 * 1000;  // ns for one submit: a GPU that takes longer hangs
+constexpr uint64_t kMoment = 500ull * 1000 * 1000;  // ns
+constexpr int kPatience = 120;  // moments for one submit, in each of which this process ran: a GPU that takes longer hangs
 
 const char* name_of(vk::Result result) {
   switch (result) {
@@ -307,7 +308,9 @@ Failure Device::finish() {
   GPU_TRY(check(api.EndCommandBuffer(recording), "vkEndCommandBuffer"));
   const vk::SubmitInfo info = {vk::kSubmitInfo, nullptr, 0, nullptr, nullptr, 1, &recording, 0, nullptr};
   GPU_TRY(check(api.QueueSubmit(queue, 1, &info, fence), "vkQueueSubmit"));
-  GPU_TRY(check(api.WaitForFences(device, 1, &fence, 1, kPatience), "vkWaitForFences"));
+  vk::Result result = vk::kTimeout;
+  for (int i = 0; i < kPatience && result == vk::kTimeout; i++) result = api.WaitForFences(device, 1, &fence, 1, kMoment);
+  GPU_TRY(check(result, "vkWaitForFences"));
   submits++;
   return check(api.ResetFences(device, 1, &fence), "vkResetFences");
 }

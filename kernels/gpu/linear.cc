@@ -11,10 +11,10 @@ enum Whole { kFormat, kGroups, kK, kN, kRows };  // kRows and two more: of the g
 enum Input { kX, kW, kScale, kSIn, kFirst };
 enum Own { kA, kB, kGate, kSOut, kBias, kPerGroup };
 constexpr uint32_t kHalfFlag = 1, kGateNumber = 2, kGateRows = 4, kSOutNumber = 8, kBiasNumber = 16;
-constexpr uint32_t kThreads = 64, kProductThreads = 128;
-constexpr int64_t kFewRows = 4;     // of x, that the first shader takes
-constexpr int64_t kInsideRank = 64;  // up to which a workgroup computes A x for itself
-constexpr uint32_t kTiles = 4;       // that share it
+constexpr uint32_t kProductThreads = 128;
+constexpr int64_t kFewRows = 8;  // of x, that the first shader takes
+constexpr uint32_t kInsideRank = 64;     // up to which a workgroup computes A x for itself,
+constexpr int64_t kInsideNumbers = 1 << 16;  // if A has no more numbers than these: measured on an H200 and on no phone
 
 struct Part {
   Value *a, *b, *gate, *s_out, *bias;
@@ -113,6 +113,19 @@ Failure describe(Run& run, const Step& s, int64_t rows, Dispatch* d, uint32_t* r
   return nullptr;
 }
 
+// How a tile's workgroup is made up. A GPU has few tiles for its many threads, so many share a tile; a driver that
+// computes on the CPU has few threads, so that several tiles share what each of them would compute anew.
+struct Shape {
+  uint32_t threads, tiles;
+};
+Shape shape_for(const Device& device, int64_t k, uint32_t ranks) {
+  if (device.properties.deviceType == vk::kCpu) return {64, ranks ? 4u : 1u};
+  const uint32_t most = device.properties.limits.maxComputeWorkGroupInvocations < 256 ? 128 : 256;
+  uint32_t threads = 64;
+  while (threads < most && threads * 2 <= k / 4) threads *= 2;
+  return {threads, 1};
+}
+
 void specialise(const FormatInfo& f, uint32_t threads, bool inside, uint32_t tiles, Dispatch* d) {
   d->constant_count = 0;
   for (uint32_t value : {threads, static_cast<uint32_t>(f.bits), static_cast<uint32_t>(f.block), uint32_t{f.nf4},
@@ -145,18 +158,18 @@ Failure run_linear(Run& run, const Step& s) {
   GPU_TRY(describe(run, s, rows, &d, &ranks));
   if (rows == 0) return nullptr;
   const uint32_t tiles = static_cast<uint32_t>(s.whole[kN] / kTileRows), m = static_cast<uint32_t>(rows);
-  const bool few = rows <= kFewRows, inside = few && ranks <= kInsideRank;
+  const bool few = rows <= kFewRows, inside = few && ranks <= kInsideRank && ranks * s.whole[kK] <= kInsideNumbers * s.whole[kGroups];
+  const Shape shape = shape_for(run.device, s.whole[kK], inside ? ranks : 0);
   if (ranks && !inside) {
     d.shader = Shader::low;
-    specialise(f, kThreads, false, 1, &d);
-    d.groups[0] = (ranks + kThreads / 16 - 1) / (kThreads / 16);
+    specialise(f, shape.threads, false, 1, &d);
+    d.groups[0] = (ranks + shape.threads / 16 - 1) / (shape.threads / 16);
     d.groups[1] = m;
     GPU_TRY(run.record(d));
   }
-  const uint32_t shared = inside && ranks ? kTiles : 1;
   d.shader = few ? Shader::linear : Shader::product;
-  specialise(f, few ? kThreads : kProductThreads, inside, shared, &d);
-  d.groups[0] = few ? (tiles + shared - 1) / shared : (tiles + 3) / 4;
+  specialise(f, few ? shape.threads : kProductThreads, inside, few ? shape.tiles : 1, &d);
+  d.groups[0] = few ? (tiles + shape.tiles - 1) / shape.tiles : (tiles + 3) / 4;
   d.groups[1] = few ? m : (m + 31) / 32;
   return run.record(d);
 }

@@ -60,7 +60,7 @@ def run_linear(gpu, format: str, k: int, rows, values, fed=("x",)) -> list[np.nd
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_formats_and_groups(gpu, format: str) -> None:
-    for groups, leading, rank in (1, (1,), 16), (3, (2, 1), [5, 0, 70]), (2, (40,), 8), (3, (3,), 0):
+    for groups, leading, rank in (3, (2, 1), [5, 0, 70]), (1, (40,), 8):
         rows = GROUPS[groups]
         values = inputs(format, 384, rows, leading, rank)
         agree(format, "float", rows, values, run_linear(gpu, format, 384, rows, values))

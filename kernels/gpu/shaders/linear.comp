@@ -20,7 +20,7 @@ void low_rank(uint g, uint m) {  // 16 threads for a row of A
     const uint row = first + gl_LocalInvocationID.x / 16u;
     float sum = 0.0;
     if (row < p.group[g].rank)
-      for (uint k8 = lane; k8 < p.k / 8u; k8 += 16u) sum += low8(g, row, m, k8);
+      sum = low_part(g, row, m, lane);
     barrier();
     sums[gl_LocalInvocationID.x].x = sum;
     for (uint s = 8u; s > 0u; s /= 2u) {
@@ -33,21 +33,37 @@ void low_rank(uint g, uint m) {  // 16 threads for a row of A
   barrier();
 }
 
-vec4 unit_sum(uint tile, uint unit, uint vector, uint m) {
+vec4 unit_sum(uvec4 v, uint unit, uint vector, uint m) {
   const uint j = vector / 4u;
-  const uvec4 v = w4[(tile * (p.k / 32u) + unit) * LANES + vector];
-  const vec4 first = scaled_x(m, unit * 8u + j);
+  const vec4 first = factor_of(scaled_x(m, unit * 8u + j), 0u);
   if (BITS == 8u)
     return vec4(dot(bytes(v.x), first), dot(bytes(v.y), first), dot(bytes(v.z), first), dot(bytes(v.w), first));
-  const vec4 second = scaled_x(m, unit * 8u + 4u + j);
-  return vec4(dot(nibbles(v.x), first), dot(nibbles(v.y), first), dot(nibbles(v.z), first), dot(nibbles(v.w), first)) +
-         vec4(dot(nibbles(v.x >> 4), second), dot(nibbles(v.y >> 4), second), dot(nibbles(v.z >> 4), second),
-              dot(nibbles(v.w >> 4), second));
+  const vec4 second = factor_of(scaled_x(m, unit * 8u + 4u + j), 4u);
+  return vec4(dot(nibbles(v.x, 0u), first), dot(nibbles(v.y, 0u), first), dot(nibbles(v.z, 0u), first),
+              dot(nibbles(v.w, 0u), first)) +
+         vec4(dot(nibbles(v.x, 4u), second), dot(nibbles(v.y, 4u), second), dot(nibbles(v.z, 4u), second),
+              dot(nibbles(v.w, 4u), second));
+}
+
+// The sums of four rows of a tile over every so many-th unit, two of them read before either is used.
+vec4 part(uint tile, uint vector, uint m) {
+  const uint units = p.k / 32u, step_size = THREADS / LANES;
+  const uint base = tile * units;
+  vec4 sum = vec4(0.0);
+  uint unit = gl_LocalInvocationID.x / LANES;
+  for (; unit + step_size < units; unit += 2u * step_size) {
+    const uvec4 v = w4[(base + unit) * LANES + vector], w = w4[(base + unit + step_size) * LANES + vector];
+    const vec4 s = scales(tile, unit, vector % 4u), t = scales(tile, unit + step_size, vector % 4u);
+    sum += unit_sum(v, unit, vector, m) * s + unit_sum(w, unit + step_size, vector, m) * t;
+  }
+  if (unit < units) sum += unit_sum(w4[(base + unit) * LANES + vector], unit, vector, m) * scales(tile, unit, vector % 4u);
+  return sum;
 }
 
 void main() {
   const uint id = gl_LocalInvocationID.x, vector = id % LANES, m = gl_WorkGroupID.y;
   uint done = NONE;
+  load_table();
   for (uint i = 0u; i < TILES; i++) {
     const uint tile = gl_WorkGroupID.x * TILES + i;
     if (tile >= p.tiles) return;
@@ -55,9 +71,7 @@ void main() {
     const uint g = group_of(tile, first, rank);
     if (LOW_INSIDE && g != done) low_rank(g, m);
     done = g;
-    vec4 sum = vec4(0.0);
-    for (uint unit = id / LANES; unit < p.k / 32u; unit += THREADS / LANES)
-      sum += unit_sum(tile, unit, vector, m) * scales(tile, unit, vector % 4u);
+    const vec4 sum = part(tile, vector, m);
     barrier();
     sums[id] = sum;
     add_up();

@@ -11,8 +11,7 @@ void main() {
   uint g = 0u, row = rank;
   while (g < 2u && row >= p.group[g].rank) row -= p.group[g++].rank;
   float sum = 0.0;
-  if (rank < p.ranks)
-    for (uint k8 = lane; k8 < p.k / 8u; k8 += 16u) sum += low8(g, row, m, k8);
+  if (rank < p.ranks) sum = low_part(g, row, m, lane);
   sums[id] = sum;
   for (uint s = 8u; s > 0u; s /= 2u) {
     barrier();

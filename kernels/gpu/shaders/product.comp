@@ -8,54 +8,80 @@ const uint ROWS = 32u, OUTPUTS = 64u;
 shared vec4 w_kn[32][OUTPUTS / 4u];
 shared vec4 x_km[32][ROWS / 4u];
 
-// Four rows of a tile, of one vector of lanes: turned, so that a row's columns lie one below the other.
-void unpack(uint tile, uint place, uint unit, uint vector) {
-  const uint j = vector / 4u, n4 = vector % 4u;
-  const uvec4 v = tile < p.tiles ? w4[(tile * (p.k / 32u) + unit) * LANES + vector] : uvec4(0u);
-  const vec4 scale = tile < p.tiles ? scales(tile, unit, n4) : vec4(0.0);
-  mat4 first, second;
-  for (uint c = 0u; c < 4u; c++) {
-    first[c] = (BITS == 8u ? bytes(v[c]) : nibbles(v[c])) * scale[c];
-    if (BITS == 4u) second[c] = nibbles(v[c] >> 4) * scale[c];
-  }
-  first = transpose(first);
-  for (uint i = 0u; i < 4u; i++) w_kn[4u * j + i][place * 4u + n4] = first[i];
-  if (BITS == 8u) return;
-  second = transpose(second);
-  for (uint i = 0u; i < 4u; i++) w_kn[16u + 4u * j + i][place * 4u + n4] = second[i];
+void put_w(uint k, uint n4, vec4 a, vec4 b, vec4 c, vec4 d) {  // four columns of the rows a to d, turned
+  w_kn[k][n4] = vec4(a.x, b.x, c.x, d.x);
+  w_kn[k + 1u][n4] = vec4(a.y, b.y, c.y, d.y);
+  w_kn[k + 2u][n4] = vec4(a.z, b.z, c.z, d.z);
+  w_kn[k + 3u][n4] = vec4(a.w, b.w, c.w, d.w);
 }
 
-void load_x(uint row4, uint unit, uint k4) {
-  mat4 rows;
-  for (uint c = 0u; c < 4u; c++) rows[c] = row4 + c < p.m ? scaled_x(row4 + c, unit * 8u + k4) : vec4(0.0);
-  rows = transpose(rows);
-  for (uint i = 0u; i < 4u; i++) x_km[4u * k4 + i][row4 % ROWS / 4u] = rows[i];
+// Four rows of a tile, of one vector of lanes.
+void unpack(uint tile, uint place, uint unit, uint vector) {
+  const uint j = vector / 4u, n4 = vector % 4u, at = place * 4u + n4;
+  const bool real = tile < p.tiles;
+  const uvec4 v = real ? w4[(tile * (p.k / 32u) + unit) * LANES + vector] : uvec4(0u);
+  const vec4 s = real ? scales(tile, unit, n4) : vec4(0.0), low = factor_of(vec4(1.0), 0u), high = factor_of(vec4(1.0), 4u);
+  if (BITS == 8u) {
+    put_w(4u * j, at, bytes(v.x) * low * s.x, bytes(v.y) * low * s.y, bytes(v.z) * low * s.z, bytes(v.w) * low * s.w);
+    return;
+  }
+  put_w(4u * j, at, nibbles(v.x, 0u) * low * s.x, nibbles(v.y, 0u) * low * s.y, nibbles(v.z, 0u) * low * s.z,
+        nibbles(v.w, 0u) * low * s.w);
+  put_w(16u + 4u * j, at, nibbles(v.x, 4u) * high * s.x, nibbles(v.y, 4u) * high * s.y, nibbles(v.z, 4u) * high * s.z,
+        nibbles(v.w, 4u) * high * s.w);
+}
+
+vec4 row_of_x(uint m, uint k4) { return m < p.m ? scaled_x(m, k4) : vec4(0.0); }
+
+void load_x(uint m, uint unit, uint k4) {  // four rows of x from m on, turned
+  const uint at = unit * 8u + k4, place = m % ROWS / 4u;
+  const vec4 a = row_of_x(m, at), b = row_of_x(m + 1u, at), c = row_of_x(m + 2u, at), d = row_of_x(m + 3u, at);
+  x_km[4u * k4][place] = vec4(a.x, b.x, c.x, d.x);
+  x_km[4u * k4 + 1u][place] = vec4(a.y, b.y, c.y, d.y);
+  x_km[4u * k4 + 2u][place] = vec4(a.z, b.z, c.z, d.z);
+  x_km[4u * k4 + 3u][place] = vec4(a.w, b.w, c.w, d.w);
+}
+
+// Ends four outputs from n on, of one row of x.
+void finish4(uint m, uint n, uint g, uint rank, vec4 v) {
+  if (m >= p.m) return;
+  for (uint r = 0u; r < p.group[g].rank; r++) {
+    const float low = t[p.t + m * p.ranks + rank + r];
+    if (n < p.group[g].n) v.x += b_at(g, n, r) * low;
+    if (n + 1u < p.group[g].n) v.y += b_at(g, n + 1u, r) * low;
+    if (n + 2u < p.group[g].n) v.z += b_at(g, n + 2u, r) * low;
+    if (n + 3u < p.group[g].n) v.w += b_at(g, n + 3u, r) * low;
+  }
+  finish(g, m, n, v.x);
+  finish(g, m, n + 1u, v.y);
+  finish(g, m, n + 2u, v.z);
+  finish(g, m, n + 3u, v.w);
 }
 
 void main() {
   const uint id = gl_LocalInvocationID.x, n4 = id % 16u, m4 = id / 16u;
   const uint first_tile = gl_WorkGroupID.x * 4u, first_row = gl_WorkGroupID.y * ROWS;
-  mat4 sum = mat4(0.0);  // a column for each of four rows of x
+  vec4 sum0 = vec4(0.0), sum1 = vec4(0.0), sum2 = vec4(0.0), sum3 = vec4(0.0);  // of four rows of x
+  load_table();
   for (uint unit = 0u; unit < p.k / 32u; unit++) {
     barrier();
     for (uint i = id; i < 4u * LANES; i += 128u) unpack(first_tile + i / LANES, i / LANES, unit, i % LANES);
     if (id < ROWS * 2u) load_x(first_row + id / 8u * 4u, unit, id % 8u);
     barrier();
-    for (uint k = 0u; k < 32u; k++) sum += outerProduct(w_kn[k][n4], x_km[k][m4]);
+    for (uint k = 0u; k < 32u; k++) {
+      const vec4 w = w_kn[k][n4], v = x_km[k][m4];
+      sum0 += w * v.x;
+      sum1 += w * v.y;
+      sum2 += w * v.z;
+      sum3 += w * v.w;
+    }
   }
   const uint tile = first_tile + n4 / 4u;
   if (tile >= p.tiles) return;
   uint first, rank;
-  const uint g = group_of(tile, first, rank);
-  for (uint i = 0u; i < 4u; i++) {
-    const uint m = first_row + 4u * m4 + i;
-    if (m >= p.m) return;
-    for (uint c = 0u; c < 4u; c++) {
-      const uint n = first_tile * 16u + n4 * 4u + c - first;
-      float v = sum[i][c];
-      if (n < p.group[g].n)
-        for (uint r = 0u; r < p.group[g].rank; r++) v += b_at(g, n, r) * t[p.t + m * p.ranks + rank + r];
-      finish(g, m, n, v);
-    }
-  }
+  const uint g = group_of(tile, first, rank), n = first_tile * 16u + n4 * 4u - first, m = first_row + 4u * m4;
+  finish4(m, n, g, rank, sum0);
+  finish4(m + 1u, n, g, rank, sum1);
+  finish4(m + 2u, n, g, rank, sum2);
+  finish4(m + 3u, n, g, rank, sum3);
 }
