@@ -163,7 +163,7 @@ Failure run_linear(Run& run, const Step& s) {
   if (ranks && !inside) {
     d.shader = Shader::low;
     specialise(f, shape.threads, false, 1, &d);
-    d.groups[0] = (ranks + shape.threads / 16 - 1) / (shape.threads / 16);
+    d.groups[0] = ranks;
     d.groups[1] = m;
     GPU_TRY(run.record(d));
   }

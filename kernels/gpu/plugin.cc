@@ -147,6 +147,14 @@ EP_EXPORT const char* edgepeft_vulkan_device() {
   const Device* own = device(&reason);
   return own ? own->properties.deviceName : "";
 }
+// Lets the driver fail from now on, for tests: 1 has no memory left, 2 loses the device at the next submit.
+EP_EXPORT void edgepeft_vulkan_plant(int fault) {
+  Failure reason;
+  Device* own = device(&reason);
+  if (!own) return;
+  if (fault == 1) own->api.AllocateMemory = [](vk::Device, const vk::MemoryAllocateInfo*, const void*, vk::Handle*) { return vk::kOutOfDeviceMemory; };
+  if (fault == 2) own->api.QueueSubmit = [](vk::Queue, uint32_t, const vk::SubmitInfo*, vk::Handle) { return vk::kDeviceLost; };
+}
 EP_EXPORT const char* edgepeft_vulkan_refused() { return refused; }
 // Command buffers submitted, shaders dispatched, and bytes that runs copied in and out, since the process began.
 EP_EXPORT void edgepeft_vulkan_counts(uint64_t (&counts)[3]) {

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,3 +101,49 @@ def test_no_library_and_no_gpu_are_told_apart(gpu, sealed: Path, tmp_path: Path,
     monkeypatch.setattr(session, "_said", set())
     assert load(sealed, device="auto", library="none").memory is None
     assert "running on the CPU" in capsys.readouterr().err
+
+
+FAULTS = """
+import sys
+from pathlib import Path
+from edgepeft.errors import TargetError
+from edgepeft.runtime import load, vulkan
+library, bundle, fault = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+try:
+    model = load(bundle, device="vulkan", library=library)
+    vulkan.load_library(library).edgepeft_vulkan_plant(fault)
+    if fault == 1:
+        load(bundle, device="vulkan", library=library)
+    for _ in range(2):
+        try:
+            model.classify("turn off the lamp")
+            print("ran")
+        except TargetError as error:
+            print(error)
+except TargetError as error:
+    print(error)
+print("memory of auto:", load(bundle, device="auto", library="none").memory)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (0, ["ran", "ran"]),
+        (1, ["out of the GPU's memory .* bytes asked for.*device='cpu' works"]),
+        (2, ["the GPU gave up: .*the GPU was lost.*device='cpu' works", "was lost in an earlier run"]),
+        (3, ["device 'vulkan': (Vulkan: no driver|Vulkan's loader, .* is not installed|no GPU).*device='cpu' works"]),
+    ],
+)
+def test_a_driver_that_fails_ends_in_a_sentence_and_the_cpu(gpu, exported, tmp_path: Path, fault: int, words) -> None:
+    bundle = sealed_bundle(exported("bert", "i4b32"), tmp_path / "bundle", "bert")
+    nothing = {"VK_ICD_FILENAMES": "/none.json", "VK_DRIVER_FILES": "/none.json"}
+    env = {**os.environ, **(nothing if fault == 3 else softgpu.environment(softgpu.available()[0]))}
+    argv = [sys.executable, "-c", FAULTS, str(gpu), str(bundle), str(fault)]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *said, last = done.stdout.splitlines()
+    assert last == "memory of auto: None"
+    assert len(said) == len(words)
+    for line, wanted in zip(said, words, strict=True):
+        assert re.search(wanted, line)
