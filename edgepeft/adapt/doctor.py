@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from edgepeft.adapt import peft_files
 from edgepeft.adapt.foreign import ADAPTED, PREFIX, Foreign, some
 from edgepeft.adapt.foreign.identify import open_adapter
+from edgepeft.adapt.kinds import lora_group
 from edgepeft.artifact import staging, write_json, write_tensors
 from edgepeft.errors import ArtifactError, EdgePeftError, unknown
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 VARIANTS = ("use_dora", "use_rslora", "use_qalora")
+EITHER = {"classifier", "score"}  # PEFT names both for every classifier, which has one of them
 VOCABULARY = ("embed_tokens", "lm_head", "word_embeddings")
 SHOWN = (
     "adapter", "tool", "layout", "method", "rank", "alpha", "scale", "modules", "heads", "dtype", "bytes", "trained_on",
@@ -260,8 +262,9 @@ def check_targets(adapter: Foreign) -> Iterator[Finding]:
         lost = [t for t in targets if not any(name == t or f".{t}." in f".{name}." for name in names)]
         if lost:
             yield Finding(WARNING, f"target_modules names {some(lost)}, of which the file has nothing")
-    heads = settings.get("modules_to_save")
-    lost = [head for head in (heads or ()) if not any(f".{head}." in f".{name}." for name in names)]
+    heads = settings.get("modules_to_save") or ()
+    held = [head for head in heads if any(f".{head}." in f".{name}." for name in names)]
+    lost = [head for head in heads if head not in held and not (head in EITHER and EITHER & set(held))]
     if lost and names:
         advice = "It was saved without them; save it with PEFT's save_pretrained."
         yield Finding(ERROR, f"modules_to_save names {some(lost)}, which the file does not hold", advice)
@@ -395,7 +398,8 @@ def check_shapes(adapter: Foreign, base: Base) -> Iterator[Finding]:
     for module, pair in adapter.pairs.items():
         if module not in base.linears or len(pair) < 2 or any(array.ndim != 2 for array in pair.values()):
             continue
-        found, wanted = (pair["B"].shape[0], pair["A"].shape[1]), tuple(base.linears[module])
+        columns = pair["A"].shape[1] * lora_group(adapter.settings)
+        found, wanted = (pair["B"].shape[0], columns), tuple(base.linears[module])
         if found != wanted:
             odd.append(f"{module}: {list(found)}, the base {list(wanted)}")
     if odd:

@@ -177,8 +177,9 @@ def _lora(module: Module, base: Base | None) -> Terms:
 
 
 def lora_group(settings: Mapping[str, Any]) -> int:
-    """Return how many inputs of a linear QA-LoRA takes the mean of."""
-    return int(settings.get("qalora_group_size", 16))
+    """Return how many inputs of a linear a column of A stands for: one, or those that QA-LoRA takes the mean of."""
+    size = settings.get("qalora_group_size", 16)
+    return size if settings.get("use_qalora") and isinstance(size, int) else 1
 
 
 def _spread(terms: Terms, group: int) -> Terms:

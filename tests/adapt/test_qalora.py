@@ -165,6 +165,15 @@ def test_what_would_mean_another_thing_is_refused(
         subject.adapter(tmp_path)
 
 
+def test_the_doctor_finds_it_well_and_fitting(subjects: Callable) -> None:
+    from edgepeft.adapt.doctor import diagnose
+
+    subject = subjects("bert", "i4b32")
+    report = diagnose(saved(subject), subject.run.folder)
+    assert report.usable, report.text()
+    assert "lora (qalora)" in report.text()
+
+
 def test_inputs_that_blocks_do_not_cut_are_refused(subjects: Callable) -> None:
     from edgepeft.adapt.methods import METHODS
 
