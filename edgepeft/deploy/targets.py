@@ -40,8 +40,9 @@ class Target:
     emulate: tuple[str, ...] = ()  # qemu CPUs to verify on
     threads: int = 0  # 0: all
     gpu: tuple[str, ...] = ()  # how its GPU is reached, of edgepeft.runtime.session.GPUS
+    gpu_buffer_mib: int = 128  # what a shader may bind at most: WebGPU and Vulkan promise this much
     page: bool = False  # a page for browsers goes into its bundle
-    gpu_steps: bool = False  # a branch of its own for single tokens, see edgepeft.export.webgpu_steps
+    gpu_native: bool = False  # WebGPU by ONNX Runtime itself, which has operators that browsers were not seen to have
     ssh: str = ""  # a usual host name, for hints
 
     @property

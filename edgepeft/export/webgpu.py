@@ -15,8 +15,8 @@
 Counting whole numbers is the CPU's in ONNX Runtime, so the device runtime does it and the graph takes what comes out.
 A packed adapter is A [K, S] and B [S, N] in float32, S the ranks of all groups, B zero outside of its group's block;
 the metadata "edgepeft.packed" says of what. Weights stay in tiles on disk and become MatMulNBits' layout when the graph
-is loaded. Left out, and refused: nf4 (no packed product), routers, bottlenecks, offsets and
-capped attention scores, which the provider computes otherwise than the CPU does.
+is loaded. nf4 (MatMulBnb4), routers, whose shares of a token multiply x A, and bottlenecks are for native use alone.
+Left out, and refused: offsets, prompts of encoders, and capped scores, which the provider computes otherwise.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ from edgepeft.errors import ModelError
 from edgepeft.export.body import Body
 from edgepeft.export.ops import DOMAIN, GROUP_INPUTS, NAME, OPSET, SHARED_INPUTS, int4_rows
 from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, TILE_COLUMNS, TILE_ROWS
-from edgepeft.runtime.webgpu import DIGITS, FILE, PACKED, pack
+from edgepeft.runtime.webgpu import DIGITS, FILE, PACKED, pack, pack_routers, widened
 
 MICROSOFT = "com.microsoft"
+NATIVE = "edgepeft.native"
+NF4 = 1  # MatMulBnb4's quant_type
 FORMATS_TAKEN = tuple(name for name in FORMATS if not name.startswith("nf4"))
 EIGHT_BIT_BLOCK = 32
 FED = {  # values of model.onnx that become inputs, under which name, type and shape
@@ -53,23 +55,41 @@ BIASES = {  # inputs that take the place of a mask, by the operator that reads i
 REPLACED = ("attention_mask", "logits_to_keep")
 
 
-def write(folder: Path, steps: bool = False) -> Path:
+def write(folder: Path, native: bool = False) -> Path:
     """Write the graph for GPUs beside an exported one; return its file. Raises ModelError for what it cannot hold.
 
-    steps: with a branch of its own for single tokens, see `webgpu_steps`.
+    native: with operators that ONNX Runtime's provider has and no browser was seen to have; a language model gets a
+    branch of its own for single tokens, see `webgpu_steps`.
     """
     from edgepeft.export.webgpu_steps import Steps
 
     model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
-    made = (Steps if steps else Pass)(folder, model).run()
+    decodes = any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
+    made = (Steps if native and decodes else Pass)(folder, model, native).run()
     path = folder / FILE
     write_bytes(path, made.SerializeToString(deterministic=True))
     return path
 
 
+def check_sizes(folder: Path, most_mib: int) -> None:
+    """Raise ModelError for a tensor of the graph that is larger than what a shader of the target may bind, in MiB."""
+    model = onnx.load(str(folder / FILE), load_external_data=False)
+    sizes = {
+        t.name: int(np.prod(t.dims)) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
+        for t in model.graph.initializer
+    }
+    name = max(sizes, key=lambda one: sizes[one])
+    if sizes[name] > most_mib << 20:
+        raise ModelError(
+            f"{name}: takes {sizes[name] / 2**20:.0f} MiB, a shader of this target binds {most_mib} at most. Take a "
+            "smaller format (--format, --embedding-format) or another target."
+        )
+
+
 def write_again(folder: Path) -> None:
     """Write a bundle's graph for GPUs anew, for the adapters that are there now."""
-    write(folder, ranks_in(folder) is not None)
+    model = onnx.load(str(folder / FILE), load_external_data=False)
+    write(folder, any(entry.key == NATIVE for entry in model.metadata_props))
 
 
 def ranks_in(folder: Path) -> dict[str, int] | None:
@@ -82,8 +102,9 @@ def ranks_in(folder: Path) -> dict[str, int] | None:
 class Pass:
     """One model on its way."""
 
-    def __init__(self, folder: Path, model: onnx.ModelProto) -> None:
-        self.folder, self.model, self.graph = folder, model, model.graph
+    def __init__(self, folder: Path, model: onnx.ModelProto, native: bool = False) -> None:
+        self.folder, self.model, self.graph, self.native = folder, model, model.graph, native
+        self.formats = tuple(FORMATS) if native else FORMATS_TAKEN
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.overridable = {value.name for value in self.graph.input} & set(self.constants)
         self.readers: dict[str, list[onnx.NodeProto]] = {}
@@ -103,6 +124,7 @@ class Pass:
         self.laid_out: set[str] = set()
         self.made: set[str] = set()  # names of constants
         self.packed: dict[str, list[dict[str, Any]]] = {}
+        self.routers: dict[str, str] = {}  # by the gate they make
         self.one_row = any(node.op_type == "GroupQueryAttention" for node in self.graph.node)  # language models
 
     def run(self) -> onnx.ModelProto:
@@ -138,7 +160,7 @@ class Pass:
 
     def about(self) -> dict[str, str]:
         """Return what the device runtime has to know."""
-        return {PACKED: json.dumps(self.packed)}
+        return {PACKED: json.dumps(self.packed), **({NATIVE: "1"} if self.native else {})}
 
     def version(self) -> int:
         """Return the version of this project's operators."""
@@ -182,11 +204,15 @@ class Pass:
             self.embedding(node)
         elif node.op_type.startswith("RowEmbedding_"):
             self.row_embedding(node)
-        elif node.op_type in ("RouterGate", "Bottleneck", "Before"):
-            raise ModelError(
-                f"{node.name}: routers, bottlenecks and prompts of encoders have no form for GPUs. Take another method "
-                "or target."
-            )
+        elif node.op_type == "Before":
+            raise ModelError(f"{node.name}: prompts of encoders have no form for GPUs. Take another method or target.")
+        elif node.op_type in ("RouterGate", "Bottleneck") and not self.native:
+            raise ModelError(f"{node.name}: no browser runs routers and bottlenecks. Take another method or target.")
+        elif node.op_type == "RouterGate":
+            self.routers[node.output[0]] = node.input[1]
+        elif node.op_type == "Bottleneck":
+            node.input[2:] = [self.widened(name) for name in node.input[2:]]
+            self.nodes.append(node)
         elif node.op_type in BIASES:
             inputs = [*node.input[:3], "", "", BIASES[node.op_type][0]]
             self.add("MultiHeadAttention", inputs, list(node.output), MICROSOFT, **attrs)
@@ -196,9 +222,9 @@ class Pass:
     def linear(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> None:
         """Add one fused node as MatMulNBits and its packed adapter."""
         tag = node.op_type.removeprefix(f"{NAME}_").rsplit("_g", 1)[0]
-        if tag not in FORMATS_TAKEN or node.op_type.endswith("_offset"):
+        if tag not in self.formats or node.op_type.endswith("_offset"):
             raise ModelError(
-                f"{node.name}: {node.op_type} has no product on GPUs. Take --format {' or '.join(FORMATS_TAKEN)}."
+                f"{node.name}: {node.op_type} has no product on GPUs. Take --format {' or '.join(self.formats)}."
             )
         groups = len(node.output)
         x, w, scale, s_in = node.input[: len(SHARED_INPUTS)]
@@ -206,7 +232,8 @@ class Pass:
         name, k, n = "|".join(node.output), int(attrs["K"]), int(attrs["N"])
         scaled = x if s_in == "one" else self.add("Mul", [x, s_in], [f"{name}:gpu_s_in"])
         parts = [node.input[len(SHARED_INPUTS) + len(GROUP_INPUTS) * g :][: len(GROUP_INPUTS)] for g in range(groups)]
-        parts, bias = self.bias(name, [list(part) for part in parts], sizes, n)
+        parts = [list(part) for part in parts]
+        parts, bias = (parts, "") if tag.startswith("nf4") else self.bias(name, parts, sizes, n)
         base = self.base(tag, name, [scaled, w, scale, bias], k, n)
         if n != sum(sizes):  # rows that fill a tile
             cut = self.constant(f"{name}:gpu_rows", np.array([sum(sizes), n - sum(sizes)], np.int64))
@@ -230,20 +257,22 @@ class Pass:
         return [[*part[:-1], "zero"] for part in parts], self.constant(f"{name}:gpu_bias", whole)
 
     def widened(self, name: str) -> str:
-        """Let a float16 input of an adapter be a float32 one, as not every GPU can widen it; return its name."""
-        if name not in self.made:
-            self.constant(name, self.value(name).astype(np.float32))
+        """Let an input of an adapter be float32 and not empty, as not every GPU takes others; return its name."""
+        if name in self.overridable and name not in self.made:
+            self.constant(name, widened(self.value(name)))
             old = next(value for value in self.graph.input if value.name == name)
             dims = [dim.dim_param or dim.dim_value for dim in old.type.tensor_type.shape.dim]
             self.inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, dims))
         return name
 
     def base(self, tag: str, name: str, inputs: list[str], k: int, n: int) -> str:
-        """Add W x + bias by MatMulNBits; inputs: x, w, its scales, bias or ""."""
-        sizes = {"K": k, "N": n, "bits": FORMATS[tag].bits, "block_size": block_of(tag)}
-        rows = self.unpacked(tag, inputs[1:3], k, n)
+        """Add W x + bias by MatMulNBits or, without a bias, MatMulBnb4; inputs: x, w, its scales, bias or ""."""
+        sizes = {"K": k, "N": n, "block_size": block_of(tag)}
+        rows, out = self.unpacked(tag, inputs[1:3], k, n), f"{name}:gpu_base"
+        if tag.startswith("nf4"):
+            return self.add("MatMulBnb4", [inputs[0], *rows], [out], MICROSOFT, quant_type=NF4, **sizes)
         bias = ["", "", inputs[3]] if inputs[3] else []
-        return self.add("MatMulNBits", [inputs[0], *rows, *bias], [f"{name}:gpu_base"], MICROSOFT, **sizes)
+        return self.add("MatMulNBits", [inputs[0], *rows, *bias], [out], MICROSOFT, bits=FORMATS[tag].bits, **sizes)
 
     def unpacked(self, tag: str, weight: list[str], k: int, n: int) -> list[str]:
         """Add the codes and scales of a weight as MatMulNBits reads them, once for all that read the weight."""
@@ -290,13 +319,7 @@ class Pass:
         """Add base + (x A) B of the packed adapters, where there are any."""
         if not any(a in self.overridable or self.value(a).size for a, *_ in parts):
             return base
-        if any(gate not in self.constants for _, _, gate, _, _ in parts):
-            raise ModelError(f"{name}: a gate that depends on the tokens has no form for GPUs.")
-        about = [
-            {"a": a, "b": b, "gate": gate if gate in self.overridable else None, "n": n}
-            for (a, b, gate, _, _), n in zip(parts, sizes, strict=True)
-        ]
-        values = {part: self.value(part) for group in parts for part in group[:3]}
+        about, values = self.about_groups(parts, sizes)
         a_ks, b_sn = pack(about, values, k)
         names = [f"{name}.lora_A", f"{name}.lora_B"]
         if any(a in self.overridable for a, *_ in parts) and name not in self.packed:
@@ -308,10 +331,42 @@ class Pass:
         self.constant(names[0], a_ks)
         self.constant(names[1], b_sn)
         low, out = self.add("MatMul", [x, names[0]], [f"{name}:gpu_low"]), f"{name}:gpu_adapted"
+        if any("router" in group for group in about):
+            low = self.routed(name, x, low, about, values)
         if not self.one_row:
             return self.add("Add", [base, self.add("MatMul", [low, names[1]], [f"{name}:gpu_up"])], [out])
         low, flat = (self.axes("Squeeze", value) for value in (low, base))
         return self.axes("Unsqueeze", self.add("Gemm", [low, names[1], flat], [f"{name}:gpu_sum"]), out)
+
+    def about_groups(
+        self, parts: list[list[str]], sizes: list[int]
+    ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+        """Return what `pack` asks of a node's linears, and the values that the graph has for them."""
+        about: list[dict[str, Any]] = []
+        values: dict[str, np.ndarray] = {}
+        for (a, b, gate, _, _), n in zip(parts, sizes, strict=True):
+            router = self.routers.get(gate)
+            entry = {"a": a, "b": b, "gate": gate if gate in self.overridable else None, "n": n}
+            about.append({**entry, "router": router} if router else entry)
+            values |= {part: self.value(part) for part in (a, b, router or gate)}
+        return about, values
+
+    def routed(self, name: str, x: str, low: str, about: list[dict[str, Any]], values: Mapping[str, np.ndarray]) -> str:
+        """Add low times each expert's share of a token: softmax(router x), spread over the expert's ranks."""
+        shares = []
+        for g, spread in pack_routers(about, values).items():
+            router = self.widened(about[g]["router"])
+            turned = self.add("Transpose", [router], [f"{name}:gpu_router{g}"], perm=[1, 0])
+            scores = self.add("MatMul", [x, turned], [f"{name}:gpu_scores{g}"])
+            share = self.add("Softmax", [scores], [f"{name}:gpu_share{g}"], axis=-1)
+            if (given := f"{name}.lora_R{g}") not in self.made:
+                dims = [f"{name}.experts{g}", f"{name}.rank"]
+                self.inputs.append(helper.make_tensor_value_info(self.constant(given, spread), TensorProto.FLOAT, dims))
+            shares.append(self.add("MatMul", [share, given], [f"{name}:gpu_gate{g}"]))
+        whole = shares[0]
+        for g, share in enumerate(shares[1:]):
+            whole = self.add("Add", [whole, share], [f"{name}:gpu_gates{g}"])
+        return self.add("Mul", [low, whole], [f"{name}:gpu_gated"])
 
     def axes(self, op: str, value: str, name: str = "") -> str:
         """Take the one row of a language model off a value, or put it back, which costs a GPU nothing."""
@@ -370,7 +425,11 @@ def unpacked(tag: str, name: str) -> onnx.FunctionProto:
     """Return the function (w, w_scale) -> MatMulNBits' (codes [N, B, bytes], scales [N, B]); folded at load."""
     body, spec = Body(), FORMATS[tag]
     if spec.bits == 4:
-        int4_rows(body, spec.block, out="codes")
+        nf4 = tag.startswith("nf4")
+        rows = int4_rows(body, spec.block, out="" if nf4 else "codes")
+        if nf4:  # the first of two in a byte is the high one, and all is flat
+            turned = body("BitwiseOr", body.shifted(rows, "LEFT"), body.shifted(rows, "RIGHT"))
+            body("Reshape", turned, body.ints(-1), out="codes")
         scales = body.rows_then(body("Transpose", body.float32("w_scale"), perm=[0, 2, 1]), -1)
     else:
         tiles = body("Reshape", "w", body.ints(0, 0, 8, TILE_ROWS, 4))  # [T, U, j, n, i]

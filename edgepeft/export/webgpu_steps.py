@@ -50,6 +50,9 @@ class Steps(Pass):
         """Return the new model."""
         self.digits: dict[str, dict[str, Any]] = {}
         self.shapes = [tensor_shapes(file.parent) for file in sorted(self.folder.glob(f"adapters/*/{TENSORS}"))]
+        self.step = False
+        if not any(map(self.in_digits, self.graph.node)):
+            return super().run()
         logits = self.graph.output[0].type.tensor_type.shape
         logits.dim[1].dim_param = "kept"  # a branch's output has to be as it is declared
         branches, read = {}, set()
@@ -99,6 +102,8 @@ class Steps(Pass):
         if not node.op_type.startswith(f"AdapterMatMul_{FORMAT}_g") or node.op_type.endswith("_offset"):
             return False
         downs = [group[0] for group in self.groups(node)]
+        if not all(group[2] in self.constants for group in self.groups(node)):  # a router's
+            return False
         return node.input[3] == "one" and all(a in self.overridable for a in downs) and any(map(self.rank, downs))
 
     def rank(self, a: str) -> int:

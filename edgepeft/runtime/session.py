@@ -527,7 +527,9 @@ def load(
 
     if device in GPUS:
         return on_gpu(device)
-    if device == "auto" and not cpu_asked and (model := _on_gpu_if_it_runs(on_gpu)):
+    if device == "auto" and cpu_asked:
+        _say_once(f"running on the CPU: {cpu_asked} is not for GPUs")
+    elif device == "auto" and (model := _on_gpu_if_it_runs(on_gpu)):
         return model
     found = _library(manifest, library)
     model = kind(manifest, open_session(manifest, threads, found, activation, kv_cache), found, threads)

@@ -21,7 +21,7 @@ import numpy as np
 
 from edgepeft.errors import ArtifactError, TargetError
 from edgepeft.runtime import digits
-from edgepeft.runtime.adapters import DOWN, UP, Slot
+from edgepeft.runtime.adapters import Slot
 
 FILE = "model.webgpu.onnx"
 PACKED = "edgepeft.packed"
@@ -61,6 +61,25 @@ def pack(
     downs.append(np.zeros((k, fill), np.float32))
     ups.append(np.zeros((fill, total), np.float32))
     return np.ascontiguousarray(np.concatenate(downs, 1)), np.concatenate(ups)
+
+
+def pack_routers(groups: Sequence[Mapping[str, Any]], values: Mapping[str, np.ndarray]) -> dict[int, np.ndarray]:
+    """Return {group: float32 [E, S]} of those with a router: which of the packed ranks are an expert's.
+
+    values hold "router" [E, K]. Shares add up to 1, so ranks of groups without one belong to all experts of another's.
+    """
+    ranks = [len(values[group["a"]]) for group in groups]
+    width, start = max(-(-sum(ranks) // RANKS), 1) * RANKS, 0
+    routers = {g: values[group["router"]] for g, group in enumerate(groups) if "router" in group}
+    out = {g: np.zeros((len(router), width), np.float32) for g, router in routers.items()}
+    for g, rank in enumerate(ranks):
+        if g in out:
+            experts = len(out[g])
+            out[g][np.arange(rank) * experts // max(rank, 1), np.arange(start, start + rank)] = 1
+        else:
+            next(iter(out.values()))[:, start : start + rank] = 1
+        start += rank
+    return out
 
 
 def pack_digits(name: str, about: Mapping[str, Any], values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -140,16 +159,15 @@ def feeds(session: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             continue
         pair = pack(groups, values, values[groups[0]["a"]].shape[1])
         out |= {f"{name}.lora_{ending}": array for ending, array in zip("AB", pair, strict=True)}
-    rest = {name: _whole(name, array) for name, array in values.items() if name not in inside}
+        if any("router" in group for group in groups):
+            out |= {f"{name}.lora_R{g}": array for g, array in pack_routers(groups, values).items()}
+    rest = {name: widened(array) for name, array in values.items() if name not in inside}
     return {name: on_device(array) for name, array in {**rest, **out}.items()}
 
 
-def _whole(name: str, array: np.ndarray) -> np.ndarray:
-    """Return a tensor as the graph takes it: A and B of a linear of its own in float32, and never of rank 0."""
-    if not name.endswith((DOWN, UP)):
-        return array
-    axis = 0 if name.endswith(DOWN) else 1
-    fill = [(0, 0 if array.shape[axis] or place != axis else RANKS) for place in range(2)]
+def widened(array: np.ndarray) -> np.ndarray:
+    """Return an adapter's tensor as a graph for GPUs takes it by itself: float32, empty axes filled with zeros."""
+    fill = [(0, 0 if size else RANKS) for size in array.shape]
     return np.pad(array.astype(np.float32), fill)
 
 

@@ -17,6 +17,7 @@ from edgepeft.errors import ArtifactError, ConfigError, ModelError, TargetError
 from edgepeft.export import webgpu as export
 from edgepeft.runtime import webgpu
 from edgepeft.runtime.adapters import DOWN, TENSORS
+from tests.adapt.conformance import Subject
 from tests.export.tiny_decoder import export_decoder
 from tests.export.tiny_run import export_run, make_run
 from tests.runtime import standin, writer
@@ -25,6 +26,7 @@ TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order
 DIGITS_TOLERANCE = 5e-3  # where adapters, here as strong as the base, come in 4-bit digits
 RUNS = [(kind, "i4b32", False) for kind in ("bert", "llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3")]
 RUNS += [(kind, "i8c", False) for kind in ("bert", "llama")]
+RUNS += [(kind, "nf4b64", True) for kind in ("bert", "llama")]
 RUNS += [(kind, "i4b32", True) for kind in ("llama", "qwen2", "gemma3", "phi3")]
 
 
@@ -102,7 +104,8 @@ def test_a_gpu_computes_what_the_cpu_does_with_every_node_on_it(gpu, exported, k
     for cpu_feeds, gpu_feeds in _runs(kind, session):
         wanted = stock.run(["logits"], {name: array for name, array in cpu_feeds.items() if name in taken})[0]
         found = session.run(["logits"], gpu_feeds)[0]
-        assert np.abs(found - wanted).max() <= (DIGITS_TOLERANCE if steps else TOLERANCE) * np.abs(wanted).max()
+        tolerance = DIGITS_TOLERANCE if webgpu.in_digits(session) else TOLERANCE
+        assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("bert", False), ("llama", False), ("llama", True)])
@@ -163,6 +166,42 @@ def test_a_graph_that_is_made_again_has_room_for_all_adapters(exported, tmp_path
     after = export.ranks_in(folder)
     assert set(before) == set(after)
     assert all(after[name] == 5 * before[name] for name in before)  # 20 ranks each, where there were 4
+
+
+BRANCHES = [("bert", "experts"), ("llama", "experts"), ("llama", "houlsby"), ("bert", "parallel")]
+
+
+@pytest.mark.parametrize(("kind", "name"), BRANCHES)
+def test_experts_and_bottlenecks_run_natively_and_can_be_left_out(gpu, tmp_path: Path, kind: str, name: str) -> None:
+    from onnxruntime import OrtValue
+
+    from edgepeft.runtime import adapters as ad
+
+    subject = Subject(tmp_path, kind, "i4b32")
+    folder = subject.export(subject.made(name))
+    with pytest.raises(ModelError, match="no browser runs routers and bottlenecks"):
+        export.write(folder)
+    export.write(folder, native=True)
+    stock, session = _stock(folder), webgpu.open_session(folder)
+    places = ad.slots(stock)
+    assert set(webgpu.slots(session, ad.slots(session))) == set(places)
+    neutral = {place: slot.empty() for place, slot in places.items() if slot.neutral}
+    fed = webgpu.feeds(session, {place: OrtValue.ortvalue_from_numpy(array) for place, array in neutral.items()})
+    taken = {item.name for item in stock.get_inputs() + stock.get_overridable_initializers()}
+    cpu_feeds, gpu_feeds = _runs(kind, session)[0]
+    for cpu_more, gpu_more in (({}, {}), (neutral, {place: value.numpy() for place, value in fed.items()})):
+        given = {place: array for place, array in {**cpu_feeds, **cpu_more}.items() if place in taken}
+        wanted = stock.run(["logits"], given)[0]
+        found = session.run(["logits"], {**gpu_feeds, **gpu_more})[0]
+        tolerance = DIGITS_TOLERANCE if webgpu.in_digits(session) else TOLERANCE
+        assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
+
+
+def test_a_tensor_that_no_shader_can_bind_is_refused(exported) -> None:
+    folder = exported("llama", "i4b32")
+    export.check_sizes(folder, 1)
+    with pytest.raises(ModelError, match=r"a shader of this target binds 0 at most.*--embedding-format"):
+        export.check_sizes(folder, 0)
 
 
 def test_weights_without_a_packed_product_are_refused(exported) -> None:
