@@ -81,19 +81,7 @@ def install() -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Serve `python -m edgepeft.deploy.browser install|check`."""
-    if list(arguments) not in (["install"], ["check"]):
-        print("usage: python -m edgepeft.deploy.browser install|check", file=sys.stderr)
-        return 2
-    try:
-        if arguments[0] == "install":
-            install()
-        if reason := missing():
-            raise TargetError(f"{WHO}: {reason}")
-        debs.tell(WHO, f"ready at {folder()}")
-    except TargetError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    return debs.serve(WHO, arguments, install, missing, str)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from edgepeft.artifact import cache_dir
 from edgepeft.errors import TargetError
 
 SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
@@ -26,6 +27,30 @@ SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
 def tell(who: str, text: str) -> None:
     """Say a step of a set-up."""
     print(f"{who}: {text}", file=sys.stderr, flush=True)
+
+
+def serve(
+    who: str,
+    arguments: Sequence[str],
+    install: Callable[[], object],
+    missing: Callable[[], str],
+    ready: Callable[[], str],
+) -> int:
+    """Serve `python -m edgepeft.deploy.<who> install|check`: `missing` says what is not there, `ready` what is."""
+    if list(arguments) not in (["install"], ["check"]):
+        print(f"usage: python -m edgepeft.deploy.{who} install|check", file=sys.stderr)
+        return 2
+    try:
+        if arguments[0] == "install":
+            with alone(cache_dir() / who):
+                install()
+        if reason := missing():
+            raise TargetError(f"{who}: {reason}")
+        tell(who, f"ready at {cache_dir() / who}{ready()}")
+    except TargetError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 @contextlib.contextmanager

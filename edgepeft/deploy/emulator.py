@@ -203,7 +203,7 @@ def install(onnxruntime: Sequence[str] = (NEWEST, SAFE)) -> Emulator:
     return found
 
 
-_say, _step = functools.partial(debs.tell, "emulator"), functools.partial(debs.step, "emulator")
+_step = functools.partial(debs.step, "emulator")
 
 
 def _install_qemu() -> None:
@@ -305,28 +305,23 @@ def _failure(cpu: str, argv: Sequence[str], done: subprocess.CompletedProcess[st
     return f"emulated {cpu}: {shlex.join(map(str, argv))[:300]} {how}\n{tail}"
 
 
-USAGE = "usage: python -m edgepeft.deploy.emulator install|check|run CPU BUNDLE [options and texts of edgepeft run]"
+USAGE = "usage: python -m edgepeft.deploy.emulator run CPU BUNDLE [options and texts of edgepeft run]"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Serve `python -m edgepeft.deploy.emulator install|check|run`."""
-    verb, *rest = arguments or [""]
-    if verb not in ("install", "check", "run") or (len(rest) < 2 if verb == "run" else rest):
+    if list(arguments[:1]) != ["run"]:
+        return debs.serve("emulator", arguments, install, missing, lambda: f" on {host_platform()}: {', '.join(CPUS)}")
+    if len(arguments) < 3:
         print(USAGE, file=sys.stderr)
         return 2
     try:
-        if verb == "install":
-            with debs.alone(folder()):
-                install()
         if reason := missing():
             raise TargetError(f"emulator: {reason}")
-        if verb == "run":
-            return Emulator(str(shutil.which(QEMU)), folder()).edgepeft(rest[0], ["run", *rest[1:]])
+        return Emulator(str(shutil.which(QEMU)), folder()).edgepeft(arguments[1], ["run", *arguments[2:]])
     except TargetError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    _say(f"ready at {folder()} on {host_platform()}: {', '.join(CPUS)}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -204,21 +204,12 @@ def _mesa_is_old() -> bool:
 
 def main(arguments: Sequence[str]) -> int:
     """Serve `python -m edgepeft.deploy.softgpu install|check|env [NAME]`."""
-    verb, *rest = arguments or [""]
-    if verb not in ("install", "check", "env") or len(rest) > (verb == "env"):
-        print("usage: python -m edgepeft.deploy.softgpu install|check|env [NAME]", file=sys.stderr)
-        return 2
+    if list(arguments[:1]) != ["env"]:
+        return debs.serve(WHO, arguments, install, missing, lambda: f": {', '.join(available())}")
     try:
-        if verb == "install":
-            with debs.alone(folder()):
-                install()
         if reason := missing():
             raise TargetError(f"{WHO}: {reason}")
-        names = available()
-        if verb == "env":
-            _print(environment(rest[0] if rest else names[-1]))
-        else:
-            debs.tell(WHO, f"ready at {folder()}: {', '.join(names)}")
+        _print(environment(arguments[1] if arguments[1:] else available()[-1]))
     except TargetError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -119,19 +119,7 @@ def write(out: Path) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Serve `python -m edgepeft.deploy.web install|check`."""
-    if list(arguments) not in (["install"], ["check"]):
-        print("usage: python -m edgepeft.deploy.web install|check", file=sys.stderr)
-        return 2
-    try:
-        if arguments[0] == "install":
-            install()
-        if reason := missing():
-            raise TargetError(f"{WHO}: {reason}")
-        debs.tell(WHO, f"ready at {cache_dir() / WHO}")
-    except TargetError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    return debs.serve(WHO, arguments, install, missing, str)
 
 
 if __name__ == "__main__":

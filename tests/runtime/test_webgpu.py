@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import LABELS
 
 from edgepeft.artifact import read_tensors, write_tensors
 from edgepeft.bench import dispatches
@@ -20,7 +18,7 @@ from edgepeft.runtime.adapters import DOWN, TENSORS
 from tests.adapt.conformance import Subject
 from tests.export.tiny_decoder import export_decoder
 from tests.export.tiny_run import export_run, make_run
-from tests.runtime import standin, writer
+from tests.runtime.gpus import sealed_bundle
 
 TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order
 DIGITS_TOLERANCE = 5e-3  # where adapters, here as strong as the base, come in 4-bit digits
@@ -251,28 +249,11 @@ def test_no_provider_and_no_gpu_are_told_apart(tmp_path: Path, monkeypatch) -> N
         webgpu.check(tmp_path)
 
 
-def _sealed(exported_folder: Path, bundle: Path, kind: str) -> Path:
-    """Make a bundle of an exported folder."""
-    quantized = exported_folder.parent / "quantized"
-    about = json.loads((quantized / "quantized.json").read_text())
-    shutil.copytree(exported_folder, bundle)
-    for name in ("tokenizer.json", "config.json"):
-        shutil.copy(quantized / name, bundle)
-    same = {"base_digest": about["base_digest"], "format": about["format"], "activation": "float"}
-    if kind == "bert":
-        standin.reseal(bundle, labels=list(LABELS), **same)
-    else:
-        settings = exported_folder.parents[1] / "adapter" / "device" / "adapter_config.json"
-        shutil.copy(settings, bundle / "adapters" / "default")
-        writer.reseal(bundle, context=64, **same)
-    return bundle
-
-
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_a_loaded_bundle_answers_on_a_gpu_as_on_the_cpu(gpu, exported, tmp_path: Path, kind: str) -> None:
     from edgepeft.runtime import load
 
-    bundle = _sealed(exported(kind, "i4b32"), tmp_path / "bundle", kind)
+    bundle = sealed_bundle(exported(kind, "i4b32"), tmp_path / "bundle", kind)
     cpu, found = load(bundle, library="none"), load(bundle, device="webgpu")
     assert (cpu.gpu, found.gpu) == (False, True)
     if kind == "llama":
@@ -296,7 +277,7 @@ def test_a_loaded_bundle_answers_on_a_gpu_as_on_the_cpu(gpu, exported, tmp_path:
 def test_keys_and_values_stay_on_the_gpu(gpu, exported, tmp_path: Path, monkeypatch) -> None:
     from edgepeft.runtime import cache, load
 
-    bundle = _sealed(exported("llama", "i4b32"), tmp_path / "bundle", "llama")
+    bundle = sealed_bundle(exported("llama", "i4b32"), tmp_path / "bundle", "llama")
     monkeypatch.setattr(cache, "STEP", 16)  # so that memory grows
     cpu, found = load(bundle, library="none"), load(bundle, device="webgpu")
     wanted, got = (model.generate("turn on", max_new_tokens=40, temperature=1, seed=3) for model in (cpu, found))
