@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgepeft.adapt import training
+from edgepeft.adapt import prompts, training
 from edgepeft.adapt.kinds import KINDS
 from edgepeft.adapt.methods import METHODS
 
@@ -21,12 +21,17 @@ def test_a_row_is_whole(tag: str) -> None:
     assert row.peft_type in KINDS
     assert set(row.hooks) <= {"prepare", "attach", "optimizer", "begin", "resume", "step"}
     assert all(hasattr(training, name) for name in row.hooks.values())
-    config = SimpleNamespace(rank=8, alpha=12.0, dropout=0.1, seed=3, experts=4, format="i4b32")
+    config = SimpleNamespace(
+        rank=8, alpha=12.0, dropout=0.1, seed=3, experts=4, format="i4b32", prompt_tokens=5, model="", task=""
+    )
     made = row.peft_config(config, [KEY, DOWN], ["head"], "SEQ_CLS")
     saved = made.to_dict()["peft_type"]
     assert getattr(saved, "value", saved) == row.peft_type
-    assert made.target_modules == TARGETS.get(tag, {KEY, DOWN})
     assert made.modules_to_save == ["head"]
+    if row.peft_type in prompts.TYPES:
+        assert made.num_virtual_tokens == 5
+    else:
+        assert made.target_modules == TARGETS.get(tag, {KEY, DOWN})
 
 
 @pytest.mark.parametrize("tag", ["experts", "pfeiffer", "parallel"])

@@ -53,8 +53,10 @@ def test_logits_are_near_those_of_float_and_the_same_whatever_the_parts(
     ids = model.tokens.ids(PROMPTS[2])
     whole, exact = model.logits(ids), load(scaled).logits(ids)
     model.chunk = chunk
-    np.testing.assert_allclose(model.logits(ids), whole, atol=1e-4)
-    error = np.abs(whole - exact).max() / np.abs(exact).max()
+    lost = np.abs(whole - exact).max()
+    # Sums in another order may round a key or a value to the next of its steps.
+    np.testing.assert_allclose(model.logits(ids), whole, rtol=0, atol=0.1 * lost)
+    error = lost / np.abs(exact).max()
     assert 1e-5 < error < CLOSE
     assert (whole.argmax(-1) == exact.argmax(-1)).mean() > 0.9
 

@@ -120,7 +120,8 @@ def test_labels_are_never_guessed(tmp_path: Path, labels, match: str) -> None:
     ("changes", "match"),
     [
         ({"peft_type": "OFT"}, "peft_type 'OFT' is not supported"),
-        ({"use_qalora": True}, "use_qalora"),
+        ({"use_qalora": True, "use_dora": True}, "use_qalora"),
+        ({"use_qalora": True}, "the base's linear is"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"init_lora_weights": "pissa"}, "changed the base weights"),
     ],
