@@ -40,6 +40,11 @@ class Base:
         return self.about["base_digest"]
 
     @property
+    def settings(self) -> dict[str, Any] | None:
+        """Return config.json, where it is known."""
+        return None if self.folder is None else read_json(self.folder / "config.json")
+
+    @property
     def family(self) -> Family:
         """The row of its family."""
         return FAMILIES[self.about["family"]]

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepeft.adapt import peft_files
+from edgepeft.adapt import peft_files, prompts
 from edgepeft.adapt.foreign import ADAPTED, PREFIX, Foreign, some
 from edgepeft.adapt.foreign.identify import open_adapter
 from edgepeft.adapt.kinds import lora_group
@@ -408,6 +408,14 @@ def check_shapes(adapter: Foreign, base: Base) -> Iterator[Finding]:
         )
 
 
+def check_prompt(adapter: Foreign, base: Base) -> Iterator[Finding]:
+    """What stands before the text has the base's width, or its heads of keys."""
+    settings = adapter.settings
+    if settings.get("peft_type") in prompts.TYPES and "hidden_size" in base.settings:
+        for problem in prompts.problems(adapter.tensors.get(prompts.ROWS), settings, base.settings):
+            yield Finding(ERROR, problem.rstrip("."), "Is it for another model?")
+
+
 def check_others(adapter: Foreign, base: Base) -> Iterator[Finding]:
     """Heads and other whole tensors have a place of their shape in the base."""
     for name, array in adapter.others.items():
@@ -438,7 +446,7 @@ def check_tokenizer(adapter: Foreign, base: Base) -> Iterator[Finding]:
 
 
 AGAINST: tuple[Callable[[Foreign, Any], Iterable[Finding]], ...] = (
-    check_identity, check_modules, check_shapes, check_others, check_tokenizer,
+    check_identity, check_modules, check_shapes, check_prompt, check_others, check_tokenizer,
 )  # fmt: skip
 
 

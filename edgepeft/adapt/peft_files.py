@@ -155,7 +155,8 @@ def read(
     problems += checks.setting_problems(settings) + checks.tensor_problems(adapter)
     problems += checks.head_problems(adapter, heads)
     if adapter.kind.prompt:
-        problems += prompts.problems(adapter.tensors.get(prompts.inner(prompts.ROWS)), settings, base)
+        about = base.settings if base is not None else None
+        problems += prompts.problems(adapter.tensors.get(prompts.inner(prompts.ROWS)), settings, about)
     if not problems:
         adapter = _with_common(adapter, shapes)
         problems = checks.shape_problems(adapter, shapes)

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepeft.adapt.terms import PREFIX, PROMPT, STATES
-from edgepeft.artifact import read_json
 from edgepeft.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -70,8 +69,8 @@ def names(layers: int) -> list[str]:
     return [f"past_key_values.{i}.{part}" for i in range(layers) for part in ("key", "value")]
 
 
-def problems(rows: np.ndarray | None, settings: Mapping[str, Any], base: Base | None) -> list[str]:
-    """Return, in words, what is wrong with a prompt's tensor."""
+def problems(rows: np.ndarray | None, settings: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> list[str]:
+    """Return, in words, what is wrong with a prompt's tensor; `about` is the base's config.json."""
     if rows is None:
         return [f"{ROWS} is missing: it would load and do nothing. Save it with PEFT's save_pretrained."]
     numbers = {name: settings.get(name) for name in SETTINGS}
@@ -84,14 +83,13 @@ def problems(rows: np.ndarray | None, settings: Mapping[str, Any], base: Base | 
         found.append(f"{ROWS} is {list(rows.shape)}, its settings say {list(wanted)}.")
     if settings["num_transformer_submodules"] != 1:
         found.append("num_transformer_submodules = 2 is of a model with two halves; here are none.")
-    if base is not None and base.folder is not None and not found:
-        found += _against(base.folder, prefix, layers, int(settings["num_attention_heads"]), width)
+    if about is not None and not found:
+        found += _against(about, prefix, layers, int(settings["num_attention_heads"]), width)
     return found
 
 
-def _against(folder: Path, prefix: bool, layers: int, heads: int, width: int) -> list[str]:
+def _against(about: Mapping[str, Any], prefix: bool, layers: int, heads: int, width: int) -> list[str]:
     """Return what does not fit the base: the width of a row, or how many keys there are."""
-    about = read_json(folder / "config.json")
     if not prefix:
         hidden = about["hidden_size"]
         return [] if width == hidden else [f"{ROWS} is for a model of width {hidden}, found {width}."]

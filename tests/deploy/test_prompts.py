@@ -12,6 +12,7 @@ import pytest
 from builders import LABELS, tiny_bert, tiny_decoder
 
 from edgepeft.adapt import layers, peft_files
+from edgepeft.adapt.doctor import diagnose
 from edgepeft.artifact import Run, read_json, read_tensors, write_json, write_tensors
 from edgepeft.backbone.load import quantized_model
 from edgepeft.config import Config
@@ -190,6 +191,18 @@ def test_prompts_of_any_kind_share_a_bundle(writers: Build, tmp_path: Path) -> N
     write_tensors(bare / "adapter_model.safetensors", tensors, {})
     with pytest.raises(ArtifactError, match="the packed base was not given"):
         da.add(bundle, bare, "rows", trust_base=True)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_the_doctor_knows_what_fits(writers: Build, kind: str, tmp_path: Path) -> None:
+    folder = writers(kind).path("adapter")
+    for base in (writers("prompt").path("bundle"), writers("prompt").folder):
+        report = diagnose(folder, base)
+        assert (report.usable, report.as_dict()["method"]) == (True, KINDS[kind].lower())
+    other = tiny_decoder(tmp_path / "other", hidden_size=128, num_attention_heads=8, num_key_value_heads=4)
+    found = diagnose(folder, other)
+    assert not found.usable
+    assert "prompt_embeddings is for" in found.text()
 
 
 @pytest.mark.parametrize(
