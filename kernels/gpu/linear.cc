@@ -13,8 +13,8 @@ enum Own { kA, kB, kGate, kSOut, kBias, kPerGroup };
 constexpr uint32_t kHalfFlag = 1, kGateNumber = 2, kGateRows = 4, kSOutNumber = 8, kBiasNumber = 16;
 constexpr uint32_t kProductThreads = 128;
 constexpr int64_t kFewRows = 8;  // of x, that the first shader takes
-constexpr uint32_t kInsideRank = 64;     // up to which a workgroup computes A x for itself,
-constexpr int64_t kInsideNumbers = 1 << 16;  // if A has no more numbers than these: measured on an H200 and on no phone
+// Up to how many ranks of a linear, and numbers of its A, each workgroup computes A x for itself: measured on an H200.
+constexpr int64_t kInsideRank = 16, kInsideNumbers = 1 << 15;
 
 struct Part {
   Value *a, *b, *gate, *s_out, *bias;
@@ -158,7 +158,7 @@ Failure run_linear(Run& run, const Step& s) {
   GPU_TRY(describe(run, s, rows, &d, &ranks));
   if (rows == 0) return nullptr;
   const uint32_t tiles = static_cast<uint32_t>(s.whole[kN] / kTileRows), m = static_cast<uint32_t>(rows);
-  const bool few = rows <= kFewRows, inside = few && ranks <= kInsideRank && ranks * s.whole[kK] <= kInsideNumbers * s.whole[kGroups];
+  const bool few = rows <= kFewRows, inside = few && ranks <= kInsideRank * s.whole[kGroups] && ranks * s.whole[kK] <= kInsideNumbers * s.whole[kGroups];
   const Shape shape = shape_for(run.device, s.whole[kK], inside ? ranks : 0);
   if (ranks && !inside) {
     d.shader = Shader::low;

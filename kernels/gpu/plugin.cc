@@ -147,12 +147,14 @@ EP_EXPORT const char* edgepeft_vulkan_device() {
   const Device* own = device(&reason);
   return own ? own->properties.deviceName : "";
 }
-// Lets the driver fail from now on, for tests: 1 has no memory left, 2 loses the device at the next submit.
+// Lets things go wrong from now on, for tests: 1 there is no memory left, 2 the device is lost at the next submit, 3 we
+// submit with a fence that was not reset, which only a validation layer minds.
 EP_EXPORT void edgepeft_vulkan_plant(int fault) {
   Failure reason;
   Device* own = device(&reason);
   if (!own) return;
   if (fault == 1) own->api.AllocateMemory = [](vk::Device, const vk::MemoryAllocateInfo*, const void*, vk::Handle*) { return vk::kOutOfDeviceMemory; };
+  if (fault == 3) own->api.ResetFences = [](vk::Device, uint32_t, const vk::Handle*) { return vk::kSuccess; };
   if (fault == 2) own->api.QueueSubmit = [](vk::Queue, uint32_t, const vk::SubmitInfo*, vk::Handle) { return vk::kDeviceLost; };
 }
 EP_EXPORT const char* edgepeft_vulkan_refused() { return refused; }

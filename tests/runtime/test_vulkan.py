@@ -147,3 +147,32 @@ def test_a_driver_that_fails_ends_in_a_sentence_and_the_cpu(gpu, exported, tmp_p
     assert len(said) == len(words)
     for line, wanted in zip(said, words, strict=True):
         assert re.search(wanted, line)
+
+
+VALIDATED = """
+import sys
+from pathlib import Path
+from edgepeft.runtime import load, vulkan
+library = Path(sys.argv[1])
+for bundle in sys.argv[3:]:
+    model = load(bundle, device="vulkan", library=library)
+    model.trial()
+    vulkan.load_library(library).edgepeft_vulkan_plant(int(sys.argv[2]))
+    model.trial()
+print("ran")
+"""
+LAYER = "VK_LAYER_KHRONOS_validation"
+
+
+@pytest.mark.parametrize("fault", [0, 3])
+def test_khronos_validation_minds_nothing_but_a_planted_error(gpu, exported, tmp_path: Path, fault: int) -> None:
+    places = [os.environ.get("VK_LAYER_PATH", ""), "/usr/share/vulkan/explicit_layer.d"]
+    if not any(list(Path(place).glob("VkLayer_khronos_validation.json")) for place in places if place):
+        pytest.skip("no validation layer: apt-get install vulkan-validationlayers")
+    bundles = [sealed_bundle(exported(kind, "i4b32"), tmp_path / kind, kind) for kind in ("bert", "llama")]
+    env = {**os.environ, **softgpu.environment(softgpu.available()[-1]), "VK_INSTANCE_LAYERS": LAYER}
+    argv = [sys.executable, "-c", VALIDATED, str(gpu), str(fault), *map(str, bundles)]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    assert ("VUID-" in said) == (fault == 3), said
+    assert fault or done.stdout == "ran\n", said
