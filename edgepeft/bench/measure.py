@@ -4,6 +4,7 @@
               the graph holds it, an adapter that is fed (as every other one is; it alternates with the rest, so each of
               its runs includes a swap), and with --baseline the float32 peer
     speed     of a language model: tokens a second, see `generation`
+    mixed     rows of a run with an adapter each, beside as many under one, see `mixed`
     swap      `use` of another adapter, microseconds; and its first use, which maps the file
     memory    fresh processes, peak and anonymous bytes above a bare ONNX Runtime process
 
@@ -29,6 +30,7 @@ import numpy as np
 from edgepeft import __version__
 from edgepeft.artifact import write_json
 from edgepeft.bench import generation, memory
+from edgepeft.bench.mixed import mixed
 from edgepeft.bench.timing import disturbed, interleave
 from edgepeft.errors import ConfigError
 from edgepeft.runtime import Model, load
@@ -149,7 +151,7 @@ def bench(
 
     with tempfile.TemporaryDirectory() as scratch:
         peers = export_peer(bundle, Path(scratch)) if baseline else {}
-        result: dict[str, Any] = {"machine": machine(), "latency": [], "speed": [], "swap": {}}
+        result: dict[str, Any] = {"machine": machine(), "latency": [], "speed": [], "mixed": [], "swap": {}}
         result["processes"] = processes(bundle, threads[0], peers)
         for count in threads:
             model = load(bundle, threads=count)
@@ -159,6 +161,7 @@ def bench(
                     result["latency"].append(latency(model, peer, count, batch, length, budget_s))
             else:
                 result["speed"].append(generation.speeds(model, count, budget_s))
+            result["mixed"] += [{"threads": count, **row} for row in [mixed(model, budget_s)] if row]
             result["swap"] = swap(model)
     result["bundle"] = {key: model.manifest.values.get(key) for key in ("name", "format", "rank", "base_digest")}
     result["bundle"]["sizes_bytes"] = model.manifest.values.get("sizes_bytes", {})

@@ -63,6 +63,15 @@ def _ratio(rows: list[Mapping[str, Any]]) -> str:
     return f"peak memory above a bare process: {', '.join(parts)}; less the tokenizer: {', '.join(own)}"
 
 
+def _mixed(rows: list[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what adapters of their own cost the rows of a run, for each number of threads."""
+    for row in rows:
+        yield (
+            f"{row['rows']} rows under an adapter each run at {row['speed']:.2f} of the speed of as many under one "
+            f"({row['each_ms']:.2f} and {row['one_ms']:.2f} ms, threads {row['threads']})"
+        )
+
+
 def _notes(result: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a reader must know before believing the tables."""
     busy = [row for row in (*result["latency"], *result["speed"]) if row["disturbed"]]
@@ -96,6 +105,7 @@ def report_text(result: Mapping[str, Any]) -> str:
         "",
         _processes(result["processes"]),
         "",
+        *_mixed(result["mixed"]),
         swapping,
         _ratio(result["processes"]),
         *_notes(result),
