@@ -48,7 +48,9 @@ struct Adapter {
   // ---- alone
   void fill_rest() {
     const char* next = static_cast<const char*>(job.b) + kOutputs<V> * row_bytes;  // wanted by the job after this one
-    for (int64_t i = 0; !job.live && i < kOutputs<V> * row_bytes && i < kAhead; i += 64) __builtin_prefetch(next + i);
+    bool all = true;  // of B is read, by one row or another
+    for (int64_t r = 0; job.live && r < job.rank; r += kRankBlock) all &= job.live_any[r / kRankBlock];
+    for (int64_t i = 0; all && i < kOutputs<V> * row_bytes && i < kAhead; i += 64) __builtin_prefetch(next + i);
     whole = job.rank / V::lanes * V::lanes;
     for (int n = 0; whole < job.rank && n < kOutputs<V>; n++)
       for (int r = 0; r < V::lanes; r++) panel[n * V::lanes + r] = element(n, whole + r);
@@ -90,13 +92,14 @@ struct Adapter {
   // ---- together
   // Whether some rows of x have the same live blocks in this panel.
   bool alike(int64_t m, int rows) const {
-    uint64_t first = 0, other;
-    for (int i = 0; job.live && i < rows; i++) {
-      __builtin_memcpy(&other, live_of(m + i) + r0 / kRankBlock, sizeof(other));
-      if (i && other != first) return false;
-      first = other;
+    constexpr int words = kRankPanel / kRankBlock / 8;
+    uint64_t first[words], other[words], differ = 0;
+    if (job.live) __builtin_memcpy(first, live_of(m) + r0 / kRankBlock, sizeof(first));
+    for (int i = 1; job.live && i < rows; i++) {
+      __builtin_memcpy(other, live_of(m + i) + r0 / kRankBlock, sizeof(other));
+      for (int w = 0; w < words; w++) differ |= first[w] ^ other[w];
     }
-    return true;
+    return !differ;
   }
   // Rows past the last column repeat it: they are computed, and not stored.
   template <bool half>
@@ -118,20 +121,26 @@ struct Adapter {
       for (int64_t r = in_vectors; r < ranks; r++) panel[r * kOutputs<V> + n] = element(n, r0 + r);
   }
   template <int R>
+  EP_INLINE void block(const float* t, int64_t from, Sums<V, R>& sums) const {
+    const int64_t to = ranks - from < kRankBlock ? ranks : from + kRankBlock;
+    for (int64_t r = from; r < to; r++)
+      for (int i = 0; i < R; i++) {
+        const typename V::F t_r = V::set1(t[i * job.t_stride + r]);
+        for (int v = 0; v < kVectors<V>; v++)
+          sums[i][v] = V::fma(V::load(panel + r * kOutputs<V> + v * V::lanes), t_r, sums[i][v]);
+      }
+  }
+  template <int R>
   EP_SHARED void together(int64_t m, Sums<V, R>& sums_out) const {
     const float* t = job.t + m * job.t_stride + r0;
     const uint8_t* live = live_of(m);
     Sums<V, R> sums;
     __builtin_memcpy(&sums, &sums_out, sizeof(sums));
-    for (int64_t from = 0; from < ranks; from += kRankBlock) {
-      if (live && !live[(r0 + from) / kRankBlock]) continue;
-      const int64_t to = ranks - from < kRankBlock ? ranks : from + kRankBlock;
-      for (int64_t r = from; r < to; r++)
-        for (int i = 0; i < R; i++) {
-          const typename V::F t_r = V::set1(t[i * job.t_stride + r]);
-          for (int v = 0; v < kVectors<V>; v++)
-            sums[i][v] = V::fma(V::load(panel + r * kOutputs<V> + v * V::lanes), t_r, sums[i][v]);
-        }
+    for (int64_t from = 0; !live && from < ranks; from += kRankBlock) block<R>(t, from, sums);
+    for (int64_t from = 0; live && from < ranks; from += 8 * kRankBlock) {
+      uint64_t marks;  // a byte for each block, 0 or 1: no time is lost on those that are not live
+      __builtin_memcpy(&marks, live + (r0 + from) / kRankBlock, sizeof(marks));
+      for (; marks; marks &= marks - 1) block<R>(t, from + __builtin_ctzll(marks) / 8 * kRankBlock, sums);
     }
     __builtin_memcpy(&sums_out, &sums, sizeof(sums));
   }

@@ -61,18 +61,31 @@ int64_t lay_out(Call& call, void* base) {
   return arena.at - static_cast<char*>(base);
 }
 
-// Marks the live blocks of each row; returns how many ranks of all rows are live.
+bool same_numbers(const float* a, const float* b, int64_t n) {
+  uint32_t differ = 0;
+  for (int64_t i = 0; i < n; i++) differ |= float_bits(a[i]) ^ float_bits(b[i]);
+  return !differ;
+}
+
+// Marks the live blocks of each row; returns how many ranks of all rows are live. Rows of one text have the same gates.
 int64_t mark_live(const Call& call, int g) {
   const Group& group = call.group[g];
   const int64_t stride = live_stride(group);
-  int64_t ranks = 0;
-  for (int64_t m = 0; m < call.m; m++) {
+  int64_t ranks = 0, row = 0;  // row: live ranks of the last one
+  for (int64_t m = 0; m < call.m; m++, ranks += row) {
     uint8_t* live = call.live[g] + m * stride;
+    const float* gate = group.gate + m * group.gate_row;
+    if (m && group.gate_step == 1 && same_numbers(gate, gate - group.gate_row, group.rank)) {
+      __builtin_memcpy(live, live - stride, static_cast<size_t>(stride));
+      continue;
+    }
+    row = 0;
     for (int64_t block = 0; block < stride; block++) {
-      live[block] = 0;
+      bool any = false;
       for (int64_t r = block * kRankBlock; r < (block + 1) * kRankBlock && r < group.rank; r++)
-        live[block] |= group.gate[m * group.gate_row + r * group.gate_step] != 0.0f;  // NaN is not zero
-      ranks += live[block] * kRankBlock;
+        any |= gate[r * group.gate_step] != 0.0f;  // NaN is not zero
+      live[block] = any;
+      row += any * kRankBlock;
     }
   }
   return ranks;
@@ -115,11 +128,11 @@ void project_alike(const Call& call, int g, int64_t m0, int64_t m1, int64_t r0, 
     if (end > r1) end = r1;
     if (on) call.ops->project(static_cast<const char*>(group.a) + r * row_bytes, group.half, end - r, call.k, call.x + m0 * call.k,
                               m1 - m0, t + r, stride);
-    for (int64_t m = m0; m < m1; m++)
-      for (int64_t i = r; (!on || group.gate) && i < end; i++) {
-        float& v = t[(m - m0) * stride + i];
-        v = on ? v * group.gate[m * group.gate_row + i * group.gate_step] : 0.0f;
-      }
+    for (int64_t m = m0; m < m1; m++) {
+      float* v = t + (m - m0) * stride;
+      if (!on) __builtin_memset(v + r, 0, static_cast<size_t>(end - r) * sizeof(float));
+      for (int64_t i = r; on && group.gate && i < end; i++) v[i] *= group.gate[m * group.gate_row + i * group.gate_step];
+    }
   }
   for (int64_t m = m0; r1 == group.rank && m < m1; m++)
     for (int64_t r = r1; r < stride; r++) t[(m - m0) * stride + r] = 0;

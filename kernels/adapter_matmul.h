@@ -20,7 +20,7 @@ constexpr int kJobRows = 256;  // most rows of x in one tile job: bounds what a 
 constexpr int kChunk = 512;    // columns of int8 x that lie together, row by row: x passes by as one stream
 constexpr int kRankPad = 16;   // t rows are zero padded to this many floats, so that vector loads may overrun R
 constexpr int kRankBlock = 8;  // ranks that are live, or not, together
-constexpr int kRankPanel = 64; // ranks of B that a tile turns at a time
+constexpr int kRankPanel = 128; // ranks of B that a tile turns at a time: eight adapters of rank 16
 
 struct TileJob {
   int64_t k;               // columns
