@@ -99,6 +99,8 @@ struct Avx2 {
   static constexpr bool nibbles() { return info(F).bits == 4 && !info(F).nf4; }  // unsigned 0..15, else signed 8 bit
   template <Format F>
   static constexpr int32_t zero() { return nibbles<F>() ? info(F).zero : 0; }
+  template <Format>
+  static EP_INLINE F scaled(I d, F w_scale) { return mul(to_float(d), w_scale); }
   template <Format F>
   static constexpr int stage_bytes() { return kTileRows * kUnit; }
 

@@ -1,7 +1,7 @@
 // AVX-512 with VNNI: a tile's outputs are one vector, and vpdpbusd multiplies codes as the unsigned bytes they are.
 //
 // What is then subtracted is zero * sum(q): 8 for 4-bit codes, 128 for 8-bit ones and for the NF4 table, which is
-// stored 128 up. Tests also build this file with EP_SIMDE, which runs the same code on any CPU.
+// stored 128 up. Sums of a block are below 2^21: they are held kUp up, as bits of 12582912.0f + sum. Tests also build this file with EP_SIMDE, which runs the same code on any CPU.
 #include "functions.h"
 
 #if defined(__x86_64__)
@@ -31,6 +31,8 @@ struct Fold {
 };
 template <int bit>
 constexpr Fold<bit> kFold;
+
+constexpr uint32_t kUp = 0x4b400000;  // 1.5 * 2^23 as a float
 
 struct Avx512 {
   static constexpr int tiles = 2, lanes = 16;
@@ -118,12 +120,20 @@ struct Avx512 {
       sums = _mm256_add_epi64(sums, _mm256_sad_epu8(up, _mm256_setzero_si256()));
     }
     const __m128i s = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-    return -zero * (_mm_cvtsi128_si32(_mm_add_epi64(s, _mm_unpackhi_epi64(s, s))) - 128 * n);
+    return static_cast<int32_t>(kUp) - zero * (_mm_cvtsi128_si32(_mm_add_epi64(s, _mm_unpackhi_epi64(s, s))) - 128 * n);
   }
 
   // ---- weights as unsigned bytes
   template <Format F>
   static constexpr int32_t zero() { return info(F).bits == 4 && !info(F).nf4 ? info(F).zero : 128; }
+  // d is kUp above its sum, and its bits those of such a float, so it need not be converted. What is up is taken off together
+  // with the scaling where kUp * w_scale has no more bits than a float.
+  template <Format format>
+  static EP_INLINE F scaled(I d, F w_scale) {
+    const F up = set1(bits_float(kUp));
+    if constexpr (info(format).half_scale) return _mm512_fmsub_ps(_mm512_castsi512_ps(d), w_scale, mul(up, w_scale));
+    return mul(sub(_mm512_castsi512_ps(d), up), w_scale);
+  }
   template <Format F>
   static constexpr int stage_bytes() { return kTileRows * kUnit; }
 

@@ -32,6 +32,8 @@ struct NeonBase {
   static EP_INLINE I load_int(const void* p) { return vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(p))); }
   static EP_INLINE I set_int(int32_t v) { return vdupq_n_s32(v); }
   static EP_INLINE F to_float(I v) { return vcvtq_f32_s32(v); }
+  template <Format>
+  static EP_INLINE F scaled(I d, F w_scale) { return mul(to_float(d), w_scale); }
   static EP_INLINE I field(I v, int shift, int mask) {
     const uint32x4_t low = vshlq_u32(vreinterpretq_u32_s32(v), vdupq_n_s32(-shift));
     return vreinterpretq_s32_u32(vandq_u32(low, vdupq_n_u32(static_cast<uint32_t>(mask))));

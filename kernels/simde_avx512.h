@@ -30,6 +30,8 @@ static inline __m512 fused(__m512 a, __m512 b, __m512 c) {
 }
 #undef _mm512_fmadd_ps
 #define _mm512_fmadd_ps(a, b, c) fused(a, b, c)
+#undef _mm512_fmsub_ps
+#define _mm512_fmsub_ps(a, b, c) fused(a, b, _mm512_sub_ps(_mm512_setzero_ps(), c))
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtps_epi32

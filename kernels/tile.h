@@ -18,7 +18,8 @@
 //   zero<Format>() what dot_unit's integers still carry beyond code - zero (see RowOps::zero)
 //   stage_bytes<Format>(), unpack_unit<Format>(w, out): one unit in the form dot_unit<.., packed = false> reads
 //   dot_unit<Format, R, packed>(w, w_step, q, I d[R][nv]): adds dot products over 32 columns of R rows of q, kChunk apart,
-//     and of tiles, w_step apart, to d, which starts from the correction; after a block's last unit d holds int32 sums
+//     and of tiles, w_step apart, to d, which starts from the correction
+//   scaled<Format>(d, w_scale): after a block's last unit, its sums times the scale of the weights
 #pragma once
 
 #define EP_SHARED __attribute__((noinline))  // one copy for all that call it: what a library takes to compile, and its size
@@ -67,7 +68,7 @@ EP_INLINE void dequantize_unit(const uint8_t* w, const void* w_scale, int64_t bl
 }
 
 // ---- one chunk of K, R rows of x ----------------------------------------------------------------------------------
-// int8: integer dot products per block, then one fma with both scales. The stage holds unit by unit, and each of all tiles.
+// int8: integer dot products per block, then both scales. The stage holds unit by unit, and each of all tiles.
 template <class V, Format F, bool packed>
 struct Int8Chunk {
   static constexpr int columns = packed ? 1 << 30 : kChunk;
@@ -118,7 +119,7 @@ struct Int8Chunk {
           const typename V::F x_scale = V::set1(q_scale[r * blocks + b]);
           for (int v = 0; v < kVectors<V>; v++) {
             const typename V::F w_scale = packed ? weight_scale(job, k / block + b, v) : V::load(scale + v * V::lanes);
-            sums[r][v] = V::fma(V::to_float(d[r][v]), V::mul(w_scale, x_scale), sums[r][v]);
+            sums[r][v] = V::fma(V::template scaled<F>(d[r][v], w_scale), x_scale, sums[r][v]);
           }
         }
       }
@@ -199,31 +200,22 @@ struct Tile {
   Chunk chunk;
   Adapter<V> adapter;
   bool first = true;  // acc holds nothing yet
-  alignas(64) float acc[kJobRows * kOutputs<V>];
+  alignas(64) typename V::F acc[kJobRows][kVectors<V>];
   alignas(64) float s_out[kOutputs<V>], bias[kOutputs<V>];
 
   explicit Tile(const TileJob& j) : job(j), adapter(j) {}
 
+  // The sums of R rows, zero at first.
   template <int R>
-  EP_INLINE void load_sums(int64_t m, Sums<V, R>& sums) const {
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < kVectors<V>; v++)
-        sums[r][v] = first ? V::set1(0.0f) : V::load(acc + (m + r) * kOutputs<V> + v * V::lanes);
-  }
-  template <int R>
-  EP_INLINE void keep_sums(int64_t m, const Sums<V, R>& sums) {
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < kVectors<V>; v++) V::store(acc + (m + r) * kOutputs<V> + v * V::lanes, sums[r][v]);
+  EP_INLINE Sums<V, R>& sums_of(int64_t m) {
+    for (int r = 0; first && r < R; r++)
+      for (int v = 0; v < kVectors<V>; v++) acc[m + r][v] = V::set1(0.0f);
+    return reinterpret_cast<Sums<V, R>&>(acc[m]);
   }
   // Rows by R, what remains by fewer(R), ... 1.
   template <int R>
   void adapter_rows(const Adapter<V>& from, int64_t m) {
-    for (; m + R <= job.m; m += R) {
-      Sums<V, R> sums;
-      load_sums<R>(m, sums);
-      from.template add<R>(m, sums);
-      keep_sums<R>(m, sums);
-    }
+    for (; m + R <= job.m; m += R) from.template add<R>(m, sums_of<R>(m));
     if constexpr (R > 1) adapter_rows<fewer(R)>(from, m);
   }
   // C.sums, of a tile that has an offset.
@@ -246,15 +238,10 @@ struct Tile {
   template <int R>
   void chunk_rows(int64_t m, int64_t k0, int64_t k1) {
     for (; m + R <= job.m; m += R) {
-      Sums<V, R> sums;
-      load_sums<R>(m, sums);
+      Sums<V, R>& sums = sums_of<R>(m);
       if (!k0 && job.rank) adapter.template add<R>(m, sums);
       chunk.template add<R>(job, m, k0, k1, sums);
-      if (k1 < job.k) {
-        keep_sums<R>(m, sums);
-        continue;
-      }
-      write_y<V, R>(job, m, sums, s_out, bias);
+      if (k1 == job.k) write_y<V, R>(job, m, sums, s_out, bias);
     }
     if constexpr (R > 1) chunk_rows<fewer(R)>(m, k0, k1);
   }
