@@ -25,7 +25,8 @@ DIGITS_TOLERANCE = 5e-3  # where adapters, here as strong as the base, come in 4
 RUNS = [(kind, "i4b32", False) for kind in ("bert", "llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3")]
 RUNS += [(kind, "i8c", False) for kind in ("bert", "llama")]
 RUNS += [(kind, "nf4b64", True) for kind in ("bert", "llama")]
-RUNS += [(kind, "i4b32", True) for kind in ("llama", "qwen2", "gemma3", "phi3")]
+RUNS += [(kind, "i4b32", True) for kind in ("llama", "qwen2")]
+RUNS += [pytest.param(kind, "i4b32", True, marks=pytest.mark.slow) for kind in ("gemma3", "phi3")]
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,8 @@ def test_a_graph_that_is_made_again_has_room_for_all_adapters(exported, tmp_path
     assert all(after[name] == 5 * before[name] for name in before)  # 20 ranks each, where there were 4
 
 
-BRANCHES = [("bert", "experts"), ("llama", "experts"), ("llama", "houlsby"), ("bert", "parallel")]
+BRANCHES = [("llama", "experts"), ("llama", "houlsby")]
+BRANCHES += [pytest.param("bert", name, marks=pytest.mark.slow) for name in ("experts", "parallel")]
 
 
 @pytest.mark.parametrize(("kind", "name"), BRANCHES)
