@@ -74,7 +74,7 @@ class Generator(Bundle):
         about = manifest["decoder"]
         self.context = int(manifest["context"])
         self.vocabulary = int(about["vocabulary"])
-        self.chunk = CHUNK
+        self.chunk = webgpu.CHUNK if self.gpu else CHUNK
         self.pool = Pool(IDLE_CACHES)
         self.tokens = Tokens(manifest.folder / "tokenizer.json", None)
         self.template = ChatTemplate(manifest.folder)

@@ -29,6 +29,7 @@ DIGITS = "edgepeft.digits"
 ONE_TOKEN = "one_token"
 PROVIDER = "WebGpuExecutionProvider"
 HIDDEN = np.float32(-1e4)  # far below any score of attention
+CHUNK = 31  # tokens a run: from 32 on the provider's attention is wrong on GPUs with subgroups of fewer than 16
 RANKS = 4  # a vector of WebGPU
 SEVERITY = 4  # of ONNX Runtime's log: fatal errors alone; a bench takes 0
 INSTALL = "pip install 'edgepeft[webgpu]'"

@@ -289,3 +289,14 @@ def test_keys_and_values_stay_on_the_gpu(gpu, exported, tmp_path: Path, monkeypa
     assert held.capacity > 32
     assert {value.device_name() for value in held.values(0, 1)} == {"webgpu"}
     assert dispatches.moved(found, 4) == dispatches.moved(found, 50) < 10 * 4 * found.vocabulary
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_long_texts_are_read_as_on_the_cpu(gpu, exported, tmp_path: Path, kind: str) -> None:
+    from edgepeft.runtime import load
+
+    bundle = sealed_bundle(exported(kind, "i4b32"), tmp_path / "bundle", kind)
+    cpu, found = load(bundle, library="none"), load(bundle, device="webgpu")
+    given = [5 + i * 7 % 90 for i in range(60)] if kind == "llama" else ["turn off the lamp please " * 12]
+    wanted = cpu.logits(given, "default")
+    assert np.abs(found.logits(given, "default") - wanted).max() <= TOLERANCE * np.abs(wanted).max()
