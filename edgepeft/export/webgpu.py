@@ -10,7 +10,7 @@
 | SkipLayerNorm | SkipLayerNormalization | |
 | PackedEmbedding, RowEmbedding | GatherBlockQuantized | the same |
 | attention_mask, logits_to_keep, Range | seqlens_k, total_sequence_length, logits_index, position_ids | counts |
-| PaddedAttention and its mask | MultiHeadAttention and attention_bias | WebGPU has no padding mask |
+| PaddedAttention and its mask | products of heads, attention_bias | WebGPU has no padding mask, see `attention` |
 
 Counting whole numbers is the CPU's in ONNX Runtime, so the device runtime does it and the graph takes what comes out.
 A packed adapter is A [K, S] and B [S, N] in float32, S the ranks of all groups, B zero outside of its group's block;
@@ -214,10 +214,31 @@ class Pass:
             node.input[2:] = [self.widened(name) for name in node.input[2:]]
             self.nodes.append(node)
         elif node.op_type in BIASES:
-            inputs = [*node.input[:3], "", "", BIASES[node.op_type][0]]
-            self.add("MultiHeadAttention", inputs, list(node.output), MICROSOFT, **attrs)
+            self.attention(node, attrs["num_heads"], BIASES[node.op_type][0])
         else:
             self.nodes.append(node)
+
+    def attention(self, node: onnx.NodeProto, heads: int, bias: str) -> None:
+        """Add softmax(q k / sqrt(D) + bias) v as products of heads.
+
+        MultiHeadAttention would take fewer shaders, but the provider's is wrong from 32 tokens on where a GPU's
+        subgroups are smaller than 16.
+        """
+        norm = next(node for node in self.graph.node if node.op_type.startswith("SkipLayerNorm"))
+        width, name = self.value(norm.input[2]).size, node.output[0]
+        apart = self.constant("gpu_heads", np.array([0, 0, heads, width // heads], np.int64))
+        parts = {"q": (0, 2, 1, 3), "k": (0, 2, 3, 1), "v": (0, 2, 1, 3)}
+        split = [self.add("Reshape", [x, apart], [f"{name}:{p}_rows"]) for p, x in zip(parts, node.input, strict=False)]
+        q, k, v = (
+            self.add("Transpose", [x], [f"{name}:{part}"], perm=order)
+            for x, (part, order) in zip(split, parts.items(), strict=True)
+        )
+        scale = self.constant("gpu_scale", np.array(1 / np.sqrt(width // heads), np.float32))
+        scores = self.add("MatMul", [self.add("Mul", [q, scale], [f"{name}:scaled"]), k], [f"{name}:scores"])
+        biased = self.add("Add", [scores, bias], [f"{name}:biased"])
+        mixed = self.add("MatMul", [self.add("Softmax", [biased], [f"{name}:shares"]), v], [f"{name}:mixed"])
+        rows = self.add("Transpose", [mixed], [f"{name}:rows"], perm=(0, 2, 1, 3))
+        self.add("Reshape", [rows, self.constant("gpu_together", np.array([0, 0, width], np.int64))], [name])
 
     def linear(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> None:
         """Add one fused node as MatMulNBits and its packed adapter."""

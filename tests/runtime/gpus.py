@@ -42,7 +42,7 @@ def sealed_bundle(exported_folder: Path, bundle: Path, kind: str) -> Path:
         shutil.copy(quantized / name, bundle)
     same = {"base_digest": about["base_digest"], "format": about["format"], "activation": "float"}
     if kind == "bert":
-        standin.reseal(bundle, labels=list(LABELS), **same)
+        standin.reseal(bundle, labels=list(LABELS), max_length=60, **same)
     else:
         settings = exported_folder.parents[1] / "adapter" / "device" / "adapter_config.json"
         shutil.copy(settings, bundle / "adapters" / "default")
