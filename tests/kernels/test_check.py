@@ -9,7 +9,9 @@ from edgepeft.deploy.compile import check_program, host_platform
 from edgepeft.quant.formats import FORMATS
 
 FAULTS = ("value", "zero", "nan", "missing", "outside")
-FUNCTIONS = ("rms_norm", "gated_silu", "gated_gelu_tanh", "packed_embedding")
+FUNCTIONS = (
+    "rms_norm", "layer_norm", "gelu", "gated_silu", "gated_gelu_tanh", "packed_embedding", "row_embedding", "attention",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

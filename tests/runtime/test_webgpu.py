@@ -150,7 +150,7 @@ def test_an_adapter_costs_few_shaders(gpu, exported) -> None:
     exported("llama", "i4b32")
     plain = dispatches.programs(exported("llama", "i4b32"))
     assert dispatches.per_layer(plain) <= 20
-    assert len(dispatches.programs(exported("bert", "i4b32"))) <= 70
+    assert len(dispatches.programs(exported("bert", "i4b32"))) <= 76
 
 
 def test_a_graph_that_is_made_again_has_room_for_all_adapters(exported, tmp_path: Path) -> None:
