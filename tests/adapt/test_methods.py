@@ -19,7 +19,7 @@ def test_a_row_is_whole(tag: str) -> None:
     row = METHODS[tag]
     assert row.tag == tag
     assert row.peft_type in KINDS
-    assert set(row.hooks) <= {"prepare", "attach", "optimizer", "begin", "resume", "step"}
+    assert set(row.hooks) <= {"prepare", "attach", "optimizer", "begin", "resume", "step", "save", "restore"}
     assert all(hasattr(training, name) for name in row.hooks.values())
     config = SimpleNamespace(
         rank=8, alpha=12.0, dropout=0.1, seed=3, experts=4, format="i4b32", prompt_tokens=5, model="", task=""
