@@ -18,7 +18,7 @@ from edgepeft.runtime.adapters import DOWN, TENSORS
 from tests.adapt.conformance import Subject
 from tests.export.tiny_decoder import export_decoder
 from tests.export.tiny_run import export_run, make_run
-from tests.runtime.gpus import sealed_bundle
+from tests.runtime.gpus import sealed_bundle, stock_session
 
 TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order
 DIGITS_TOLERANCE = 5e-3  # where adapters, here as strong as the base, come in 4-bit digits
@@ -56,16 +56,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory):
     return make
 
 
-def _stock(folder: Path):
-    import onnxruntime
-
-    off = ["FuseFp16InitializerToFp32NodeTransformer"]
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    path = str(folder / "model.onnx")
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=off)
-
-
 def _classified() -> tuple[dict, dict]:
     rng, mask = np.random.default_rng(0), np.ones((3, 9), np.int64)
     mask[1, 6:] = 0
@@ -98,7 +88,7 @@ def _runs(kind: str, session) -> list[tuple[dict, dict]]:
 @pytest.mark.parametrize(("kind", "tag", "steps"), RUNS)
 def test_a_gpu_computes_what_the_cpu_does_with_every_node_on_it(gpu, exported, kind, tag, steps) -> None:
     folder = exported(kind, tag, steps)
-    stock, session = _stock(folder), webgpu.open_session(folder)  # refuses to place a node on the CPU
+    stock, session = stock_session(folder), webgpu.open_session(folder)  # refuses to place a node on the CPU
     taken = {item.name for item in stock.get_inputs() + stock.get_overridable_initializers()}
     for cpu_feeds, gpu_feeds in _runs(kind, session):
         wanted = stock.run(["logits"], {name: array for name, array in cpu_feeds.items() if name in taken})[0]
@@ -114,7 +104,7 @@ def test_other_adapters_and_none_are_fed_packed(gpu, exported, kind: str, steps:
     from edgepeft.runtime import adapters as ad
 
     folder, tolerance = exported(kind, "i4b32", steps), DIGITS_TOLERANCE if steps else TOLERANCE
-    stock, session = _stock(folder), webgpu.open_session(folder)
+    stock, session = stock_session(folder), webgpu.open_session(folder)
     places, rng = ad.slots(stock), np.random.default_rng(1)
     assert set(webgpu.slots(session, ad.slots(session))) == set(places)
     cpu_feeds, gpu_feeds = _runs(kind, session)[0]
@@ -182,7 +172,7 @@ def test_experts_and_bottlenecks_run_natively_and_can_be_left_out(gpu, tmp_path:
     with pytest.raises(ModelError, match="no browser runs routers and bottlenecks"):
         export.write(folder)
     export.write(folder, native=True)
-    stock, session = _stock(folder), webgpu.open_session(folder)
+    stock, session = stock_session(folder), webgpu.open_session(folder)
     places = ad.slots(stock)
     assert set(webgpu.slots(session, ad.slots(session))) == set(places)
     neutral = {place: slot.empty() for place, slot in places.items() if slot.neutral}
