@@ -34,6 +34,9 @@ struct Dims {
   void push(int64_t n) { d[rank++] = n; }
 };
 
+constexpr uint64_t kAlign = 256;  // of what lies in buffers: no shader reads wider vectors than 16 bytes
+
+inline uint64_t aligned(uint64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
 uint64_t bytes_of(int type, int64_t count);
 
 struct Value {
@@ -152,6 +155,9 @@ struct Run {
   uint64_t take(uint64_t bytes, int root);
 };
 
+Failure said(OrtStatus* status);                    // keeps what ONNX Runtime said
+Failure view(const OrtValue* value, Value* v);      // where it lies, and its type and shape
+Failure describe(const OrtNode* node, Node* about);  // all but its attributes
 // Reads a node into a step; says why where it cannot be run.
 Failure set_up(const OrtNode* node, Node* about, Step* step);
 
