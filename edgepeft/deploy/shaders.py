@@ -2,6 +2,7 @@
 
     shaders/*.comp, *.glsl ── glslc ──► SPIR-V ── spirv-val ──► shaders.inc: words, and the digest of the sources
 
+A shader is compiled once for any GPU, and once more for each set of features of VARIANTS that a GPU may have.
 The words are what builds read, so an install needs no shader compiler and every build holds the same ones. Whoever
 changes a shader writes them anew; a test compares the digest.
 
@@ -27,6 +28,9 @@ from edgepeft.errors import TargetError
 
 TARGET = "vulkan1.1"
 WORDS_A_LINE = 12
+# What a GPU may have beyond Vulkan 1.1's least: what device.h calls it. A shader sees its name in capitals, defined.
+FEATURES = {"subgroups": "kSubgroups"}
+VARIANTS = {name: [("subgroups",)] for name in ("attend", "linear", "low", "norm")}
 
 
 def folder() -> Path:
@@ -35,8 +39,9 @@ def folder() -> Path:
 
 
 def names() -> list[str]:
-    """Return the names of the shaders, sorted."""
-    return sorted(path.stem for path in (folder() / "shaders").glob("*.comp"))
+    """Return the names of the shaders, sorted: of "norm" and of its variant "norm_subgroups"."""
+    plain = [path.stem for path in (folder() / "shaders").glob("*.comp")]
+    return sorted([*plain, *(f"{name}_{'_'.join(some)}" for name, sets in VARIANTS.items() for some in sets)])
 
 
 def digest() -> str:
@@ -67,8 +72,10 @@ def compiled(name: str) -> bytes:
         raise TargetError("no glslc, which compiles the GPU's shaders. On Debian: apt-get install glslc spirv-tools")
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / f"{name}.spv"
-        source = folder() / "shaders" / f"{name}.comp"
-        _run([compiler, "-O", f"--target-env={TARGET}", str(source), "-o", str(out)])
+        stem, *features = name.split("_")
+        defined = [f"-D{feature.upper()}" for feature in features]
+        source = folder() / "shaders" / f"{stem}.comp"
+        _run([compiler, "-O", f"--target-env={TARGET}", *defined, str(source), "-o", str(out)])
         validate(out)
         return out.read_bytes()
 
@@ -91,9 +98,19 @@ def write() -> Path:
         rows = [code[i : i + WORDS_A_LINE] for i in range(0, len(code), WORDS_A_LINE)]
         lines += ["".join(f"{word:#x}," for word in row) for row in rows]
         lines.append("};")
+    lines += ["#define EP_VARIANTS(X) \\", *(f"  {row} \\" for row in _variants()), ""]
     path = folder() / "shaders.inc"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def _variants() -> list[str]:
+    """Return the rows of shaders.inc's table of variants: X(name, tag, features)."""
+    return [
+        f"X({name}, {'_'.join(some)}, {' | '.join(FEATURES[feature] for feature in some)})"
+        for name, sets in sorted(VARIANTS.items())
+        for some in sets
+    ]
 
 
 def _run(command: Sequence[str]) -> None:

@@ -49,7 +49,7 @@ def load_library(path: Path) -> Any:
     """Load the provider's library into this process. Raises TargetError where it cannot be."""
     try:
         code = ctypes.CDLL(str(path))
-        for name in ("missing", "device", "refused"):
+        for name in ("missing", "device", "refused", "about"):
             getattr(code, f"edgepeft_vulkan_{name}").restype = ctypes.c_char_p
         code.edgepeft_vulkan_allocate.restype = ctypes.c_void_p
         code.edgepeft_vulkan_allocate.argtypes = [ctypes.c_uint64]
@@ -67,6 +67,11 @@ def missing(path: Path) -> str:
 def device_name(path: Path) -> str:
     """Return what the driver calls the GPU in use."""
     return load_library(path).edgepeft_vulkan_device().decode()
+
+
+def about(path: Path) -> str:
+    """Return what the GPU in use is taken for and what of its features is in use: "adreno, subgroups of 64"."""
+    return load_library(path).edgepeft_vulkan_about().decode()
 
 
 class Counts(NamedTuple):

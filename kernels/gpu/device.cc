@@ -26,6 +26,23 @@ const char* name_of(vk::Result result) {
   }
 }
 
+constexpr vk::Flags kSubgroupsNeed = vk::kSubgroupBasic | vk::kSubgroupArithmetic | vk::kSubgroupShuffle;
+constexpr uint32_t kMostThreads = 128;  // of the smallest workgroup that any GPU promises
+
+// X(name, vendor, threads, features); the last is of every other GPU
+const DeviceClass kClasses[] = {
+#define EP_CLASS(name, vendor, threads, features) {#name, vendor, threads, features},
+#include "classes.inc"
+    EP_GPU_CLASSES(EP_CLASS)
+#undef EP_CLASS
+};
+
+const DeviceClass& class_of(const vk::PhysicalDeviceProperties& properties) {
+  for (const DeviceClass& c : kClasses)
+    if (c.vendor == properties.vendorID || !c.vendor) return c;
+  __builtin_unreachable();
+}
+
 int rank(vk::DeviceType type) {
   switch (type) {
     case vk::kDiscrete: return 4;
@@ -89,6 +106,10 @@ Failure Device::choose() {
     subgroups = own;
   }
   if (!physical) return fail("no GPU with Vulkan 1.1 was found");
+  kind = class_of(properties);
+  if ((subgroups.supportedStages & vk::kComputeStage) && !(kSubgroupsNeed & ~subgroups.supportedOperations) && subgroups.subgroupSize >= 4 &&
+      subgroups.subgroupSize <= kMostThreads)
+    has |= kSubgroups;
   const vk::Limits& limits = properties.limits;
   if (limits.maxPerStageDescriptorStorageBuffers < kBindings || limits.maxPushConstantsSize < kWords * 4 ||
       limits.maxComputeWorkGroupInvocations < 128)
@@ -132,7 +153,9 @@ Failure Device::open() {
   GPU_TRY(load());
   GPU_TRY(choose());
   GPU_TRY(make_device());
-  return make_layout();
+  GPU_TRY(make_layout());
+  features = tried(has & kind.features);
+  return nullptr;
 }
 
 Device* device(Failure* reason) {
@@ -226,12 +249,9 @@ Failure Device::begin() {
   return check(api.BeginCommandBuffer(recording, &info), "vkBeginCommandBuffer");
 }
 
-Failure Device::pipeline(const Dispatch& d, vk::Handle* found) {
+Failure Device::make_pipeline(const Dispatch& d, uint32_t wanted, vk::Handle* found) {
   const size_t bytes = static_cast<size_t>(d.constant_count) * 4;
-  for (const Pipeline& p : pipelines)
-    if (p.shader == d.shader && p.constant_count == d.constant_count && !memcmp(p.constants, d.constants, bytes))
-      return *found = p.handle, nullptr;
-  const ShaderCode& code = shader_code(d.shader);
+  const ShaderCode& code = shader_code(d.shader, &wanted);
   vk::SpecializationMapEntry entries[kMostConstants];
   for (uint32_t i = 0; i < static_cast<uint32_t>(d.constant_count); i++) entries[i] = {i, i * 4, 4};
   const vk::SpecializationInfo special = {static_cast<uint32_t>(d.constant_count), entries, bytes, d.constants};
@@ -243,10 +263,23 @@ Failure Device::pipeline(const Dispatch& d, vk::Handle* found) {
   const vk::Result result = api.CreateComputePipelines(device, 0, 1, &info, nullptr, found);
   api.DestroyShaderModule(device, module, nullptr);
   GPU_TRY(check(result, code.name));
-  Pipeline made = {d.shader, {}, d.constant_count, *found};
+  Pipeline made = {d.shader, wanted, {}, d.constant_count, *found};
   memcpy(made.constants, d.constants, bytes);
   pipelines.push(made);
   return nullptr;
+}
+
+Failure Device::pipeline(const Dispatch& d, vk::Handle* found) {
+  uint32_t wanted = features & d.features;
+  shader_code(d.shader, &wanted);
+  const size_t bytes = static_cast<size_t>(d.constant_count) * 4;
+  for (const Pipeline& p : pipelines)
+    if (p.shader == d.shader && p.features == wanted && p.constant_count == d.constant_count && !memcmp(p.constants, d.constants, bytes))
+      return *found = p.handle, nullptr;
+  const Failure failure = make_pipeline(d, wanted, found);
+  if (!failure || !wanted || lost) return failure;
+  features &= ~wanted;  // compilers of drivers fail at some shaders that are right: without what they use it goes on
+  return pipeline(d, found);
 }
 
 Failure Device::bound(const Dispatch& d, vk::Handle* found) {

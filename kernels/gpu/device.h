@@ -64,11 +64,21 @@ struct Buffer {
 
 enum class Shader : int;
 
+// What a device may have beyond Vulkan 1.1's least, and shaders have variants for.
+enum Feature : uint32_t { kSubgroups = 1, kHalfMath = 2 };
+
+// What is known of a vendor's GPUs: rows of classes.inc.
+struct DeviceClass {
+  const char* name;
+  uint32_t vendor, threads, features;  // threads: most that sum one tile; features: that are worth a trial
+};
+
 // What a dispatch is made of.
 struct Dispatch {
   Shader shader;
   uint32_t constants[kMostConstants];
   int constant_count = 0;
+  uint32_t features = kSubgroups;  // of the device's, that it may use
   const Buffer* buffers[kBindings] = {};
   uint64_t offsets[kBindings] = {};  // bytes, multiples of 256: of constants
   uint32_t words[kWords];
@@ -81,6 +91,7 @@ struct Dispatch {
 
 struct Pipeline {
   Shader shader;
+  uint32_t features;
   uint32_t constants[kMostConstants];
   int constant_count;
   vk::Handle handle;
@@ -99,6 +110,8 @@ struct Device {
   vk::Device device = nullptr;
   vk::Queue queue = nullptr;
   vk::PhysicalDeviceProperties properties;
+  DeviceClass kind;
+  uint32_t has = 0, features = 0;  // what the driver says it has; what is in use: its class has it too, and a trial was right
   vk::SubgroupProperties subgroups;
   vk::MemoryProperties memory;
   vk::Handle set_layout = 0, layout = 0, commands = 0, fence = 0;
@@ -121,6 +134,8 @@ struct Device {
   Failure finish();  // submits what was recorded and waits for it
   void drop();       // forgets what was recorded
   Failure check(vk::Result result, const char* what);
+  // Which of some features compute what the plain shader does.
+  uint32_t tried(uint32_t some);
 
  private:
   Failure load();
@@ -129,6 +144,7 @@ struct Device {
   Failure make_layout();
   int memory_type(uint32_t allowed, Memory kind) const;
   Failure pipeline(const Dispatch& dispatch, vk::Handle* found);
+  Failure make_pipeline(const Dispatch& dispatch, uint32_t features, vk::Handle* found);
   Failure bound(const Dispatch& dispatch, vk::Handle* found);
   void barrier();
 };

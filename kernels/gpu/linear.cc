@@ -120,7 +120,7 @@ struct Shape {
 };
 Shape shape_for(const Device& device, int64_t k, uint32_t ranks) {
   if (device.properties.deviceType == vk::kCpu) return {64, ranks ? 4u : 1u};
-  const uint32_t most = device.properties.limits.maxComputeWorkGroupInvocations < 256 ? 128 : 256;
+  const uint32_t allowed = device.properties.limits.maxComputeWorkGroupInvocations, most = allowed < device.kind.threads ? 128 : device.kind.threads;
   uint32_t threads = 64;
   while (threads < most && threads * 2 <= k / 4) threads *= 2;
   return {threads, 1};

@@ -147,15 +147,46 @@ EP_EXPORT const char* edgepeft_vulkan_device() {
   const Device* own = device(&reason);
   return own ? own->properties.deviceName : "";
 }
+// What of the device's is in use, and what it is taken for: "adreno: subgroups of 64".
+EP_EXPORT const char* edgepeft_vulkan_about() {
+  Failure reason;
+  const Device* own = device(&reason);
+  static char text[128];
+  if (!own) return "";
+  int at = snprintf(text, sizeof(text), "%s", own->kind.name);
+  if (own->features & kSubgroups) at += snprintf(text + at, sizeof(text) - static_cast<size_t>(at), ", subgroups of %u", own->subgroups.subgroupSize);
+  if (own->features & kHalfMath) snprintf(text + at, sizeof(text) - static_cast<size_t>(at), ", float16");
+  return text;
+}
 // Lets things go wrong from now on, for tests: 1 there is no memory left, 2 the device is lost at the next submit, 3 we
-// submit with a fence that was not reset, which only a validation layer minds.
+// submit with a fence that was not reset, which only a validation layer minds, 4 the driver fails to compile the next shader.
 EP_EXPORT void edgepeft_vulkan_plant(int fault) {
   Failure reason;
   Device* own = device(&reason);
   if (!own) return;
   if (fault == 1) own->api.AllocateMemory = [](vk::Device, const vk::MemoryAllocateInfo*, const void*, vk::Handle*) { return vk::kOutOfDeviceMemory; };
   if (fault == 3) own->api.ResetFences = [](vk::Device, uint32_t, const vk::Handle*) { return vk::kSuccess; };
+  if (fault == 4) {
+    own->pipelines.clear();
+    static const auto compile = own->api.CreateComputePipelines;
+    own->api.CreateComputePipelines = [](vk::Device, vk::Handle, uint32_t, const vk::ComputePipelineCreateInfo*, const void*, vk::Handle*) {
+      Failure none;
+      device(&none)->api.CreateComputePipelines = compile;
+      return vk::kUnknown;
+    };
+  }
   if (fault == 2) own->api.QueueSubmit = [](vk::Queue, uint32_t, const vk::SubmitInfo*, vk::Handle) { return vk::kDeviceLost; };
+}
+// Uses no other features than these from now on (bits of enum Feature), for tests and comparisons; returns those in use.
+EP_EXPORT uint32_t edgepeft_vulkan_use(uint32_t features) {
+  Failure reason;
+  Device* own = device(&reason);
+  if (!own) return 0;
+  static const uint32_t all = own->features;
+  pthread_mutex_lock(&own->lock);
+  own->features = all & features;
+  pthread_mutex_unlock(&own->lock);
+  return all & features;
 }
 EP_EXPORT const char* edgepeft_vulkan_refused() { return refused; }
 // Command buffers submitted, shaders dispatched, and bytes that runs copied in and out, since the process began.

@@ -8,7 +8,7 @@ struct ShaderCode {
   size_t words;
 };
 
-// X(name), in the order of shaders.inc
+// X(name)
 #define EP_SHADERS(X) X(linear) X(product) X(low) X(norm) X(rotate) X(attend) X(each) X(rows) X(embed) X(dense)
 
 enum class Shader : int {
@@ -18,4 +18,5 @@ enum class Shader : int {
   count
 };
 
-const ShaderCode& shader_code(Shader shader);
+// The shader for a device with those features; of them it uses the ones it leaves in `features`.
+const ShaderCode& shader_code(Shader shader, uint32_t* features);

@@ -20,7 +20,7 @@ using Handle = uint64_t;
 
 enum Result : int32_t {
   kSuccess = 0, kTimeout = 2, kOutOfHostMemory = -1, kOutOfDeviceMemory = -2, kInitializationFailed = -3, kDeviceLost = -4,
-  kLayerNotPresent = -6, kIncompatibleDriver = -9,
+  kLayerNotPresent = -6, kIncompatibleDriver = -9, kUnknown = -13,
 };
 enum DeviceType : uint32_t { kOther = 0, kIntegrated = 1, kDiscrete = 2, kVirtual = 3, kCpu = 4 };
 enum : uint32_t {
@@ -41,7 +41,7 @@ constexpr Flags kStageCompute = 0x800, kStageTransfer = 0x1000, kStageHost = 0x4
 constexpr Flags kShaderRead = 0x20, kShaderWrite = 0x40, kTransferRead = 0x800, kTransferWrite = 0x1000, kHostRead = 0x2000;
 constexpr uint32_t kBindCompute = 1;
 constexpr Size kWhole = ~Size{0};
-constexpr Flags kSubgroupBasic = 1, kSubgroupArithmetic = 4, kSubgroupClustered = 0x40;
+constexpr Flags kSubgroupBasic = 1, kSubgroupArithmetic = 4, kSubgroupShuffle = 0x10;
 
 struct ApplicationInfo { uint32_t sType; const void* pNext; const char* pApplicationName; uint32_t applicationVersion; const char* pEngineName; uint32_t engineVersion, apiVersion; };
 struct InstanceCreateInfo { uint32_t sType; const void* pNext; Flags flags; const ApplicationInfo* pApplicationInfo; uint32_t enabledLayerCount; const char* const* ppEnabledLayerNames; uint32_t enabledExtensionCount; const char* const* ppEnabledExtensionNames; };

@@ -23,6 +23,10 @@ from tests.kernels.test_ort_op import ELEMENT, GROUPS, agree, inputs
 RELATIVE = 2e-6  # what drivers may lose in exp, tanh and roots
 
 
+ALL = 0xFF  # of the features that a GPU may have
+FEATURES = {"plain": 0, "subgroups": 1}  # as device.h numbers them
+
+
 @pytest.fixture(scope="module")
 def gpu():
     """A software GPU in this process, and the provider's library."""
@@ -30,6 +34,15 @@ def gpu():
         pytest.skip(reason)
     softgpu.use(os.environ.get("EDGEPEFT_TEST_GPU", softgpu.available()[0]))
     return host_vulkan_library()
+
+
+@pytest.fixture(params=FEATURES)
+def features(gpu, request):
+    """The GPU with some of its features alone in use."""
+    code, wanted = vulkan.load_library(gpu), FEATURES[request.param]
+    assert code.edgepeft_vulkan_use(wanted) == wanted, f"{vulkan.device_name(gpu)}: {vulkan.about(gpu)}"
+    yield gpu
+    code.edgepeft_vulkan_use(ALL)
 
 
 def linear(format: str, k: int, rows: Sequence[int], values, fed: Sequence[str] = ("x",)) -> bytes:
@@ -59,11 +72,11 @@ def run_linear(gpu, format: str, k: int, rows, values, fed=("x",)) -> list[np.nd
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_formats_and_groups(gpu, format: str) -> None:
+def test_formats_and_groups(features, format: str) -> None:
     for groups, leading, rank in (3, (2, 1), [5, 0, 70]), (1, (40,), 8):
         rows = GROUPS[groups]
         values = inputs(format, 384, rows, leading, rank)
-        agree(format, "float", rows, values, run_linear(gpu, format, 384, rows, values))
+        agree(format, "float", rows, values, run_linear(features, format, 384, rows, values))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -76,18 +89,27 @@ def test_gates_scales_and_adapters_at_run_time(gpu, m: int, dtype) -> None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_small_functions(gpu, name: str) -> None:
+def test_small_functions(features, name: str) -> None:
     for leading, columns in ((1,), 1), ((2, 3), 30), ((33,), 896):
         packed = name in small_functions.EMBEDDINGS
         values = small_functions.inputs(name, leading, -(-columns // 128) * 128 if packed else columns)
         fed = [key for key in values if key not in ("weight", "w", "scale")]
-        session = vulkan.open_session(gpu, small_functions.model(name, values, fed, body=True))
+        session = vulkan.open_session(features, small_functions.model(name, values, fed, body=True))
         found = session.run(None, {key: values[key] for key in fed})
         for y, want in zip(found, small_functions.reference(name, values), strict=True):
             size = np.abs(values["gate"] * values["up"]) if name in small_functions.GATED else None
             size = np.abs(values["x"]) if name == "ErfGelu" else size
             size = small_functions.size(name, values, want) if size is None else size
             assert np.all(np.abs(y - want) <= (0 if packed else RELATIVE) * size)
+
+
+def test_a_driver_that_does_not_compile_a_variant_gets_the_plain_shader(gpu) -> None:
+    code, values = vulkan.load_library(gpu), inputs("i4b32", 128, [16], (1,), 7)
+    assert "subgroups" in vulkan.about(gpu)
+    code.edgepeft_vulkan_plant(4)
+    agree("i4b32", "float", [16], values, run_linear(gpu, "i4b32", 128, [16], values))
+    assert "subgroups" not in vulkan.about(gpu)
+    code.edgepeft_vulkan_use(ALL)
 
 
 def test_a_graph_with_a_node_that_has_no_shader_is_refused_by_its_name(gpu) -> None:

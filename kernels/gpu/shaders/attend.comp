@@ -1,4 +1,5 @@
 #version 450
+#extension GL_GOOGLE_include_directive : require
 // y = softmax(scale q K + what is added to scores) V, a workgroup for one query of one head, 64 keys at a time.
 layout(local_size_x = 64) in;
 layout(constant_id = 0) const uint MASK = 0;  // 0: a causal one, of a cache's lengths; 1: of padded keys
@@ -15,31 +16,7 @@ const uint THREADS = 64u, NONE = 0xffffffffu;
 const float HIDDEN = -10000.0, LOWEST = -3.0e38;
 shared float query[256];
 shared float share[THREADS];
-shared float scratch[THREADS];
-
-float highest(float v) {
-  const uint id = gl_LocalInvocationID.x;
-  barrier();
-  scratch[id] = v;
-  for (uint s = THREADS / 2u; s > 0u; s /= 2u) {
-    barrier();
-    if (id < s) scratch[id] = max(scratch[id], scratch[id + s]);
-  }
-  barrier();
-  return scratch[0];
-}
-
-float add_up(float v) {
-  const uint id = gl_LocalInvocationID.x;
-  barrier();
-  scratch[id] = v;
-  for (uint s = THREADS / 2u; s > 0u; s /= 2u) {
-    barrier();
-    if (id < s) scratch[id] += scratch[id + s];
-  }
-  barrier();
-  return scratch[0];
-}
+#include "sums.glsl"
 
 void main() {
   const uint id = gl_LocalInvocationID.x, head = gl_WorkGroupID.x, row = gl_WorkGroupID.y, batch = gl_WorkGroupID.z;

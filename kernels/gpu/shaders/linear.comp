@@ -6,7 +6,39 @@
 shared vec4 sums[THREADS];
 shared float low[MOST_RANK];
 
-void add_up() {  // into the first four, each one of the four vectors of rows
+// `add_up` takes each thread's sums of four rows, which are the rows of every fourth thread; `row_sum` is a row's in all.
+// `add_up_16` adds up what 16 threads in a row hold, for all of them.
+#ifdef SUBGROUPS
+#extension GL_KHR_shader_subgroup_basic : require
+#extension GL_KHR_shader_subgroup_shuffle : require
+void add_up(vec4 v) {  // each subgroup leaves four vectors
+  for (uint s = min(gl_SubgroupSize, THREADS) / 2u; s >= 4u; s /= 2u) v += subgroupShuffleXor(v, s);
+  barrier();
+  if (gl_SubgroupInvocationID < 4u) sums[4u * gl_SubgroupID + gl_SubgroupInvocationID] = v;
+  barrier();
+}
+
+float row_sum(uint row) {
+  float v = 0.0;
+  for (uint i = 0u; i < gl_NumSubgroups; i++) v += sums[4u * i + row / 4u][row % 4u];
+  return v;
+}
+
+float add_up_16(float v) {
+  const uint width = min(gl_SubgroupSize, 16u), left = 16u / width, id = gl_LocalInvocationID.x;
+  for (uint s = width / 2u; s > 0u; s /= 2u) v += subgroupShuffleXor(v, s);
+  if (left == 1u) return v;
+  barrier();
+  sums[id].x = v;
+  barrier();
+  v = 0.0;
+  for (uint i = 0u; i < left; i++) v += sums[id / 16u * 16u + i * width].x;
+  return v;
+}
+#else
+void add_up(vec4 v) {  // into the first four vectors, by halves
+  barrier();
+  sums[gl_LocalInvocationID.x] = v;
   for (uint s = THREADS / 2u; s >= 4u; s /= 2u) {
     barrier();
     if (gl_LocalInvocationID.x < s) sums[gl_LocalInvocationID.x] += sums[gl_LocalInvocationID.x + s];
@@ -14,21 +46,27 @@ void add_up() {  // into the first four, each one of the four vectors of rows
   barrier();
 }
 
+float row_sum(uint row) { return sums[row / 4u][row % 4u]; }
+
+float add_up_16(float v) {
+  const uint id = gl_LocalInvocationID.x;
+  barrier();
+  sums[id].x = v;
+  for (uint s = 8u; s > 0u; s /= 2u) {
+    barrier();
+    if (id % 16u < s) sums[id].x += sums[id + s].x;
+  }
+  barrier();
+  return sums[id / 16u * 16u].x;
+}
+#endif
+
 void low_rank(uint g, uint m) {  // 16 threads for a row of A
   const uint lane = gl_LocalInvocationID.x % 16u;
   for (uint first = 0u; first < p.group[g].rank; first += THREADS / 16u) {
     const uint row = first + gl_LocalInvocationID.x / 16u;
-    float sum = 0.0;
-    if (row < p.group[g].rank)
-      sum = low_part(g, row, m, lane);
-    barrier();
-    sums[gl_LocalInvocationID.x].x = sum;
-    for (uint s = 8u; s > 0u; s /= 2u) {
-      barrier();
-      if (lane < s) sums[gl_LocalInvocationID.x].x += sums[gl_LocalInvocationID.x + s].x;
-    }
-    barrier();
-    if (lane == 0u && row < p.group[g].rank) low[row] = gated(g, row, m, sums[gl_LocalInvocationID.x].x);
+    const float sum = add_up_16(row < p.group[g].rank ? low_part(g, row, m, lane) : 0.0);
+    if (lane == 0u && row < p.group[g].rank) low[row] = gated(g, row, m, sum);
   }
   barrier();
 }
@@ -71,13 +109,10 @@ void main() {
     const uint g = group_of(tile, first, rank);
     if (LOW_INSIDE && g != done) low_rank(g, m);
     done = g;
-    const vec4 sum = part(tile, vector, m);
-    barrier();
-    sums[id] = sum;
-    add_up();
+    add_up(part(tile, vector, m));
     if (id < 16u) {
       const uint n = tile * 16u + id - first;
-      float v = sums[id / 4u][id % 4u];
+      float v = row_sum(id);
       if (n < p.group[g].n)
         for (uint r = 0u; r < p.group[g].rank; r++)
           v += b_at(g, n, r) * (LOW_INSIDE ? low[r] : t[p.t + m * p.ranks + rank + r]);

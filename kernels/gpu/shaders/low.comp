@@ -3,7 +3,7 @@
 // t = gate (A x) for all groups and rows: a workgroup sums one rank of one row of x.
 #include "linear.glsl"
 
-shared float sums[THREADS];
+#include "sums.glsl"
 
 void main() {
   const uint id = gl_LocalInvocationID.x, rank = gl_WorkGroupID.x, m = gl_WorkGroupID.y;
@@ -11,10 +11,6 @@ void main() {
   while (g < 2u && row >= p.group[g].rank) row -= p.group[g++].rank;
   float sum = 0.0;
   for (uint k8 = id; k8 < p.k / 8u; k8 += THREADS) sum += low8(g, row, m, k8);
-  sums[id] = sum;
-  for (uint s = THREADS / 2u; s > 0u; s /= 2u) {
-    barrier();
-    if (id < s) sums[id] += sums[id + s];
-  }
-  if (id == 0u) t[p.t + m * p.ranks + rank] = gated(g, row, m, sums[0]);
+  sum = add_up(sum);
+  if (id == 0u) t[p.t + m * p.ranks + rank] = gated(g, row, m, sum);
 }

@@ -1,4 +1,5 @@
 #version 450
+#extension GL_GOOGLE_include_directive : require
 // y = norm(x + skip) * weight + bias along rows of k, one workgroup a row: by the root mean square, or by mean and variance.
 layout(local_size_x_id = 0) in;
 layout(constant_id = 0) const uint THREADS = 64;
@@ -10,19 +11,7 @@ layout(std430, binding = 1) readonly buffer Skip { float skip[]; };
 layout(std430, binding = 2) buffer Y { float y[]; };  // y and x + skip, which may lie in y
 layout(std430, binding = 3) readonly buffer Weight { float weight[]; };
 layout(std430, binding = 4) readonly buffer Bias { float bias[]; };
-shared float sums[THREADS];
-
-float add_up(float v) {
-  const uint id = gl_LocalInvocationID.x;
-  barrier();
-  sums[id] = v;
-  for (uint s = THREADS / 2u; s > 0u; s /= 2u) {
-    barrier();
-    if (id < s) sums[id] += sums[id + s];
-  }
-  barrier();
-  return sums[0];
-}
+#include "sums.glsl"
 
 void main() {
   const uint row = gl_WorkGroupID.x * p.k, id = gl_LocalInvocationID.x;

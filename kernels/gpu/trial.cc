@@ -1,0 +1,99 @@
+// What a driver says it can is tried before it is used: a small adapted linear and a norm, by the plain shader and by the
+// variant. Drivers are known that fail to compile what is right, or compute something else.
+#include <math.h>
+#include <string.h>
+
+#include "shaders.h"
+#include "../formats.h"
+
+namespace {
+
+constexpr uint32_t kK = 512, kRank = 8, kThreads = 128;
+constexpr uint64_t kPart = 1 << 15;  // bytes of each part of the buffer
+enum Part : uint64_t { kCodes, kScales, kX, kAdapter, kY, kParts };
+constexpr float kExact = 1e-5f, kRounded = 4e-3f;  // of the largest number: sums in another order, products of 11 bits
+
+uint32_t bits(float v) {
+  uint32_t u;
+  memcpy(&u, &v, 4);
+  return u;
+}
+
+void write_inputs(char* memory) {
+  uint32_t state = 1;
+  const auto next = [&] { return (state = state * 1664525u + 1013904223u) >> 8; };
+  for (uint32_t i = 0; i < kPart / 4; i++) {
+    reinterpret_cast<uint32_t*>(memory + kCodes * kPart)[i] = next() << 8 ^ next();
+    reinterpret_cast<uint32_t*>(memory + kScales * kPart)[i] = 0x38002c00;  // 1/2 and 1/16
+    for (Part part : {kX, kAdapter})
+      reinterpret_cast<float*>(memory + part * kPart)[i] = static_cast<float>(next()) * 0x1p-23f - 1;
+  }
+}
+
+Dispatch adapted_linear(const Buffer& all) {
+  Dispatch d;
+  d.shader = Shader::linear;
+  for (uint32_t constant : {kThreads, 4u, 32u, 0u, 1u, 1u, 1u}) d.constant(constant);
+  for (const Buffer*& buffer : d.buffers) buffer = &all;
+  d.offsets[1] = kScales * kPart;
+  const uint64_t floats = kPart / 4;
+  const uint64_t words[] = {kK, 1, 1, kX * floats, 0xffffffffu, 0, 0, kRank, kTileRows, kRank, kAdapter * floats,
+                            kAdapter * floats + kK * kRank, 0xffffffffu, 0xffffffffu, 0xffffffffu, kY * floats};
+  for (uint64_t word : words) d.word(word);
+  for (int i = 0; i < 16; i++) d.word(0);
+  return d;
+}
+
+Dispatch norm(const Buffer& all) {
+  Dispatch d;
+  d.shader = Shader::norm;
+  for (uint32_t constant : {64u, 0u, 1u}) d.constant(constant);
+  for (const Buffer*& buffer : d.buffers) buffer = &all;
+  const uint64_t floats = kPart / 4;
+  for (uint64_t word : {uint64_t{kK}, kX * floats, uint64_t{0}, kY * floats + kTileRows, kY * floats + kTileRows, kAdapter * floats, kAdapter * floats})
+    d.word(word);
+  d.word(bits(1e-6f));
+  return d;
+}
+
+constexpr int kNumbers = kTileRows + kK;
+
+Failure compute(Device* device, const Buffer& all, uint32_t features, float* y) {
+  device->features = features;
+  memset(all.mapped + kY * kPart, 0xff, kPart);  // which are no numbers
+  GPU_TRY(device->begin());
+  for (Dispatch d : {adapted_linear(all), norm(all)}) {
+    d.features = ~0u;
+    if (Failure failure = device->record(d)) return device->drop(), failure;
+  }
+  GPU_TRY(device->finish());
+  memcpy(y, all.mapped + kY * kPart, kNumbers * 4);
+  return nullptr;
+}
+
+bool alike(const float* got, const float* want, int count, float allowed) {
+  float largest = 0;
+  for (int i = 0; i < count; i++) largest = fabsf(want[i]) > largest ? fabsf(want[i]) : largest;
+  for (int i = 0; i < count; i++)
+    if (!(fabsf(got[i] - want[i]) <= allowed * largest)) return false;
+  return true;
+}
+
+}  // namespace
+
+uint32_t Device::tried(uint32_t some) {
+  Buffer all;
+  if (!some || allocate(kParts * kPart, Memory::download, &all)) return 0;
+  write_inputs(all.mapped);
+  float want[kNumbers], got[kNumbers];
+  uint32_t right = 0;
+  if (!compute(this, all, 0, want))
+    for (uint32_t feature : {uint32_t{kSubgroups}, uint32_t{kHalfMath}}) {
+      if (!(some & feature) || compute(this, all, right | feature, got) || features != (right | feature)) continue;
+      const float allowed = feature == kHalfMath ? kRounded : kExact;
+      if (alike(got, want, kTileRows, allowed) && alike(got + kTileRows, want + kTileRows, kK, kExact)) right |= feature;
+    }
+  release(&all);
+  submits = dispatches = 0;
+  return right;
+}
