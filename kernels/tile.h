@@ -25,7 +25,8 @@
 #define EP_SHARED __attribute__((noinline))  // one copy for all that call it: what a library takes to compile, and its size
 
 constexpr int kAhead = 4096;      // bytes of B fetched for the next job
-constexpr int kWeightsAhead = 2048;  // bytes of packed W fetched ahead, when they stream from memory
+constexpr int kWeightsAhead = 2048;  // bytes of packed W fetched ahead, when they stream from memory,
+constexpr int kScalesAhead = 512;    //   and of their scales
 
 template <class V>
 constexpr int kOutputs = V::tiles * kTileRows;  // of a job
@@ -93,6 +94,12 @@ struct Int8Chunk {
         scale_vector<V, F>(static_cast<const char*>(job.w_scale) + tile * job.w_scale_step, b, v * V::lanes % kTileRows);
     return info(F).nf4 ? V::mul(scale, V::set1(int_scale(info(F)))) : scale;
   }
+  // Bytes of each tile, `ahead` further on, also past pages' ends: from `turn` on what the next job begins with.
+  static EP_INLINE void fetch_ahead(const uint8_t* at, int64_t step, const uint8_t* turn, int ahead, int bytes) {
+    at += ahead + (V::tiles > 1 && at >= turn ? (V::tiles - 1) * step : 0);
+    for (int t = 0; t < V::tiles; t++)
+      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + t * step + i);
+  }
   template <int R>
   EP_SHARED void add(const TileJob& job, int64_t m, int64_t k0, int64_t k1, Sums<V, R>& sums_out) const {
     const uint8_t* w = packed ? job.w : stage;
@@ -107,12 +114,16 @@ struct Int8Chunk {
       const int32_t* q_fix = job.q_fix + at * blocks;
       const int64_t left = (k1 - k) / block;
       for (int64_t b = 0; b < (left < blocks ? left : blocks); b++, scale += kOutputs<V>) {
+        if constexpr (packed && V::tiles > 1 && info(F).block) {
+          constexpr int bytes = kTileRows * (info(F).half_scale ? 2 : 4);
+          const auto* from = static_cast<const uint8_t*>(job.w_scale);
+          fetch_ahead(from + (k / block + b) * bytes, job.w_scale_step, from + job.w_scale_step - kScalesAhead, kScalesAhead, bytes);
+        }
         typename V::I d[R][kVectors<V>];
         for (int r = 0; r < R; r++)
           for (int v = 0; v < kVectors<V>; v++) d[r][v] = V::set_int(q_fix[r * blocks + b]);
         for (int u = 0; u < block / kUnit; u++, w += unit_step, q += kUnit) {
-          for (int t = 0; packed && t < V::tiles; t++)
-            for (int i = 0; i < unit_step; i += 64) __builtin_prefetch(w + t * w_step + kWeightsAhead + i);  // and past pages' ends
+          if constexpr (packed) fetch_ahead(w, w_step, job.w + w_step - kWeightsAhead, kWeightsAhead, unit_step);
           V::template dot_unit<F, R, packed>(w, w_step, q, d);
         }
         for (int r = 0; r < R; r++) {
@@ -167,8 +178,9 @@ struct FloatChunk : FloatStage<V> {
 // One number for each column, as far as there are columns; null: zero.
 template <int outputs>
 inline void spread(const float* from, int64_t step, int columns, float* to) {
-  if (from && step == 1 && columns == outputs) __builtin_memcpy(to, from, outputs * sizeof(float));
-  else for (int n = 0; n < outputs; n++) to[n] = from && n < columns ? from[n * step] : 0.0f;
+  if (!from) __builtin_memset(to, 0, outputs * sizeof(float));
+  else if (step == 1 && columns == outputs) __builtin_memcpy(to, from, outputs * sizeof(float));
+  else for (int n = 0; n < outputs; n++) to[n] = n < columns ? from[n * step] : 0.0f;
 }
 
 // ---- y ------------------------------------------------------------------------------------------------------------
