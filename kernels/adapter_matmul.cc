@@ -20,7 +20,7 @@ int64_t padded(int64_t ranks) { return ceil_div(ranks, kRankPad) * kRankPad; }
 int64_t rank_stride(const Group& g) { return padded(g.rank); }
 int64_t live_stride(const Group& g) { return ceil_div(g.rank, kRankPanel) * (kRankPanel / kRankBlock); }
 int64_t job_rows(const Call& call, int64_t m0) { return call.m - m0 < kJobRows ? call.m - m0 : kJobRows; }
-int64_t job_outputs(const Call& call) { return int64_t{call.ops->tiles} * kTileRows; }
+int64_t job_outputs(const Call& call) { return int64_t{call.m == 1 ? call.ops->tiles_alone : call.ops->tiles} * kTileRows; }
 int64_t job_count(const Call& call) {  // for one block of rows
   int64_t jobs = 0;
   for (int g = 0; g < call.groups; g++) jobs += ceil_div(call.group[g].n, job_outputs(call));
@@ -231,8 +231,8 @@ TileJob tile_job(const Call& call, int64_t number, int64_t m0, int64_t m1) {
   job.m = m1 - m0;
   job.w = call.w + tile * tile_bytes(f, call.k);
   job.w_scale = static_cast<const char*>(call.w_scale) + tile * tile_scale_bytes(f, call.k);
-  job.w_step = left > kTileRows ? tile_bytes(f, call.k) : 0;
-  job.w_scale_step = left > kTileRows ? tile_scale_bytes(f, call.k) : 0;
+  job.w_step = tile_bytes(f, call.k);
+  job.w_scale_step = tile_scale_bytes(f, call.k);
   if (call.act == Act::int8) {
     job.q = call.q + m0 * kChunk;
     job.q_scale = call.q_scale + m0 * (kChunk / f.act_block);
@@ -270,7 +270,7 @@ TileJob tile_job(const Call& call, int64_t number, int64_t m0, int64_t m1) {
 int64_t plan(Call& call) {
   const FormatInfo& f = info(call.format);
   const int64_t reuse = 1 + (call.m < kJobRows ? call.m : kJobRows) / 8;  // more rows of x: fewer jobs make a task
-  const int64_t per_task = kTaskBytes / (tile_bytes(f, call.k) * call.ops->tiles * reuse);
+  const int64_t per_task = kTaskBytes / (tile_bytes(f, call.k) * (job_outputs(call) / kTileRows) * reuse);
   call.jobs_per_task = per_task < 1 ? 1 : per_task;
   call.tile_tasks = ceil_div(job_count(call), call.jobs_per_task);
   call.row_tasks = ceil_div(call.m, kJobRows);

@@ -27,7 +27,7 @@ struct TileJob {
   int64_t m;               // rows of x, 1..kJobRows
   const uint8_t* w;        // this tile: K/32 units
   const void* w_scale;     // this tile: [B,16]
-  int64_t w_step;          // bytes from a tile to the next one of this job; 0: there is none
+  int64_t w_step;          // bytes from a tile to the next
   int64_t w_scale_step;    // the same of w_scale
   const float* x;          // [m,K], float activations only
   const int8_t* q;         // [K/kChunk,q_rows,kChunk] of which m rows are this job's, int8 activations only, with
@@ -54,12 +54,13 @@ struct TileJob {
   int64_t bias_step;
   float* y;                // [m,y_stride]: exactly `columns` of each row are written
   int64_t y_stride;
-  int columns;             // 1..16 * tiles
+  int columns;             // 1..16 * the row's tiles
 };
 
 struct RowOps {
   int tile_m;     // rows of x in one register tile
-  int tiles;      // of 16 outputs in a tile job
+  int tiles;      // of 16 outputs in a tile job,
+  int tiles_alone;  //   and in one for a single row of x
   int32_t zero;   // what the row subtracts from the integers it multiplies; quantize's corrections are made with it
   void (*quantize)(const float* x, int64_t k, int block, int32_t zero, int8_t* q, float* scale, int32_t* fix);
   void (*project)(const void* a, bool a_half, int64_t rank, int64_t k, const float* x, int64_t m, float* t,
@@ -102,11 +103,12 @@ enum class Isa : int {
 // In an ISA file, `#define EP_MINE_<isa> EP_YES` and then
 //   #define EP_ROW(op, format, act, tile_m, isa) EP_WHEN(EP_MINE_##isa, EP_DEFINE_ROW(op, format, act, tile_m, isa))
 //   #include "kernels.inc"
-// defines its rows, given a number tiles, functions quantize, project and templates tile<Format, Act, tile_m>, zero<Format, Act>.
+// defines its rows, given a number tiles, functions quantize, project and templates tiles_alone<Act>,
+// tile<Format, Act, tile_m>, zero<Format, Act>.
 #define EP_DEFINE_ROW(op, format, act, tile_m, isa)                                       \
   extern const RowOps EP_ROW_SYMBOL(op, format, act, isa);                                \
-  const RowOps EP_ROW_SYMBOL(op, format, act, isa) = {tile_m, tiles, zero<Format::format, Act::act>(), quantize, project, \
-                                                      tile<Format::format, Act::act, tile_m>};
+  const RowOps EP_ROW_SYMBOL(op, format, act, isa) = {tile_m, tiles, tiles_alone<Act::act>, zero<Format::format, Act::act>(), \
+                                                      quantize, project, tile<Format::format, Act::act, tile_m>};
 
 struct Row {
   const char* name;  // "<format>_<act>_<isa>", as edgepeft_kernels() lists it

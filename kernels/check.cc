@@ -193,6 +193,9 @@ bool prove(const Row& row, const Row& reference, const char* fault) {
       {3, 48, 5 * big, 16, true, true, true, Shape::plain, 0, 5},
       {11, 33, 69 * big, 130, true, false, false, Shape::nan, 0, 69},
       {300, 20, 2 * big, 0, false, false, true, Shape::plain, 0, 1},
+      {1, 64, 1024 + 128, 0, true, true, false, Shape::plain},
+      {1, 150, 3 * big, 16, true, true, true, Shape::zero_blocks},
+      {1, 171, 5 * big, 32, true, true, true, Shape::plain, 16, 5},
   };
   float worst = 0;
   int count = 0;

@@ -140,7 +140,7 @@ struct Avx2 {
     }
   }
   template <Format F, int R, bool packed>
-  static EP_INLINE void dot_unit(const uint8_t* w, int64_t, const int8_t* q, I (&d)[R][2]) {
+  static EP_INLINE void dot_unit(const uint8_t* w, const int64_t*, const int8_t* q, I (&d)[R][2]) {
     constexpr bool corrected = nibbles<F>() && info(F).act_block == kUnit;  // see correction()
     I pairs[R][2];
     for (int r = 0; r < R; r++)
@@ -159,7 +159,7 @@ struct Avx2 {
 };
 
 #include "tile.h"
-EP_ROWS_FROM(Avx2)
+EP_ROWS_FROM(Avx2, Avx2)
 #include "functions_simd.h"
 EP_FUNCTIONS_FROM(Avx2)
 

@@ -26,7 +26,7 @@ struct Dotprod : NeonBase {
     if constexpr (i < 7) steps<F, R, packed, i + 1>(w, x, d);
   }
   template <Format F, int R, bool packed>
-  static EP_INLINE void dot_unit(const uint8_t* w, int64_t, const int8_t* q, I (&d)[R][4]) {
+  static EP_INLINE void dot_unit(const uint8_t* w, const int64_t*, const int8_t* q, I (&d)[R][4]) {
     int8x16_t x[R][2];
     for (int r = 0; r < R; r++)
       for (int h = 0; h < 2; h++) x[r][h] = vld1q_s8(q + r * kChunk + 16 * h);
@@ -35,7 +35,7 @@ struct Dotprod : NeonBase {
 };
 
 #include "tile.h"
-EP_ROWS_FROM(Dotprod)
+EP_ROWS_FROM(Dotprod, Dotprod)
 
 }  // namespace
 EP_TARGET_POP

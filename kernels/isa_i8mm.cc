@@ -82,7 +82,7 @@ struct I8mm : NeonBase {
       }
   }
   template <Format F, int R, bool packed>
-  static EP_INLINE void dot_unit(const uint8_t* w, int64_t, const int8_t* q, I (&d)[R][4]) {
+  static EP_INLINE void dot_unit(const uint8_t* w, const int64_t*, const int8_t* q, I (&d)[R][4]) {
     static_assert(R == 1 || R % 2 == 0, "smmla takes rows of x by two");
     if constexpr (R == 1) one_row<F, packed>(w, q, d[0]);
     else row_pairs<F, R, packed>(w, q, d);
@@ -90,7 +90,7 @@ struct I8mm : NeonBase {
 };
 
 #include "tile.h"
-EP_ROWS_FROM(I8mm)
+EP_ROWS_FROM(I8mm, I8mm)
 
 }  // namespace
 EP_TARGET_POP

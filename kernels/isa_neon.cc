@@ -56,14 +56,14 @@ struct Neon : NeonBase {
       }
   }
   template <Format F, int R, bool packed>
-  static EP_INLINE void dot_unit(const uint8_t* w, int64_t, const int8_t* q, I (&d)[R][4]) {
+  static EP_INLINE void dot_unit(const uint8_t* w, const int64_t*, const int8_t* q, I (&d)[R][4]) {
     constexpr int V = nibbles<F>() ? (R == 1 ? 4 : 2) : (R == 1 ? 4 : R == 2 ? 2 : 1);
     for (int v = 0; v < 4; v += V) dot_vectors<F, R, packed, V>(w, q, d, v);
   }
 };
 
 #include "tile.h"
-EP_ROWS_FROM(Neon)
+EP_ROWS_FROM(Neon, Neon)
 #include "functions_simd.h"
 EP_FUNCTIONS_FROM(Neon)
 

@@ -59,6 +59,8 @@ float dot_float(const TileJob& job, const FormatInfo& f, int64_t m, int n) {
 }
 
 constexpr int tiles = 1;
+template <Act>
+constexpr int tiles_alone = 1;
 
 // The zero of a format is taken off the codes before they are multiplied, so no correction is needed.
 template <Format, Act>

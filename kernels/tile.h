@@ -17,8 +17,8 @@
 //   correction(q, zero, n) -> what d starts from in a block of n columns: -zero * sum(q), in the form dot_unit takes
 //   zero<Format>() what dot_unit's integers still carry beyond code - zero (see RowOps::zero)
 //   stage_bytes<Format>(), unpack_unit<Format>(w, out): one unit in the form dot_unit<.., packed = false> reads
-//   dot_unit<Format, R, packed>(w, w_step, q, I d[R][nv]): adds dot products over 32 columns of R rows of q, kChunk apart,
-//     and of tiles, w_step apart, to d, which starts from the correction
+//   dot_unit<Format, R, packed>(w, at, q, I d[R][nv]): adds dot products over 32 columns of R rows of q, kChunk apart, and
+//     of the tiles at w + at[tile] to d, which starts from the correction
 //   scaled<Format>(d, w_scale): after a block's last unit, its sums times the scale of the weights
 #pragma once
 
@@ -43,6 +43,13 @@ EP_INLINE typename V::F load_any(const void* p, bool half, int64_t i) {
 }
 
 // ---- weights ------------------------------------------------------------------------------------------------------
+// Tile t of a job, or its last one: what is past it is computed, and not stored.
+template <class V>
+EP_INLINE int64_t tile_at(const TileJob& job, int t) {
+  const int last = (job.columns - 1) / kTileRows;
+  return V::tiles > 1 && t > last ? last : t;
+}
+
 // Of lanes lane0.. of one tile.
 template <class V, Format F>
 EP_INLINE typename V::F scale_vector(const void* w_scale, int64_t block, int lane0) {
@@ -83,15 +90,16 @@ struct Int8Chunk {
       uint8_t* to = stage;
       for (int64_t u = k0 / kUnit; u < k1 / kUnit; u++)
         for (int t = 0; t < V::tiles; t++, to += unit_stage)
-          V::template unpack_unit<F>(job.w + t * job.w_step + u * unit_bytes(info(F)), to);
+          V::template unpack_unit<F>(job.w + tile_at<V>(job, t) * job.w_step + u * unit_bytes(info(F)), to);
       for (int64_t b = k0 / block, i = 0; b < k1 / block; b++)
-        for (int v = 0; v < kVectors<V>; v++, i += V::lanes) V::store(scales + i, weight_scale(job, b, v));
+        for (int v = 0; v < kVectors<V>; v++, i += V::lanes) V::store(scales + i, weight_scale(scales_of(job, v), b, v));
     }
   }
-  static EP_INLINE typename V::F weight_scale(const TileJob& job, int64_t b, int v) {
-    const int tile = v * V::lanes / kTileRows;
-    const typename V::F scale =
-        scale_vector<V, F>(static_cast<const char*>(job.w_scale) + tile * job.w_scale_step, b, v * V::lanes % kTileRows);
+  static EP_INLINE const uint8_t* scales_of(const TileJob& job, int v) {
+    return static_cast<const uint8_t*>(job.w_scale) + tile_at<V>(job, v * V::lanes / kTileRows) * job.w_scale_step;
+  }
+  static EP_INLINE typename V::F weight_scale(const uint8_t* w_scale, int64_t b, int v) {
+    const typename V::F scale = scale_vector<V, F>(w_scale, b, v * V::lanes % kTileRows);
     return info(F).nf4 ? V::mul(scale, V::set1(int_scale(info(F)))) : scale;
   }
   // Bytes of each tile, `ahead` further on, also past pages' ends: from `turn` on what the next job begins with.
@@ -102,16 +110,18 @@ struct Int8Chunk {
   }
   template <int R>
   EP_SHARED void add(const TileJob& job, int64_t m, int64_t k0, int64_t k1, Sums<V, R>& sums_out) const {
-    const uint8_t* w = packed ? job.w : stage;
-    const int64_t w_step = packed ? job.w_step : unit_stage;
+    const uint8_t *w = packed ? job.w : stage, *w_scales[kVectors<V>];
+    int64_t at[V::tiles];
+    for (int t = 0; t < V::tiles; t++) at[t] = packed ? tile_at<V>(job, t) * job.w_step : t * unit_stage;
+    for (int v = 0; v < kVectors<V>; v++) w_scales[v] = scales_of(job, v);
     constexpr int unit_step = packed ? kTileRows * kUnit * info(F).bits / 8 : V::tiles * unit_stage;
     Sums<V, R> sums;  // of its own: stores through sums_out could change anything, as far as a compiler knows
     __builtin_memcpy(&sums, &sums_out, sizeof(sums));
     for (int64_t k = k0; k < k1; k += kChunk) {
-      const int64_t at = k / kChunk * job.q_rows + m;
-      const int8_t* q = job.q + at * kChunk;
-      const float *q_scale = job.q_scale + at * blocks, *scale = scales;
-      const int32_t* q_fix = job.q_fix + at * blocks;
+      const int64_t row = k / kChunk * job.q_rows + m;
+      const int8_t* q = job.q + row * kChunk;
+      const float *q_scale = job.q_scale + row * blocks, *scale = scales;
+      const int32_t* q_fix = job.q_fix + row * blocks;
       const int64_t left = (k1 - k) / block;
       for (int64_t b = 0; b < (left < blocks ? left : blocks); b++, scale += kOutputs<V>) {
         if constexpr (packed && V::tiles > 1 && info(F).block) {
@@ -123,13 +133,13 @@ struct Int8Chunk {
         for (int r = 0; r < R; r++)
           for (int v = 0; v < kVectors<V>; v++) d[r][v] = V::set_int(q_fix[r * blocks + b]);
         for (int u = 0; u < block / kUnit; u++, w += unit_step, q += kUnit) {
-          if constexpr (packed) fetch_ahead(w, w_step, job.w + w_step - kWeightsAhead, kWeightsAhead, unit_step);
-          V::template dot_unit<F, R, packed>(w, w_step, q, d);
+          if constexpr (packed) fetch_ahead(w, job.w_step, job.w + job.w_step - kWeightsAhead, kWeightsAhead, unit_step);
+          V::template dot_unit<F, R, packed>(w, at, q, d);
         }
         for (int r = 0; r < R; r++) {
           const typename V::F x_scale = V::set1(q_scale[r * blocks + b]);
           for (int v = 0; v < kVectors<V>; v++) {
-            const typename V::F w_scale = packed ? weight_scale(job, k / block + b, v) : V::load(scale + v * V::lanes);
+            const typename V::F w_scale = packed ? weight_scale(w_scales[v], k / block + b, v) : V::load(scale + v * V::lanes);
             sums[r][v] = V::fma(V::template scaled<F>(d[r][v], w_scale), x_scale, sums[r][v]);
           }
         }
@@ -167,8 +177,8 @@ struct FloatChunk : FloatStage<V> {
     constexpr FormatInfo f = info(F);
     for (int64_t k = k0; k < k1; k += kUnit)
       for (int t = 0; t < V::tiles; t++)
-        dequantize_unit<V, F>(job.w + t * job.w_step + k / kUnit * unit_bytes(f),
-                              static_cast<const char*>(job.w_scale) + t * job.w_scale_step, f.block ? k / f.block : 0,
+        dequantize_unit<V, F>(job.w + tile_at<V>(job, t) * job.w_step + k / kUnit * unit_bytes(f),
+                              static_cast<const char*>(job.w_scale) + tile_at<V>(job, t) * job.w_scale_step, f.block ? k / f.block : 0,
                               this->stage + (k - k0) * kOutputs<V> + t * kTileRows, kOutputs<V>);
   }
 };
@@ -206,13 +216,13 @@ constexpr int fewer(int R) {
   return rows;
 }
 
-template <class V, class Chunk>
+template <class V, class Chunk, int rows>
 struct Tile {
   const TileJob& job;
   Chunk chunk;
   Adapter<V> adapter;
   bool first = true;  // acc holds nothing yet
-  alignas(64) typename V::F acc[kJobRows][kVectors<V>];
+  alignas(64) typename V::F acc[rows][kVectors<V>];
   alignas(64) float s_out[kOutputs<V>], bias[kOutputs<V>];
 
   explicit Tile(const TileJob& j) : job(j), adapter(j) {}
@@ -275,16 +285,16 @@ struct Tile {
   }
 };
 
-template <class V, Format F, Act A, int R>
+template <class V, class Alone, Format F, Act A, int R>
 void tile_of(const TileJob& job) {
   if constexpr (A == Act::float32) {
-    Tile<V, FloatChunk<V, F>>(job).template all<R>();
+    Tile<V, FloatChunk<V, F>, kJobRows>(job).template all<R>();
   } else if (job.m == 1) {
-    Tile<V, Int8Chunk<V, F, true>>(job).template all<1>();
+    Tile<Alone, Int8Chunk<Alone, F, true>, 1>(job).template all<1>();
   } else if (job.m <= R) {
-    Tile<V, Int8Chunk<V, F, true>>(job).template all<R>();
+    Tile<V, Int8Chunk<V, F, true>, R>(job).template all<R>();
   } else {
-    Tile<V, Int8Chunk<V, F, false>>(job).template all<R>();
+    Tile<V, Int8Chunk<V, F, false>, kJobRows>(job).template all<R>();
   }
 }
 
@@ -341,9 +351,11 @@ void project_of(const void* a, bool half, int64_t rank, int64_t k, const float* 
   else project_rows<V, false, 4, 2>(a, rank, k, x, m, t, t_stride);
 }
 
-// What EP_DEFINE_ROW names, for vocabulary V.
-#define EP_ROWS_FROM(V)                                                                                             \
+// What EP_DEFINE_ROW names, for vocabulary V, and Alone for one row of int8 x.
+#define EP_ROWS_FROM(V, Alone)                                                                                          \
   constexpr int tiles = V::tiles;                                                                                   \
+  template <Act A>                                                                                                  \
+  constexpr int tiles_alone = A == Act::int8 ? Alone::tiles : V::tiles;                                             \
   void quantize(const float* x, int64_t k, int block, int32_t zero, int8_t* q, float* scale, int32_t* fix) {        \
     quantize_of<V>(x, k, block, zero, q, scale, fix);                                                               \
   }                                                                                                                 \
@@ -352,7 +364,7 @@ void project_of(const void* a, bool half, int64_t rank, int64_t k, const float* 
   }                                                                                                                 \
   template <Format F, Act A, int R>                                                                                 \
   void tile(const TileJob& job) {                                                                                   \
-    tile_of<V, F, A, R>(job);                                                                                       \
+    tile_of<V, Alone, F, A, R>(job);                                                                                      \
   }                                                                                                                 \
   template <Format F, Act>                                                                                          \
   constexpr int32_t zero() {                                                                                        \
