@@ -128,6 +128,16 @@ WRITING = (  # how a language model writes: flag, type, help
 )
 
 
+def _device(command: Callable) -> Callable:
+    """Give a command --device and --precision."""
+    rounded = "float16 halves keys and values and rounds products; for --device vulkan  [default: float32]."
+    command = click.option("--precision", type=click.Choice(["float32", "float16"]), default="float32", help=rounded)(
+        command
+    )
+    devices = click.Choice(["cpu", "webgpu", "vulkan", "auto"])
+    return click.option("--device", type=devices, default="cpu", show_default=True, help=DEVICE)(command)
+
+
 def _writing(top_k: str) -> Callable[[Callable], Callable]:
     """Give a command the flags of WRITING, --stop, and --top-k with a help text of its own."""
 
@@ -151,9 +161,7 @@ def _writing(top_k: str) -> Callable[[Callable], Callable]:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per text.")
 @click.option("--adapter", default=None, help="Adapter to use, or 'none' for the base model.")
 @click.option("--threads", type=int, default=0, show_default=True, help="CPU threads; 0 takes all.")
-@click.option(
-    "--device", type=click.Choice(["cpu", "webgpu", "vulkan", "auto"]), default="cpu", show_default=True, help=DEVICE
-)
+@_device
 @click.option("--prompt", default=None, help="Text to answer, which may have several lines.")
 @click.option("--system", default=None, help="What the model is told before the text.")
 @click.option("--raw", is_flag=True, default=None, help="Continue the text as it is, without the chat template.")
@@ -180,9 +188,7 @@ def run(bundle: Path, texts: Sequence[str], file: Path | None, as_json: bool, **
 @click.option("--system", default=None, help="What the model is told before the conversation.")
 @click.option("--adapter", default=None, help="Adapter to begin with, or 'none' for the base model.")
 @click.option("--threads", type=int, default=0, show_default=True, help="CPU threads; 0 takes all.")
-@click.option(
-    "--device", type=click.Choice(["cpu", "webgpu", "vulkan", "auto"]), default="cpu", show_default=True, help=DEVICE
-)
+@_device
 @_writing(TOP_K)
 def chat(bundle: Path, **options: Any) -> None:
     """Talk with the language model of a bundle, at the terminal or line by line through a pipe.

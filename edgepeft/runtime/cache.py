@@ -1,7 +1,7 @@
 """Keys and values of the tokens a model has seen, so that each is computed once.
 
     per layer   key, value   [rows, kv_heads, capacity, head_dim]     numpy, mapped into the session as it is
-                             float32, or int8: value = code * scale [kv_heads, 1, head_dim]
+                             float32, float16 (Vulkan), or int8: value = code * scale [kv_heads, 1, head_dim]
 
 The same memory is bound to the graph's past and present, so a run writes its new columns in place and copies nothing.
 Rows of a buffer are contiguous: a row alone, or the first few together, are views that bind without a copy too. Only

@@ -16,6 +16,7 @@ from edgepeft.errors import ConfigError, DataError
 from edgepeft.runtime.manifest import NAME, unseal
 from edgepeft.runtime.session import DEVICES, KV_CACHES, check_threads, known_task, load
 from edgepeft.runtime.tasks import inputs, run_cli
+from edgepeft.runtime.vulkan import PRECISIONS
 
 if TYPE_CHECKING:
     from edgepeft.runtime.generate import Generator
@@ -55,6 +56,7 @@ def run(
     adapter: str | None = None,
     threads: int = 0,
     device: str = DEVICES[0],
+    precision: str = PRECISIONS[0],
     **options: Any,
 ) -> int:
     """Classify or answer texts with a bundle, as its task is, and return how many there were."""
@@ -62,7 +64,9 @@ def run(
     task, asked = task_of(bundle), given(options)
     check_options(bundle, task, list(asked))
     command = run_cli if task == "text-classification" else write_cli
-    return command(bundle, texts, file, as_json, adapter=adapter, threads=threads, device=device, **asked)
+    return command(
+        bundle, texts, file, as_json, adapter=adapter, threads=threads, device=device, precision=precision, **asked
+    )
 
 
 def as_prompt(model: Generator, text: str, system: str | None, raw: bool) -> str | list[dict[str, str]]:
@@ -115,6 +119,7 @@ def write_cli(
     stream: bool | None = None,
     kv_cache: str = KV_CACHES[0],
     device: str = DEVICES[0],
+    precision: str = PRECISIONS[0],
     **options: Any,
 ) -> int:
     """Answer prompts with a language model and write the answers to standard output; return how many there were.
@@ -126,7 +131,8 @@ def write_cli(
     count = 0
     prompts = _prompts(prompt, texts, file)
     first = next(prompts, [])  # a mistake is said before a model is loaded
-    model: Generator = load(bundle, threads=threads, library=library, kv_cache=kv_cache, device=device)
+    kind = {"kv_cache": kv_cache, "device": device, "precision": precision}
+    model: Generator = load(bundle, threads=threads, library=library, **kind)
     if adapter is not None:
         model.use(adapter)
     try:

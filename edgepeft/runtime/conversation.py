@@ -19,6 +19,7 @@ from edgepeft.console import say
 from edgepeft.errors import ConfigError, EdgePeftError, unknown
 from edgepeft.runtime.commands import check_options, given, task_of
 from edgepeft.runtime.session import DEVICES, KV_CACHES, check_threads, load
+from edgepeft.runtime.vulkan import PRECISIONS
 
 if TYPE_CHECKING:
     from edgepeft.runtime.generate import Generator
@@ -128,6 +129,7 @@ def chat_cli(
     library: str = "auto",
     kv_cache: str | None = None,
     device: str = DEVICES[0],
+    precision: str = PRECISIONS[0],
     **options: Any,
 ) -> None:
     """Talk with a language model until the user ends it.
@@ -139,7 +141,8 @@ def chat_cli(
         raise ConfigError(f"{bundle}: its task is {task}; only a text-generation bundle can chat. Use edgepeft run.")
     asked = given(options)
     check_options(bundle, task, list(asked))
-    model: Generator = load(bundle, threads=threads, library=library, kv_cache=kv_cache or KV_CACHES[0], device=device)
+    kind = {"kv_cache": kv_cache or KV_CACHES[0], "device": device, "precision": precision}
+    model: Generator = load(bundle, threads=threads, library=library, **kind)
     model.use(adapter or model.adapter)
     talk = Conversation(model, system, asked)
     model.encode([*talk.messages, {"role": "user", "content": "?"}])  # no template, no jinja2: said at once

@@ -88,7 +88,7 @@ class Generator(Bundle):
         if made.columns >= int(self.manifest["context"]):
             what = f"its prompt of {made.columns} leaves nothing of the {self.manifest['context']} tokens of context"
             raise ArtifactError(f"{self.manifest.folder}: adapter {name!r}: {what}. Export with a larger --context.")
-        if not made.prompt or self._kept_as == np.float32:
+        if not made.prompt or self._kept_as != np.int8:
             return made
         return dataclasses.replace(made, prompt=prompts.codes(made.prompt, cache_scales(self.manifest)))
 
@@ -96,7 +96,7 @@ class Generator(Bundle):
     def _kept_as(self) -> Any:
         """The type of keys and values."""
         kind = next(item.type for item in self.session.get_inputs() if item.name == "past_key_values.0.key")
-        return np.int8 if kind == "tensor(int8)" else np.float32
+        return {"tensor(int8)": np.int8, "tensor(float16)": np.float16}.get(kind, np.float32)
 
     # --- what a caller sees ---
 

@@ -11,6 +11,7 @@ length and bytes (2) or 4 bytes (5). Only the messages on the way are opened, ev
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -19,7 +20,7 @@ from edgepeft.errors import ArtifactError
 
 DOMAIN = b"edgepeft"
 ATTENTION, PAST, PRESENT = b"GroupQueryAttention", b"past_key_values.", b"present."
-FLOAT, INT8 = 1, 3  # element types
+FLOAT, INT8, FLOAT16 = 1, 3, 10  # element types
 INTEGER, STRING = 2, 3  # attribute types
 KEY_SCALE = 12  # its place among the inputs of attention; that of the values' follows
 NEW_WINDOWS = (1, 24)  # ONNX Runtime that counts attention windows as the export does
@@ -128,6 +129,12 @@ def _less_one(attribute: memoryview) -> bytes:
     return b"".join(out)
 
 
+def with_float16_cache(model: bytes) -> bytes:
+    """Return the model with keys and values kept as float16, for attention that takes them so."""
+    change = functools.partial(_kept_as, kind=FLOAT16)
+    return _rewrite(memoryview(model), 7, lambda graph: _rewrite(memoryview(_rewrite(graph, 11, change)), 12, change))
+
+
 # --- keys and values in 8 bits -----------------------------------------------------------------------------------
 
 
@@ -140,7 +147,7 @@ def with_int8_cache(model: bytes, scales: Mapping[str, np.ndarray]) -> bytes:
     def graph(data: memoryview) -> bytes:
         out = _rewrite(data, 1, _int8_attention)
         for number in (11, 12):
-            out = _rewrite(memoryview(out), number, _int8_value)
+            out = _rewrite(memoryview(out), number, functools.partial(_kept_as, kind=INT8))
         return out + b"".join(_field(5, _tensor(_scale_name(name.encode()), array)) for name, array in scales.items())
 
     return _rewrite(memoryview(model), 7, graph)
@@ -178,8 +185,8 @@ def _int8_attention(node: memoryview) -> bytes:
     return b"".join([bytes(node), *(_field(1, name) for name in more), *(_field(5, a) for a in (*kinds, width))])
 
 
-def _int8_value(value: memoryview) -> bytes:
-    """Return a ValueInfoProto of int8 if it is of keys or values, else as it is."""
+def _kept_as(value: memoryview, kind: int) -> bytes:
+    """Return a ValueInfoProto of another element type if it is of keys or values, else as it is."""
     if not _text(value, 1).startswith((PAST, PRESENT)):
         return bytes(value)
-    return _rewrite(value, 2, lambda kind: _rewrite(kind, 1, lambda tensor: bytes(tensor) + _number(1, INT8)))
+    return _rewrite(value, 2, lambda type: _rewrite(type, 1, lambda tensor: bytes(tensor) + _number(1, kind)))

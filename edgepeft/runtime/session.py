@@ -460,10 +460,10 @@ def check_threads(threads: int) -> None:
         raise ConfigError(f"threads: expected 0 (all cores) to {MOST_THREADS} on this machine, found {threads}.")
 
 
-GPUS: dict[str, Callable[[Manifest, str | Path], Any]] = {  # how a session on a GPU is made of a bundle
-    "webgpu": lambda manifest, library: webgpu.open_session(manifest.folder),
-    "vulkan": lambda manifest, library: vulkan.open_session(
-        vulkan.find_library(manifest, library), manifest.folder / "model.onnx"
+GPUS: dict[str, Callable[[Manifest, str | Path, str], Any]] = {  # how a session on a GPU is made of a bundle
+    "webgpu": lambda manifest, library, precision: webgpu.open_session(manifest.folder),
+    "vulkan": lambda manifest, library, precision: vulkan.open_session(
+        vulkan.find_library(manifest, library), manifest.folder / "model.onnx", precision
     ),
 }
 
@@ -497,13 +497,15 @@ def load(
     check: str = "auto",
     kv_cache: str = KV_CACHES[0],
     device: str = DEVICES[0],
+    precision: str = vulkan.PRECISIONS[0],
 ) -> Any:
     """Load a bundle and return what its task says: a `Model` that classifies or a `Generator` that writes (TASKS).
 
     threads 0 takes all cores; library is "auto", "none" or a path; activation None is as exported. kv_cache "int8"
     keeps a language model's keys and values in a quarter of the memory: see edgepeft.runtime.cache. device "webgpu"
     or "vulkan" runs every node on a GPU, "auto" does so where a first run succeeds and says why where it does not;
-    on "vulkan" a path as library is that of the provider.
+    on "vulkan" a path as library is that of the provider, and precision "float16" halves the memory of keys and values
+    and rounds products where the GPU computes in float16.
 
     Raises ArtifactError for a folder that is no bundle or was changed, TargetError for a library or an ONNX Runtime
     that cannot work here, ConfigError for what does not exist. `check` is "auto", "full" or "quick":
@@ -517,11 +519,15 @@ def load(
     cpu_asked = _only_cpu(activation, kv_cache)
     if device in GPUS and cpu_asked:
         raise ConfigError(f"device {device!r}: activations and cache are float there; leave {cpu_asked} out.")
+    if precision not in vulkan.PRECISIONS:
+        raise ConfigError("precision: " + unknown("precision", precision, vulkan.PRECISIONS))
+    if precision != vulkan.PRECISIONS[0] and device != "vulkan":
+        raise ConfigError(f"precision={precision!r} is for device='vulkan', found device={device!r}. Leave it out.")
     manifest = check_bundle(bundle, check)
     kind = task_class(manifest)
 
     def on_gpu(device: str) -> Any:
-        model = kind(manifest, GPUS[device](manifest, library), None, threads)
+        model = kind(manifest, GPUS[device](manifest, library, precision), None, threads)
         model.use(adapter)
         return model
 

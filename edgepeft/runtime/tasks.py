@@ -122,6 +122,7 @@ def run_cli(
     threads: int = 0,
     library: str = "auto",
     device: str = "cpu",
+    precision: str = "float32",
 ) -> int:
     """Classify texts with a bundle and write the answers to standard output; return how many there were.
 
@@ -131,7 +132,7 @@ def run_cli(
 
     if top_k is not None and top_k < 1:
         raise DataError(f"--top-k: expected at least 1, found {top_k}.")
-    model: Model = load(bundle, threads=threads, library=library, device=device)
+    model: Model = load(bundle, threads=threads, library=library, device=device, precision=precision)
     if adapter is not None:
         model.use(adapter)
     keep = top_k if top_k is not None or as_json else 1

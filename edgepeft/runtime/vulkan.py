@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edgepeft.errors import TargetError
+from edgepeft.runtime import rewrite
 from edgepeft.runtime.library import INSTALLED, platform_tag
 from edgepeft.runtime.manifest import Manifest
 
@@ -29,6 +30,7 @@ FILE_NAME = "libedgepeft_vulkan.so"
 PROVIDER = "EdgePeftVulkanExecutionProvider"
 SEVERITY = 4  # of ONNX Runtime's log: fatal errors alone
 ALIGNMENT = 64  # bytes, of tensors in one block
+PRECISIONS = ("float32", "float16")  # of products where the GPU has it, and of keys and values
 
 
 def find_library(manifest: Manifest, choice: str | Path = "auto") -> Path:
@@ -148,8 +150,11 @@ def _register(path: Path) -> None:
         raise TargetError(f"{path}: ONNX Runtime does not take it: {error}") from None
 
 
-def open_session(path: Path, model: Path | bytes) -> Any:
-    """Make the session of a model with every node on the GPU. Raises TargetError where that cannot be."""
+def open_session(path: Path, model: Path | bytes, precision: str = PRECISIONS[0]) -> Any:
+    """Make the session of a model with every node on the GPU. Raises TargetError where that cannot be.
+
+    precision: of PRECISIONS. A model given as bytes holds all its weights.
+    """
     import onnxruntime
 
     if reason := missing(path):
@@ -160,7 +165,10 @@ def open_session(path: Path, model: Path | bytes) -> Any:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     found = [device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER]
-    options.add_provider_for_devices(found[:1], {})
+    options.add_provider_for_devices(found[:1], {"precision": precision})
+    if precision == "float16" and isinstance(model, Path):
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
+        model = rewrite.with_float16_cache(model.read_bytes())
     try:
         session = onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), options)
     except Exception as error:  # ORT's own exceptions share no base

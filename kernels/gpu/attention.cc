@@ -30,6 +30,7 @@ Failure attend(Run& run, const Step& s, const Value& q, uint64_t q_at, const Val
   Dispatch d;
   d.shader = Shader::attend;
   d.constant(mask);
+  d.constant(key.type == kHalf);
   d.buffers[0] = q.buffer;
   d.buffers[1] = key.buffer;
   d.buffers[2] = value.buffer;
@@ -90,8 +91,8 @@ Failure carry_past(Run& run, Value& past, const Value& present, int64_t used) {
   if (run.short_of_room) return nullptr;
   const int64_t rows = past.dims.d[0] * past.dims.d[1], dim = past.dims.d[3];
   for (int64_t row = 0; row < rows; row++)
-    run.device.copy(*past.buffer, past.offset + static_cast<uint64_t>(row * past.dims.d[2] * dim) * 4, *present.buffer,
-                    present.offset + static_cast<uint64_t>(row * present.dims.d[2] * dim) * 4, static_cast<uint64_t>(used * dim) * 4);
+    run.device.copy(*past.buffer, past.offset + bytes_of(past.type, row * past.dims.d[2] * dim), *present.buffer,
+                    present.offset + bytes_of(present.type, row * present.dims.d[2] * dim), bytes_of(past.type, used * dim));
   return nullptr;
 }
 
@@ -110,6 +111,8 @@ Failure rotate(Run& run, const Step& s, const Sizes& n, const Value& before, con
   GPU_TRY(run.to_gpu(cosine));
   GPU_TRY(run.to_gpu(sine));
   const Value &key = run.out(s, 1), &value = run.out(s, 2);
+  const bool half = key.type == kHalf;
+  d.constant(half);
   d.buffers[1] = turned;
   d.buffers[2] = key.buffer;
   d.buffers[3] = value.buffer;
@@ -127,7 +130,7 @@ Failure rotate(Run& run, const Step& s, const Sizes& n, const Value& before, con
   for (uint64_t word : {turned_at / 4, key.element(), value.element(), static_cast<uint64_t>(n.capacity), before.element(),
                         cosine.element(), sine.element()})
     d.word(word);
-  const int64_t threads = n.batch * n.tokens * (n.heads + 2 * n.kv_heads) * (n.dim / 2);
+  const int64_t threads = n.batch * n.tokens * (n.heads + 2 * n.kv_heads) * (n.dim / (half ? 4 : 2));
   d.groups[0] = static_cast<uint32_t>((threads + 63) / 64);
   return threads ? run.record(d) : nullptr;
 }
@@ -140,13 +143,16 @@ Failure run_cached_attention(Run& run, const Step& s) {
   Sizes n = {x.d[0], x.d[1], s.whole[kHeads], s.whole[kKvHeads], past.d[3], run.in(s, kTotal).whole(0), 0};
   n.capacity = past.d[2] > n.total ? past.d[2] : n.total;
   if (n.dim > kMostDim || n.dim % 2) return run.refuse(s, "heads of more than 256 numbers have no shader");
+  const int kept = run.in(s, kPastKey).type;
+  if (kept != run.in(s, kPastValue).type || (kept != kFloat && (kept != kHalf || n.dim % 4 || run.in(s, kCos).dims.last() % 2)))
+    return run.refuse(s, "expected keys and values in float32, or in float16 where 4 divides a head and its rotated part");
   if (run.has(s, kCos) && run.in(s, kCos).dims.d[0] < n.total) return run.refuse(s, "more tokens than the rotation tables have");
   Value before;
   GPU_TRY(lengths_before(run, s, n.batch, n.tokens, &before));
   Dims present;
   for (int64_t size : {n.batch, n.kv_heads, n.capacity, n.dim}) present.push(size);
   for (int i = 1; i < 3; i++) {
-    GPU_TRY(run.make_mapped(s, i, present));
+    GPU_TRY(run.make_mapped(s, i, present, kept));
     GPU_TRY(carry_past(run, run.in(s, kPastKey + i - 1), run.out(s, i), n.total - n.tokens));
   }
   Dims mixed;

@@ -26,6 +26,7 @@ const char* name_of(vk::Result result) {
   }
 }
 
+const char* const kFloat16Extension = "VK_KHR_shader_float16_int8";
 constexpr vk::Flags kSubgroupsNeed = vk::kSubgroupBasic | vk::kSubgroupArithmetic | vk::kSubgroupShuffle;
 constexpr uint32_t kMostThreads = 128;  // of the smallest workgroup that any GPU promises
 
@@ -109,7 +110,8 @@ Failure Device::choose() {
   kind = class_of(properties);
   if ((subgroups.supportedStages & vk::kComputeStage) && !(kSubgroupsNeed & ~subgroups.supportedOperations) && subgroups.subgroupSize >= 4 &&
       subgroups.subgroupSize <= kMostThreads)
-    has |= kSubgroups;
+    has |= kSubgroups & kind.features;
+  if ((kind.features & kFloat16) && has_float16()) has |= kFloat16;
   const vk::Limits& limits = properties.limits;
   if (limits.maxPerStageDescriptorStorageBuffers < kBindings || limits.maxPushConstantsSize < kWords * 4 ||
       limits.maxComputeWorkGroupInvocations < 128)
@@ -117,6 +119,21 @@ Failure Device::choose() {
                 limits.maxPerStageDescriptorStorageBuffers, limits.maxPushConstantsSize, limits.maxComputeWorkGroupInvocations,
                 kBindings, kWords * 4);
   return nullptr;
+}
+
+// Whether the driver multiplies in float16; version 1.2 made the extension its own.
+bool Device::has_float16() {
+  uint32_t count = 0;
+  if (api.EnumerateDeviceExtensionProperties(physical, nullptr, &count, nullptr) != vk::kSuccess) return false;
+  Array<vk::ExtensionProperties> all;
+  all.resize(count);
+  bool named = api.EnumerateDeviceExtensionProperties(physical, nullptr, &count, all.data) == vk::kSuccess, found = false;
+  for (uint32_t i = 0; i < count && named && !found; i++) found = !strcmp(all[i].extensionName, kFloat16Extension);
+  all.free();
+  vk::Float16Features float16 = {vk::kFloat16Features, nullptr, 0, 0};
+  vk::PhysicalDeviceFeatures2 features2 = {vk::kFeatures2, &float16, {}};
+  if (found) api.GetPhysicalDeviceFeatures2(physical, &features2);
+  return found && float16.shaderFloat16;
 }
 
 Failure Device::make_device() {
@@ -128,7 +145,9 @@ Failure Device::make_device() {
   if (family == count) return fail("%s has no queue that computes", properties.deviceName);
   const float priority = 1;
   const vk::DeviceQueueCreateInfo queues = {vk::kDeviceQueueCreateInfo, nullptr, 0, family, 1, &priority};
-  const vk::DeviceCreateInfo info = {vk::kDeviceCreateInfo, nullptr, 0, 1, &queues, 0, nullptr, 0, nullptr, nullptr};
+  const vk::Float16Features float16 = {vk::kFloat16Features, nullptr, 1, 0};
+  const bool asked = has & kFloat16;
+  const vk::DeviceCreateInfo info = {vk::kDeviceCreateInfo, asked ? &float16 : nullptr, 0, 1, &queues, 0, nullptr, asked, &kFloat16Extension, nullptr};
   GPU_TRY(check(api.CreateDevice(physical, &info, nullptr, &device), "vkCreateDevice"));
   api.GetDeviceQueue(device, family, 0, &queue);
   const vk::CommandPoolCreateInfo pool = {vk::kCommandPoolCreateInfo, nullptr, vk::kResetCommandBuffers, family};
@@ -154,7 +173,7 @@ Failure Device::open() {
   GPU_TRY(choose());
   GPU_TRY(make_device());
   GPU_TRY(make_layout());
-  features = tried(has & kind.features);
+  want(kSubgroups);
   return nullptr;
 }
 
@@ -270,7 +289,7 @@ Failure Device::make_pipeline(const Dispatch& d, uint32_t wanted, vk::Handle* fo
 }
 
 Failure Device::pipeline(const Dispatch& d, vk::Handle* found) {
-  uint32_t wanted = features & d.features;
+  uint32_t wanted = features & allowed & d.features;
   shader_code(d.shader, &wanted);
   const size_t bytes = static_cast<size_t>(d.constant_count) * 4;
   for (const Pipeline& p : pipelines)

@@ -65,7 +65,7 @@ struct Buffer {
 enum class Shader : int;
 
 // What a device may have beyond Vulkan 1.1's least, and shaders have variants for.
-enum Feature : uint32_t { kSubgroups = 1, kHalfMath = 2 };
+enum Feature : uint32_t { kSubgroups = 1, kFloat16 = 2 };
 
 // What is known of a vendor's GPUs: rows of classes.inc.
 struct DeviceClass {
@@ -111,7 +111,9 @@ struct Device {
   vk::Queue queue = nullptr;
   vk::PhysicalDeviceProperties properties;
   DeviceClass kind;
-  uint32_t has = 0, features = 0;  // what the driver says it has; what is in use: its class has it too, and a trial was right
+  uint32_t has = 0;        // features that the driver says it has and its class allows
+  uint32_t features = 0;   // those that were tried and right
+  uint32_t allowed = ~0u;  // those of them that are used
   vk::SubgroupProperties subgroups;
   vk::MemoryProperties memory;
   vk::Handle set_layout = 0, layout = 0, commands = 0, fence = 0;
@@ -134,12 +136,14 @@ struct Device {
   Failure finish();  // submits what was recorded and waits for it
   void drop();       // forgets what was recorded
   Failure check(vk::Result result, const char* what);
-  // Which of some features compute what the plain shader does.
-  uint32_t tried(uint32_t some);
+  // Has a feature used from now on, if the device has it and it computes what the plain shader does. Costs a trial, once.
+  void want(Feature feature);
 
  private:
   Failure load();
   Failure choose();
+  bool trial(uint32_t feature);
+  bool has_float16();
   Failure make_device();
   Failure make_layout();
   int memory_type(uint32_t allowed, Memory kind) const;

@@ -69,6 +69,7 @@ struct OrtEpApi {
 // X(index in OrtApi, result, name, arguments)
 #define EP_ORT_EP_API(X)                                                                    \
   X(55, OrtStatus*, CastTypeInfoToTensorInfo, (const OrtTypeInfo*, const OrtTensorTypeAndShapeInfo**)) \
+  X(238, OrtStatus*, GetSessionConfigEntry, (const OrtSessionOptions*, const char*, char*, size_t*)) \
   X(289, OrtStatus*, GetValueInfoName, (const OrtValueInfo*, const char**))                 \
   X(290, OrtStatus*, GetValueInfoTypeInfo, (const OrtValueInfo*, const OrtTypeInfo**))      \
   X(307, int, HardwareDevice_Type, (const OrtHardwareDevice*))                              \

@@ -168,6 +168,7 @@ Failure run_linear(Run& run, const Step& s) {
     GPU_TRY(run.record(d));
   }
   d.shader = few ? Shader::linear : Shader::product;
+  if (run.program.float16) d.features |= kFloat16;
   specialise(f, few ? shape.threads : kProductThreads, inside, few ? shape.tiles : 1, &d);
   d.groups[0] = few ? (tiles + shape.tiles - 1) / shape.tiles : (tiles + 3) / 4;
   d.groups[1] = few ? m : (m + 31) / 32;

@@ -12,6 +12,7 @@ const OrtApi* ort::api;
 namespace {
 
 constexpr char kName[] = "EdgePeftVulkanExecutionProvider";
+constexpr char kPrecision[] = "ep.edgepeftvulkanexecutionprovider.precision";  // where a session keeps the provider's option
 constexpr uint32_t kVendor = 0xED9E;
 const OrtEpApi* ep_api;
 char refused[640];
@@ -22,6 +23,11 @@ OrtStatus* status_of(Failure failure) {
 
 struct Compiled : OrtNodeComputeInfo {
   Program program;
+};
+
+// One for each session.
+struct Provider : OrtEp {
+  bool float16;
 };
 
 // ---- running --------------------------------------------------------------------------------------------------------
@@ -55,14 +61,16 @@ OrtStatus* capability(OrtEp*, const OrtGraph* graph, OrtEpGraphSupportInfo* info
   return status;
 }
 
-OrtStatus* compile(OrtEp*, const OrtGraph** graphs, const OrtNode** fused, size_t count, OrtNodeComputeInfo** made, OrtNode**) {
+OrtStatus* compile(OrtEp* self, const OrtGraph** graphs, const OrtNode** fused, size_t count, OrtNodeComputeInfo** made, OrtNode**) {
   Failure failure = nullptr;
   Device* own = device(&failure);
   for (size_t i = 0; i < count && !failure; i++) {
     Compiled* one = static_cast<Compiled*>(__builtin_calloc(1, sizeof(Compiled)));
     *static_cast<OrtNodeComputeInfo*>(one) = {kEpApiVersion, create_state, compute, release_state};
     one->program.device = own;
+    one->program.float16 = static_cast<Provider*>(self)->float16;
     pthread_mutex_lock(&own->lock);
+    if (one->program.float16) own->want(kFloat16);
     failure = one->program.compile(graphs[i], fused[i]);
     if (failure) one->program.free();
     pthread_mutex_unlock(&own->lock);
@@ -83,11 +91,22 @@ void release_compiled(OrtEp*, OrtNodeComputeInfo** made, size_t count) {
 }
 
 // ---- the provider and its factory -----------------------------------------------------------------------------------
-OrtStatus* create_ep(OrtEpFactory*, const OrtHardwareDevice* const*, const OrtKeyValuePairs* const*, size_t, const OrtSessionOptions*,
+// Whether the provider's option `precision` is "float16"; "float32" is what it is without one.
+bool asks_for_float16(const OrtSessionOptions* options) {
+  char value[16] = {};
+  size_t size = sizeof(value);
+  OrtStatus* status = ort::GetSessionConfigEntry(options, kPrecision, value, &size);
+  if (status) ort::ReleaseStatus(status);
+  return !status && !strcmp(value, "float16");
+}
+
+OrtStatus* create_ep(OrtEpFactory*, const OrtHardwareDevice* const*, const OrtKeyValuePairs* const*, size_t, const OrtSessionOptions* options,
                      const OrtLogger*, OrtEp** made) {
-  static OrtEp ep = {kEpApiVersion, [](const OrtEp*) -> const char* { return kName; }, capability, compile, release_compiled, {}};
+  Provider* ep = static_cast<Provider*>(__builtin_calloc(1, sizeof(Provider)));
+  *static_cast<OrtEp*>(ep) = {kEpApiVersion, [](const OrtEp*) -> const char* { return kName; }, capability, compile, release_compiled, {}};
+  ep->float16 = asks_for_float16(options);
   refused[0] = 0;
-  return *made = &ep, nullptr;
+  return *made = ep, nullptr;
 }
 
 // One device for ONNX Runtime: its GPU, or its CPU where it knows of none, as for a driver that computes there.
@@ -114,7 +133,7 @@ OrtEpFactory make_factory() {
   f.GetVendorId = [](const OrtEpFactory*) { return kVendor; };
   f.GetSupportedDevices = devices;
   f.CreateEp = create_ep;
-  f.ReleaseEp = [](OrtEpFactory*, OrtEp*) {};
+  f.ReleaseEp = [](OrtEpFactory*, OrtEp* ep) { __builtin_free(static_cast<Provider*>(ep)); };
   f.CreateDataTransfer = [](OrtEpFactory*, void** transfer) -> OrtStatus* { return *transfer = nullptr, nullptr; };
   f.IsStreamAware = [](const OrtEpFactory*) { return false; };
   return f;
@@ -154,8 +173,8 @@ EP_EXPORT const char* edgepeft_vulkan_about() {
   static char text[128];
   if (!own) return "";
   int at = snprintf(text, sizeof(text), "%s", own->kind.name);
-  if (own->features & kSubgroups) at += snprintf(text + at, sizeof(text) - static_cast<size_t>(at), ", subgroups of %u", own->subgroups.subgroupSize);
-  if (own->features & kHalfMath) snprintf(text + at, sizeof(text) - static_cast<size_t>(at), ", float16");
+  if (own->features & own->allowed & kSubgroups) at += snprintf(text + at, sizeof(text) - static_cast<size_t>(at), ", subgroups of %u", own->subgroups.subgroupSize);
+  if (own->features & own->allowed & kFloat16) snprintf(text + at, sizeof(text) - static_cast<size_t>(at), ", float16");
   return text;
 }
 // Lets things go wrong from now on, for tests: 1 there is no memory left, 2 the device is lost at the next submit, 3 we
@@ -182,11 +201,11 @@ EP_EXPORT uint32_t edgepeft_vulkan_use(uint32_t features) {
   Failure reason;
   Device* own = device(&reason);
   if (!own) return 0;
-  static const uint32_t all = own->features;
   pthread_mutex_lock(&own->lock);
-  own->features = all & features;
+  own->allowed = features;
+  const uint32_t in_use = own->features & features;
   pthread_mutex_unlock(&own->lock);
-  return all & features;
+  return in_use;
 }
 EP_EXPORT const char* edgepeft_vulkan_refused() { return refused; }
 // Command buffers submitted, shaders dispatched, and bytes that runs copied in and out, since the process began.

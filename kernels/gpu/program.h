@@ -100,6 +100,7 @@ struct Block {
 
 struct Program {
   Device* device;
+  bool float16;  // products may be rounded to it where the device has it
   Array<Place> places;
   Array<Value> constants;  // what a run's values begin as, one for each place
   Array<Step> steps;
@@ -143,7 +144,7 @@ struct Run {
   Failure together(Value** some, int count, const Buffer** buffer);
   Failure upload(const void* bytes, uint64_t count, const Buffer** buffer, uint64_t* offset);
   Failure make(const Step& s, int i, const Dims& dims, int type = kFloat);
-  Failure make_mapped(const Step& s, int i, const Dims& dims);  // in the caller's own memory where the GPU sees that
+  Failure make_mapped(const Step& s, int i, const Dims& dims, int type);  // in the caller's own memory where the GPU sees that
   char* make_host(const Step& s, int i, const Dims& dims, int type);
   Failure temporary(uint64_t bytes, const Buffer** buffer, uint64_t* offset);  // until the step ends
   Failure record(const Dispatch& dispatch) { return short_of_room ? nullptr : device.record(dispatch); }

@@ -68,14 +68,14 @@ Failure Run::make(const Step& s, int i, const Dims& dims, int type) {
   return nullptr;
 }
 
-Failure Run::make_mapped(const Step& s, int i, const Dims& dims) {
+Failure Run::make_mapped(const Step& s, int i, const Dims& dims, int type) {
   const int at = program.places[static_cast<size_t>(s.out[i])].output;
-  if (at == kNone) return make(s, i, dims);
+  if (at == kNone) return make(s, i, dims, type);
   OrtValue* value;
   GPU_TRY(said(ort::KernelContext_GetOutput(context, static_cast<size_t>(at), dims.d, static_cast<size_t>(dims.rank), &value)));
   Value v;
   GPU_TRY(view(value, &v));
-  if (!v.buffer) return make(s, i, dims);
+  if (!v.buffer) return make(s, i, dims, type);
   values[static_cast<size_t>(s.out[i])] = v;
   return nullptr;
 }

@@ -81,19 +81,23 @@ bool alike(const float* got, const float* want, int count, float allowed) {
 
 }  // namespace
 
-uint32_t Device::tried(uint32_t some) {
+bool Device::trial(uint32_t feature) {
   Buffer all;
-  if (!some || allocate(kParts * kPart, Memory::download, &all)) return 0;
+  if (allocate(kParts * kPart, Memory::download, &all)) return false;
   write_inputs(all.mapped);
   float want[kNumbers], got[kNumbers];
-  uint32_t right = 0;
-  if (!compute(this, all, 0, want))
-    for (uint32_t feature : {uint32_t{kSubgroups}, uint32_t{kHalfMath}}) {
-      if (!(some & feature) || compute(this, all, right | feature, got) || features != (right | feature)) continue;
-      const float allowed = feature == kHalfMath ? kRounded : kExact;
-      if (alike(got, want, kTileRows, allowed) && alike(got + kTileRows, want + kTileRows, kK, kExact)) right |= feature;
-    }
+  const uint32_t with = features | feature;
+  bool right = !compute(this, all, 0, want) && !compute(this, all, with, got) && features == with;
+  right = right && alike(got, want, kTileRows, feature == kFloat16 ? kRounded : kExact) &&
+          alike(got + kTileRows, want + kTileRows, kK, kExact);
   release(&all);
   submits = dispatches = 0;
   return right;
+}
+
+void Device::want(Feature feature) {
+  if (!(has & feature)) return;
+  has &= ~static_cast<uint32_t>(feature);  // so that it is tried once
+  const uint32_t before = features;
+  features = trial(feature) ? before | feature : before;
 }

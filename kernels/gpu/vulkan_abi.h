@@ -29,7 +29,7 @@ enum : uint32_t {
   kShaderStageCreateInfo = 18, kComputePipelineCreateInfo = 29, kPipelineLayoutCreateInfo = 30,
   kDescriptorSetLayoutCreateInfo = 32, kDescriptorPoolCreateInfo = 33, kDescriptorSetAllocateInfo = 34,
   kWriteDescriptorSet = 35, kCommandPoolCreateInfo = 39, kCommandBufferAllocateInfo = 40, kCommandBufferBeginInfo = 42,
-  kMemoryBarrier = 46, kProperties2 = 1000059001, kSubgroupProperties = 1000094000,
+  kMemoryBarrier = 46, kFeatures2 = 1000059000, kProperties2 = 1000059001, kFloat16Features = 1000082000, kSubgroupProperties = 1000094000,
 };
 constexpr uint32_t kVersion11 = 1u << 22 | 1u << 12;
 constexpr Flags kComputeQueue = 2;
@@ -53,6 +53,9 @@ struct Limits {
 };
 struct PhysicalDeviceProperties { uint32_t apiVersion, driverVersion, vendorID, deviceID; DeviceType deviceType; char deviceName[256]; uint8_t pipelineCacheUUID[16]; alignas(8) Limits limits; uint32_t sparse[5]; };
 struct SubgroupProperties { uint32_t sType; void* pNext; uint32_t subgroupSize; Flags supportedStages, supportedOperations; Bool quadOperationsInAllStages; };
+struct ExtensionProperties { char extensionName[256]; uint32_t specVersion; };
+struct PhysicalDeviceFeatures2 { uint32_t sType; void* pNext; Bool features[55]; };
+struct Float16Features { uint32_t sType; void* pNext; Bool shaderFloat16, shaderInt8; };
 struct PhysicalDeviceProperties2 { uint32_t sType; void* pNext; PhysicalDeviceProperties properties; };
 struct MemoryType { Flags propertyFlags; uint32_t heapIndex; };
 struct MemoryHeap { Size size; Flags flags; };
@@ -93,6 +96,8 @@ static_assert(sizeof(PhysicalDeviceProperties) == 824 && offsetof(PhysicalDevice
 #define EP_VULKAN(X)                                                                                                     \
   X(Result, EnumeratePhysicalDevices, (Instance, uint32_t*, PhysicalDevice*))                                            \
   X(void, GetPhysicalDeviceProperties2, (PhysicalDevice, PhysicalDeviceProperties2*))                                    \
+  X(void, GetPhysicalDeviceFeatures2, (PhysicalDevice, PhysicalDeviceFeatures2*))                                        \
+  X(Result, EnumerateDeviceExtensionProperties, (PhysicalDevice, const char*, uint32_t*, ExtensionProperties*))          \
   X(void, GetPhysicalDeviceMemoryProperties, (PhysicalDevice, MemoryProperties*))                                        \
   X(void, GetPhysicalDeviceQueueFamilyProperties, (PhysicalDevice, uint32_t*, QueueFamilyProperties*))                   \
   X(Result, CreateDevice, (PhysicalDevice, const DeviceCreateInfo*, const void*, Device*))                               \

@@ -21,6 +21,7 @@ from tests.kernels import small_functions
 from tests.kernels.test_ort_op import ELEMENT, GROUPS, agree, inputs
 
 RELATIVE = 2e-6  # what drivers may lose in exp, tanh and roots
+ROUNDED = 1e-3  # of the largest output, by products of 11 bits; measured: 3e-4
 
 
 ALL = 0xFF  # of the features that a GPU may have
@@ -66,8 +67,8 @@ def linear(format: str, k: int, rows: Sequence[int], values, fed: Sequence[str] 
     return made.SerializeToString()
 
 
-def run_linear(gpu, format: str, k: int, rows, values, fed=("x",)) -> list[np.ndarray]:
-    session = vulkan.open_session(gpu, linear(format, k, rows, values, fed))
+def run_linear(gpu, format: str, k: int, rows, values, fed=("x",), precision="float32") -> list[np.ndarray]:
+    session = vulkan.open_session(gpu, linear(format, k, rows, values, fed), precision)
     return session.run(None, {n: v for n, v in zip(ops.input_names(len(rows)), values, strict=True) if n in fed})
 
 
@@ -77,6 +78,25 @@ def test_formats_and_groups(features, format: str) -> None:
         rows = GROUPS[groups]
         values = inputs(format, 384, rows, leading, rank)
         agree(format, "float", rows, values, run_linear(features, format, 384, rows, values))
+
+
+@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize("format", FORMATS)
+def test_products_in_float16_are_near_where_the_gpu_has_it_and_the_same_where_not(gpu, format: str, m: int) -> None:
+    values = inputs(format, 384, [48, 16], (m,), 8)
+    exact, found = (run_linear(gpu, format, 384, [48, 16], values, precision=kind) for kind in vulkan.PRECISIONS)
+    has = "float16" in vulkan.about(gpu)
+    for y, wanted in zip(found, exact, strict=True):
+        assert np.abs(y - wanted).max() <= ROUNDED * np.abs(wanted).max()
+        assert has != np.array_equal(y, wanted)
+
+
+def test_large_numbers_do_not_overflow_in_float16(gpu) -> None:
+    """No sum of products is beyond float16 as long as x is not."""
+    values = inputs("i8c", 384, [48], (1,), 0)
+    values[0] *= 6e4 / np.abs(values[0]).max()
+    exact, found = (run_linear(gpu, "i8c", 384, [48], values, precision=kind)[0] for kind in vulkan.PRECISIONS)
+    assert np.abs(found - exact).max() <= ROUNDED * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

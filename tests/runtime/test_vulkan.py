@@ -18,6 +18,7 @@ from edgepeft.runtime import load, vulkan
 from tests.runtime.gpus import sealed_bundle, stock_session, writing
 
 TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order
+FLOAT16_TOLERANCE = 2e-3  # of the largest logit: products, keys and values of 11 bits
 KINDS = ["bert", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3"]
 DISPATCHES = {"bert": 37, "llama": 23}  # of one text, and of one token, through two layers: 9 a layer for the latter
 
@@ -77,6 +78,22 @@ def test_a_loaded_bundle_answers_there_as_on_the_cpu(gpu, exported, tmp_path: Pa
         asked = {"prompt": ["turn on the lamp", "a"], "max_new_tokens": 6, "adapter": ["default", "none"]}
         words = [[answer.text for answer in model.generate(**asked)] for model in (cpu, found)]
         assert words[0] == words[1]
+
+
+def test_float16_halves_the_cache_and_stays_near(gpu, exported, tmp_path: Path) -> None:
+    bundle = sealed_bundle(exported("llama", "i4b32"), tmp_path / "bundle", "llama")
+    cpu, found = load(bundle, library="none"), load(bundle, device="vulkan", library=gpu, precision="float16")
+    found.chunk = 4
+    for name in ("default", "none"):
+        wanted = cpu.logits(list(range(5, 17)), name)
+        error = np.abs(found.logits(list(range(5, 17)), name) - wanted).max() / np.abs(wanted).max()
+        assert 0 < error <= FLOAT16_TOLERANCE
+    assert found.generate("turn on the lamp", max_new_tokens=4).text
+    assert {view.dtype.name for view in found._cache(found._get("default"), 1).views(0, 1)} == {"float16"}
+    with pytest.raises(ConfigError, match="precision='float16' is for device='vulkan'"):
+        load(bundle, precision="float16")
+    with pytest.raises(ConfigError, match="precision: unknown precision 'half'"):
+        load(bundle, device="vulkan", precision="half")
 
 
 def test_adapters_and_the_cache_are_not_copied(gpu, exported, tmp_path: Path) -> None:
@@ -154,8 +171,8 @@ import sys
 from pathlib import Path
 from edgepeft.runtime import load, vulkan
 library = Path(sys.argv[1])
-for bundle in sys.argv[3:]:
-    model = load(bundle, device="vulkan", library=library)
+for bundle, precision in zip(sys.argv[3:], ("float16", "float32", "float16")):
+    model = load(bundle, device="vulkan", library=library, precision=precision)
     model.trial()
     vulkan.load_library(library).edgepeft_vulkan_plant(int(sys.argv[2]))
     model.trial()
@@ -170,6 +187,7 @@ def test_khronos_validation_minds_nothing_but_a_planted_error(gpu, exported, tmp
     if not any(list(Path(place).glob("VkLayer_khronos_validation.json")) for place in places if place):
         pytest.skip("no validation layer: apt-get install vulkan-validationlayers")
     bundles = [sealed_bundle(exported(kind, "i4b32"), tmp_path / kind, kind) for kind in ("bert", "llama")]
+    bundles.append(bundles[-1])
     env = {**os.environ, **softgpu.environment(softgpu.available()[-1]), "VK_INSTANCE_LAYERS": LAYER}
     argv = [sys.executable, "-c", VALIDATED, str(gpu), str(fault), *map(str, bundles)]
     done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)

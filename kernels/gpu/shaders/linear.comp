@@ -73,14 +73,14 @@ void low_rank(uint g, uint m) {  // 16 threads for a row of A
 
 vec4 unit_sum(uvec4 v, uint unit, uint vector, uint m) {
   const uint j = vector / 4u;
-  const vec4 first = factor_of(scaled_x(m, unit * 8u + j), 0u);
+  const number4 first = factor_of(scaled_x(m, unit * 8u + j), 0u);
   if (BITS == 8u)
-    return vec4(dot(bytes(v.x), first), dot(bytes(v.y), first), dot(bytes(v.z), first), dot(bytes(v.w), first));
-  const vec4 second = factor_of(scaled_x(m, unit * 8u + 4u + j), 4u);
-  return vec4(dot(nibbles(v.x, 0u), first), dot(nibbles(v.y, 0u), first), dot(nibbles(v.z, 0u), first),
-              dot(nibbles(v.w, 0u), first)) +
-         vec4(dot(nibbles(v.x, 4u), second), dot(nibbles(v.y, 4u), second), dot(nibbles(v.z, 4u), second),
-              dot(nibbles(v.w, 4u), second));
+    return vec4(product(bytes(v.x), first), product(bytes(v.y), first), product(bytes(v.z), first), product(bytes(v.w), first));
+  const number4 second = factor_of(scaled_x(m, unit * 8u + 4u + j), 4u);
+  return vec4(product(nibbles(v.x, 0u), first), product(nibbles(v.y, 0u), first), product(nibbles(v.z, 0u), first),
+              product(nibbles(v.w, 0u), first)) +
+         vec4(product(nibbles(v.x, 4u), second), product(nibbles(v.y, 4u), second), product(nibbles(v.z, 4u), second),
+              product(nibbles(v.w, 4u), second));
 }
 
 // The sums of four rows of a tile over every so many-th unit, two of them read before either is used.
@@ -95,7 +95,7 @@ vec4 part(uint tile, uint vector, uint m) {
     sum += unit_sum(v, unit, vector, m) * s + unit_sum(w, unit + step_size, vector, m) * t;
   }
   if (unit < units) sum += unit_sum(w4[(base + unit) * LANES + vector], unit, vector, m) * scales(tile, unit, vector % 4u);
-  return sum;
+  return UP * sum;
 }
 
 void main() {

@@ -31,42 +31,9 @@ layout(std430, binding = 5) readonly buffer Factors { float factor[]; };
 layout(std430, binding = 6) readonly buffer Bias { float bias[]; };
 layout(std430, binding = 7) buffer T { float t[]; };
 
-shared float nf4[16];
-
-// To be called by all before codes are read.
-void load_table() {
-  const float values[16] = float[](
-      -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-      -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-      0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0);
-  if (NF4 && gl_LocalInvocationID.x < 16u) nf4[gl_LocalInvocationID.x] = values[gl_LocalInvocationID.x];
-  if (NF4) barrier();
-}
+#include "codes.glsl"
 
 bool flag(uint g, uint bit) { return (p.flags >> (5u * g) & bit) != 0u; }
-
-// Codes become numbers without a conversion, which is slow on many GPUs: 2^23 + code * 2^place is a float whose last bits
-// are the code's, and less 2^23 + zero * 2^place it is (code - zero) * 2^place, all exactly. The place is left to
-// `descaled`, which takes it from what the number is multiplied by.
-const uint MAGIC = 0x4b000000u;
-const float TWO_23 = 8388608.0;
-
-vec4 placed(uint v, uint place, uint mask, float zero) {
-  const uint high = v >> 16;
-  const uvec4 raw = uvec4(v, v, high, high) & (uvec4(mask, mask << 8, mask, mask << 8) << place);
-  const float unit = float(1u << place);
-  return uintBitsToFloat(raw | MAGIC) - (TWO_23 + zero * unit * vec4(1.0, 256.0, 1.0, 256.0));
-}
-vec4 descaled(vec4 x, uint place) { return x * (vec4(1.0, 1.0 / 256.0, 1.0, 1.0 / 256.0) / float(1u << place)); }
-
-// The four numbers that the lower (or, with place 4, the upper) nibbles of a lane stand for, to go with `factor_of`.
-vec4 nibbles(uint v, uint place) {
-  if (!NF4) return placed(v, place, 15u, 8.0);
-  const uint w = v >> place;
-  return vec4(nf4[w & 15u], nf4[w >> 8 & 15u], nf4[w >> 16 & 15u], nf4[w >> 24 & 15u]);
-}
-vec4 bytes(uint v) { return placed(v, 0u, 255u, 128.0); }
-vec4 factor_of(vec4 x, uint place) { return NF4 ? x : descaled(x, place); }
 
 // The scales of rows 4 n4 .. 4 n4 + 3 of a tile for a unit of columns.
 vec4 scales(uint tile, uint unit, uint n4) {
