@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import tomllib
 from pathlib import Path
 from typing import Any
 
+from edgepeft.deploy import gpus, records
 from edgepeft.deploy.compile import PACKAGE, PLATFORMS, host_platform
 from edgepeft.errors import TargetError, unknown
 
@@ -40,7 +40,7 @@ class Target:
     emulate: tuple[str, ...] = ()  # qemu CPUs to verify on
     threads: int = 0  # 0: all
     gpu: tuple[str, ...] = ()  # how its GPU is reached, of edgepeft.runtime.session.GPUS
-    gpu_buffer_mib: int = 128  # what a shader may bind at most: WebGPU and Vulkan promise this much
+    gpu_classes: tuple[str, ...] = ()  # those that its GPU may be of: edgepeft.deploy.gpus
     page: bool = False  # a page for browsers goes into its bundle
     gpu_native: bool = False  # WebGPU by ONNX Runtime itself, which has operators that browsers were not seen to have
     ssh: str = ""  # a usual host name, for hints
@@ -49,6 +49,11 @@ class Target:
     def os_arch(self) -> str:
         """The device's platform, for example "linux-aarch64"."""
         return self.libraries[0]
+
+    @property
+    def gpu_buffer_mib(self) -> int:
+        """What a shader may bind at most on any of its GPUs."""
+        return min(gpus.load_gpu(name).buffer_mib for name in self.gpu_classes)
 
     @property
     def requirements(self) -> tuple[str, ...]:
@@ -75,37 +80,19 @@ def load_target(name: str) -> Target:
     if name not in target_names():
         raise TargetError(unknown("target", name, target_names()))
     path = target_folder() / f"{name}.toml"
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TargetError(f"{path}: not valid TOML: {error}.") from None
-    return parse_target(name, table, str(path))
+    return parse_target(name, records.read_table(path), str(path))
 
 
 def parse_target(name: str, table: dict[str, Any], where: str) -> Target:
     """Make a Target of a parsed file. Raises TargetError with every wrong, strange or missing field at once."""
-    fields = {f.name: f for f in dataclasses.fields(Target) if f.name != "name"}
-    problems = [unknown("field", key, fields) for key in table if key not in fields]
-    for key, field in fields.items():
-        if key in table:
-            problems += _wrong(key, table[key], str(field.type))
-        elif field.default is dataclasses.MISSING:
-            problems.append(f"{key} is missing.")
+    problems = records.problems(Target, table)
     named = table.get("libraries", ["host"])
     libraries = [host_platform() if entry == "host" else entry for entry in (named if isinstance(named, list) else [])]
     problems += [unknown("platform", entry, PLATFORMS) for entry in libraries if entry not in PLATFORMS]
     if not libraries:
         problems.append("libraries names no platform.")
+    if table.get("gpu") and not table.get("gpu_classes"):
+        problems.append("gpu_classes names none, but gpu says how they are reached.")
     if problems:
         raise TargetError("\n".join(f"{where}: {problem}" for problem in problems))
-    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items()}
-    return Target(**{**values, "name": name, "libraries": tuple(libraries)})
-
-
-def _wrong(key: str, value: Any, annotation: str) -> list[str]:
-    """Say what is wrong with the type of one field's value."""
-    if annotation.startswith("tuple"):
-        fits, wanted = type(value) is list and all(type(item) is str for item in value), "list of str"
-    else:
-        fits, wanted = type(value).__name__ == annotation, annotation
-    return [] if fits else [f"{key} should be a {wanted}, found {value!r}."]
+    return Target(**{**records.values(table), "name": name, "libraries": tuple(libraries)})

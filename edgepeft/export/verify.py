@@ -21,6 +21,8 @@ import contextlib
 import functools
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,7 +32,7 @@ import numpy as np
 
 from edgepeft.artifact import Run, write_json
 from edgepeft.console import say
-from edgepeft.errors import EdgePeftError, VerifyError
+from edgepeft.errors import EdgePeftError, TargetError, VerifyError
 from edgepeft.export import label_checks, parity, probe, token_checks
 from edgepeft.export.parity import FLOAT_ERROR, LOGITS, Figures, Trace
 from edgepeft.export.subject import SUBJECTS, TRACED, Skipped, Subject
@@ -181,16 +183,13 @@ def check_effect(work: Subject) -> Figures:
 
 
 def check_gpu(work: Subject) -> Figures:
-    """A GPU, if only a software one, computes what the CPU does with every node on it, each way the target has."""
-    from edgepeft.deploy import softgpu
+    """A GPU, a software one where there is no other, computes what the CPU does with every node on it, each way."""
     from edgepeft.deploy.targets import load_target
 
     ways = load_target(work.config.target).gpu
     if not ways:
         raise Skipped(f"target {work.config.target} has no GPU")
-    names = softgpu.available()
-    if names:
-        softgpu.use(names[-1])
+    name = _choose_gpu()
     found, without = {}, {}
     for way in ways:
         try:
@@ -201,8 +200,26 @@ def check_gpu(work: Subject) -> Figures:
         raise Skipped("; ".join(without.values()))
     rows = [parity.Difference(f"{LOGITS}, {way}", error, bound) for way, (error, bound) in found.items()]
     parity.require("the GPU against the CPU", rows, "This driver or the provider is wrong: please report it.")
-    errors = {f"{way}_float_error": error for way, (error, _) in found.items()}
-    return {"gpu": names[-1] if names else "this machine's", **errors, **without, "nodes_on_cpu": 0}
+    errors: Figures = {f"{way}_float_error": error for way, (error, _) in found.items()}
+    if "vulkan" in found:
+        errors["vulkan_float16_error"] = _float16_error(work)
+    return {"gpu": name, **errors, **without, "nodes_on_cpu": 0}
+
+
+def _choose_gpu() -> str:
+    """Return the name of this machine's GPU, or of the software GPU that is used from now on where it has none.
+
+    A process meets a GPU once, and from then on no other: so another process looks.
+    """
+    from edgepeft.deploy import softgpu
+
+    looked = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=False)
+    if looked.returncode == 0 and (name := looked.stdout.strip()):
+        return name
+    if not (names := softgpu.available()):
+        return "this machine's"
+    softgpu.use(names[-1])
+    return names[-1]
 
 
 def _gpu_error(work: Subject, session: Any, inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> float:
@@ -235,6 +252,32 @@ def _on_vulkan(work: Subject) -> tuple[float, float]:
     return _gpu_error(work, vulkan.open_session(library, work.folder / "model.onnx"), dict), FLOAT_ERROR
 
 
+def _float16_error(work: Subject) -> float | str:
+    """Return the error of Vulkan with precision float16, which a user may choose, or why there is none."""
+    from edgepeft.deploy.compile import host_vulkan_library
+    from edgepeft.runtime import vulkan
+
+    def inputs(feeds: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            n: array.astype(np.float16) if n.startswith(rewrite.PAST.decode()) else array for n, array in feeds.items()
+        }
+
+    try:
+        session = vulkan.open_session(host_vulkan_library(), work.folder / "model.onnx", "float16")
+    except TargetError as error:
+        return str(error)
+    return _gpu_error(work, session, inputs)
+
+
+# Prints the name of a GPU that does not compute on the CPU.
+LOOK = """
+from edgepeft.deploy.compile import host_vulkan_library
+from edgepeft.runtime import vulkan
+
+library = host_vulkan_library()
+if not vulkan.missing(library) and not vulkan.about(library).startswith(vulkan.SOFTWARE):
+    print(vulkan.device_name(library))
+"""
 SOFT_GPU = "python -m edgepeft.deploy.softgpu install sets up one that computes on the CPU"
 GPU_RUNS = {"webgpu": _on_webgpu, "vulkan": _on_vulkan}
 

@@ -27,6 +27,7 @@ from edgepeft.runtime.library import INSTALLED, platform_tag
 from edgepeft.runtime.manifest import Manifest
 
 FILE_NAME = "libedgepeft_vulkan.so"
+SOFTWARE = "software"  # how `about` begins where a driver computes on the CPU
 PROVIDER = "EdgePeftVulkanExecutionProvider"
 SEVERITY = 4  # of ONNX Runtime's log: fatal errors alone
 ALIGNMENT = 64  # bytes, of tensors in one block
@@ -72,7 +73,10 @@ def device_name(path: Path) -> str:
 
 
 def about(path: Path) -> str:
-    """Return what the GPU in use is taken for and what of its features is in use: "adreno, subgroups of 64"."""
+    """Return what the GPU in use is taken for and what of its features is in use: "adreno, subgroups of 64".
+
+    float16 is tried, and then named, once a session asks for it.
+    """
     return load_library(path).edgepeft_vulkan_about().decode()
 
 

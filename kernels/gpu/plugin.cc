@@ -172,7 +172,7 @@ EP_EXPORT const char* edgepeft_vulkan_about() {
   const Device* own = device(&reason);
   static char text[128];
   if (!own) return "";
-  int at = snprintf(text, sizeof(text), "%s", own->kind.name);
+  int at = snprintf(text, sizeof(text), "%s", own->properties.deviceType == vk::kCpu ? "software" : own->kind.name);
   if (own->features & own->allowed & kSubgroups) at += snprintf(text + at, sizeof(text) - static_cast<size_t>(at), ", subgroups of %u", own->subgroups.subgroupSize);
   if (own->features & own->allowed & kFloat16) snprintf(text + at, sizeof(text) - static_cast<size_t>(at), ", float16");
   return text;

@@ -274,6 +274,10 @@ def test_a_gpu_is_compared_each_way_that_is_there(copy, monkeypatch):
     assert gpu["status"] == "passed"
     assert gpu["webgpu_skipped"] == "no WebGPU here"
     assert 0 < gpu["vulkan_float_error"] < 1e-5
+    assert 0 < gpu["vulkan_float16_error"] < 1e-2
+    assert gpu["gpu"] in softgpu.available()
+    monkeypatch.setattr(stage, "LOOK", "print('Adreno (TM) 740')")
+    assert stage._choose_gpu() == "Adreno (TM) 740"  # preferred to a software one
     monkeypatch.setitem(stage.GPU_RUNS, "vulkan", lambda work: (0.01, 1e-5))
     with pytest.raises(VerifyError, match="logits, vulkan"):
         run_stage(config.replace(target="android-gpu"), run)

@@ -1,0 +1,41 @@
+"""Classes of GPUs: every file loads, targets name them, and the Vulkan provider's table is of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgepeft.deploy import gpus, targets
+from edgepeft.deploy.compile import kernel_folder
+from edgepeft.errors import TargetError
+
+
+@pytest.mark.parametrize("name", gpus.gpu_names())
+def test_every_class_holds_together(name: str) -> None:
+    gpu = gpus.load_gpu(name)
+    smallest, largest = gpu.subgroup_sizes
+    assert 4 <= smallest <= largest <= 128
+    assert gpu.buffer_mib >= 128  # which Vulkan and WebGPU promise
+    assert gpu.threads in (64, 128, 256)  # powers of two, of which the shaders halve sums
+
+
+def test_vendors_are_told_apart() -> None:
+    vendors = [gpus.load_gpu(name).vendor for name in gpus.gpu_names() if name not in (gpus.OTHER, gpus.BROWSER)]
+    assert 0 not in vendors
+    assert len(set(vendors)) == len(vendors)
+
+
+def test_the_providers_table_is_of_these_files() -> None:
+    found = (kernel_folder() / "gpu" / "classes.inc").read_text()
+    assert found == gpus.table(), "python -m edgepeft.deploy.gpus write"
+
+
+@pytest.mark.parametrize("name", targets.target_names())
+def test_a_target_reaches_known_classes(name: str) -> None:
+    target = targets.load_target(name)
+    assert bool(target.gpu) == bool(target.gpu_classes)
+    assert not target.gpu or target.gpu_buffer_mib == 128
+
+
+def test_an_unknown_class_names_the_nearest() -> None:
+    with pytest.raises(TargetError, match=r"unknown class of GPUs 'adrena'\. Did you mean 'adreno'"):
+        gpus.load_gpu("adrena")
