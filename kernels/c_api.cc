@@ -26,20 +26,23 @@
 EP_EXPORT int edgepeft_abi() { return 2; }
 EP_EXPORT const char* edgepeft_build() { return "edgepeft 0.1.0 abi=2 " EP_OS "-" EP_ARCH; }
 
-// out[n,k] row-major, by the kernel that picks an embedding's rows. -1: unknown format, or a K that does not fit it.
-EP_EXPORT int edgepeft_dequantize(const char* format, const uint8_t* w, const void* scale, int64_t n, int64_t k, float* out_nk) {
+// out[n,k] row-major, float or bfloat16, by the kernel that picks an embedding's rows. -1: unknown format, or a K that does
+// not fit it.
+EP_EXPORT int edgepeft_dequantize(const char* format, int bfloat16, const uint8_t* w, const void* scale, int64_t n, int64_t k,
+                                  void* out_nk) {
   FunctionJob job = {};
   const FormatInfo* f = find_format(format, &job.format);
   if (!f || n < 0 || !columns_fit(*f, k)) return -1;
   int64_t ids[kTileRows];
   job.columns = k;
+  job.rounded = bfloat16;
   job.ids = ids;
   job.w = w;
   job.w_scale = scale;
   const FunctionRow* row = select_function(Function::packed_embedding);
   for (int64_t first = 0; first < n; first += kTileRows) {
     job.rows = n - first < kTileRows ? n - first : kTileRows;
-    job.y = out_nk + first * k;
+    job.y = static_cast<float*>(out_nk) + first * k / (bfloat16 ? 2 : 1);
     for (int64_t i = 0; i < job.rows; i++) ids[i] = first + i;
     row->ops->run(job);
   }

@@ -21,6 +21,7 @@ struct Case {
   Values values;
   int64_t rows, columns;
   Format format;
+  bool rounded;  // packed_embedding
 };
 
 // Everything one call reads, and its outputs between guards: y, guard, sum. Attention: queries are the rows of a case.
@@ -35,7 +36,7 @@ struct Data {
   explicit Data(const Case& from)
       : c(from), attends(c.function == Function::attention), keys(c.rows + kMoreKeys),
         others(attends ? kTexts * keys * kHeads * c.columns : c.rows * c.columns),
-        count(attends ? kTexts * c.rows * kHeads * c.columns : c.rows * c.columns), floats(2 * count + 3 * kGuardFloats), x(count),
+        count(attends ? kTexts * c.rows * kHeads * c.columns : c.rows * c.columns / (c.rounded ? 2 : 1)), floats(2 * count + 3 * kGuardFloats), x(count),
         other(others), values(others), weight(c.columns), bias(c.columns), out(floats), ids(c.rows), mask(kTexts * keys),
         w(kTiles * tile_bytes(info(c.format), c.columns)), w_scale(kTiles * tile_scale_bytes(info(Format::i4b32), c.columns)) {
     for (int64_t i = 0; i < count; i++) x[i] = value(i);
@@ -66,6 +67,7 @@ struct Data {
     if (c.skip) job.sum = job.y + count + kGuardFloats;
     job.ids = ids.p;
     job.format = c.format;
+    job.rounded = c.rounded;
     job.bits = info(c.format).bits;
     job.w = w.p;
     job.w_scale = w_scale.p;
@@ -150,14 +152,15 @@ bool passes(const FunctionRow& row, const Case& c, const char* fault, float* wor
 }
 
 int variants(Function f) {
-  if (f == Function::packed_embedding) return static_cast<int>(Format::count);
+  if (f == Function::packed_embedding) return 2 * static_cast<int>(Format::count);
   return f == Function::rms_norm ? 6 : f == Function::row_embedding ? 2 : f == Function::attention ? 1 : 3;
 }
 
 Case make_case(Function f, const int64_t (&shape)[2], int variant) {
-  Case c = {f, f == Function::rms_norm && variant >= 3, static_cast<Values>(variant % 3), shape[0], shape[1], Format::i8c};
+  Case c = {f, f == Function::rms_norm && variant >= 3, static_cast<Values>(variant % 3), shape[0], shape[1], Format::i8c, false};
   if (f == Function::packed_embedding || f == Function::row_embedding) {
-    c.format = static_cast<Format>(variant);  // in rows: 8 bits and 4
+    c.format = static_cast<Format>(variant % static_cast<int>(Format::count));  // in rows: 8 bits and 4
+    c.rounded = variant >= static_cast<int>(Format::count);
     c.columns = (c.columns + 127) & ~int64_t{127};
   }
   if (f == Function::attention && c.columns > kHeadColumns) c.columns = kHeadColumns;

@@ -69,6 +69,11 @@ static inline uint32_t float_bits(float v) {
   __builtin_memcpy(&u, &v, 4);
   return u;
 }
+// The nearest bfloat16 of a finite float, ties to even.
+static inline uint32_t bfloat16_bits(float v) {
+  const uint32_t u = float_bits(v);
+  return (u + 0x7fffu + (u >> 16 & 1)) >> 16;
+}
 // Exact, subnormals, infinities and NaN included; integer and float operations only, so it runs on any CPU.
 static inline float half_float(uint16_t h) {
   const uint32_t magnitude = h & 0x7fffu;

@@ -5,7 +5,7 @@
 //   gelu              y = x P(x),  P(v) = erfc(-v / sqrt(2)) / 2
 //   gated_silu        y = act(gate) . up,  act(v) = v / (1 + e^-v)
 //   gated_gelu_tanh   y = act(gate) . up,  act(v) = v / (1 + e^-2u) = v (1 + tanh u) / 2,  u = sqrt(2/pi) (v + 0.044715 v^3)
-//   packed_embedding  y_i = row id_i of a weight in tiles, one exact product per element
+//   packed_embedding  y_i = row id_i of a weight in tiles, one exact product per element, or that rounded to bfloat16
 //   row_embedding     y_i = row id_i of a table in rows of 4 or 8 bits with a scale per 32, likewise
 //   attention         y_i = sum_j v_j e^(t_ij) / sum_j e^(t_ij),  t_ij = q_i.k_j / sqrt(columns) - 10000 where key j is
 //                     padding, for the rows i of each head of each text
@@ -38,6 +38,7 @@ struct FunctionJob {
   float* sum;             //   x + skip, rms_norm with a skip
   const int64_t* ids;     // the embeddings: [rows], each a row of the weight, with
   Format format;          //   packed_embedding
+  bool rounded;           //   packed_embedding: y is bfloat16, two in the place of a float
   int bits;               //   row_embedding
   const uint8_t* w;       //   [T,columns/32,unit]; row_embedding: [V,columns*bits/8], the even column of a pair low
   const void* w_scale;    //   [T,B,16]; row_embedding: float16 [V,columns/32]
@@ -88,7 +89,7 @@ static inline FunctionJob function_task(const FunctionJob& whole, int64_t task) 
   FunctionJob job = whole;
   job.rows = left < rows_per_task(whole) ? left : rows_per_task(whole);
   if (job.heads) return job.first = first, job;
-  job.y += at;
+  job.y += job.rounded ? at / 2 : at;
   if (job.x) job.x += at;
   if (job.other) job.other += at;
   if (job.sum) job.sum += at;

@@ -89,7 +89,12 @@ void packed_embedding(const FunctionJob& job) {
     const int64_t tile = job.ids[i] / kTileRows;
     const uint8_t* w = job.w + tile * tile_bytes(f, k);
     const void* scale = static_cast<const char*>(job.w_scale) + tile * tile_scale_bytes(f, k);
-    for (int64_t c = 0; c < k; c++) job.y[i * k + c] = value_at(f, w, scale, static_cast<int>(job.ids[i] % kTileRows), c);
+    const int n = static_cast<int>(job.ids[i] % kTileRows);
+    for (int64_t c = 0; c < k && !job.rounded; c++) job.y[i * k + c] = value_at(f, w, scale, n, c);
+    for (int64_t c = 0; c < k && job.rounded; c += 2) {
+      const float even = value_at(f, w, scale, n, c), odd = value_at(f, w, scale, n, c + 1);
+      job.y[(i * k + c) / 2] = bits_float(bfloat16_bits(even) | bfloat16_bits(odd) << 16);
+    }
   }
 }
 

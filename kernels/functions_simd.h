@@ -187,19 +187,35 @@ void tile_row(const uint8_t* w, const void* w_scale, int n, int64_t k, float* y)
   }
 }
 
-// All rows of a tile: units come as [32][16] and are turned.
+// The same in bfloat16, two in the place of a float.
 template <class V, Format F>
+void rounded_row(const uint8_t* w, const void* w_scale, int n, int64_t k, float* y) {
+  constexpr FormatInfo f = info(F);
+  float unit[kUnit];
+  for (int64_t u = 0; u < k / kUnit; u++, w += unit_bytes(f)) {
+    const int64_t block = f.block ? u * kUnit / f.block : 0;
+    tile_row<V, F>(w, static_cast<const char*>(w_scale) + block * kTileRows * (f.half_scale ? 2 : 4), n, kUnit, unit);
+    for (int c = 0; c < kUnit; c += 2) *y++ = bits_float(bfloat16_bits(unit[c]) | bfloat16_bits(unit[c + 1]) << 16);
+  }
+}
+
+// All rows of a tile: units come as [32][16] and are turned, in bfloat16 two columns at a time.
+template <class V, Format F, bool rounded>
 void whole_tile(const uint8_t* w, const void* w_scale, int, int64_t k, float* y) {
   constexpr FormatInfo f = info(F);
+  constexpr int each = rounded ? 2 : 1;  // columns in the place of a float
   alignas(64) float unit[kUnit * kTileRows];
-  for (int64_t u = 0; u < k / kUnit; u++, w += unit_bytes(f), y += kUnit) {
+  for (int64_t u = 0; u < k / kUnit; u++, w += unit_bytes(f), y += kUnit / each) {
     dequantize_unit<V, F>(w, w_scale, f.block ? u * kUnit / f.block : 0, unit);
     for (int n0 = 0; n0 < kTileRows; n0 += V::lanes)
-      for (int c0 = 0; c0 < kUnit; c0 += V::lanes) {
+      for (int c0 = 0; c0 < kUnit; c0 += each * V::lanes) {
         typename V::F v[V::lanes];
-        for (int c = 0; c < V::lanes; c++) v[c] = V::load(unit + (c0 + c) * kTileRows + n0);
+        for (int c = 0; c < V::lanes; c++) {
+          const float* at = unit + (c0 + each * c) * kTileRows + n0;
+          v[c] = rounded ? V::bfloat16_pair(V::load(at), V::load(at + kTileRows)) : V::load(at);
+        }
         V::transpose(v);
-        for (int n = 0; n < V::lanes; n++) V::store(y + (n0 + n) * k + c0, v[n]);
+        for (int n = 0; n < V::lanes; n++) V::store(y + ((n0 + n) * k + c0) / each, v[n]);
       }
   }
 }
@@ -213,20 +229,18 @@ EP_INLINE bool are_a_tile(const int64_t* ids, int64_t count) {
 template <class V>
 void packed_embedding_of(const FunctionJob& job) {
   using Decode = decltype(&tile_row<V, Format::i8c>);
-#define EP_TILE_ROW(tag, ...) tile_row<V, Format::tag>,
-  static constexpr Decode kTileRow[] = {EP_FORMATS(EP_TILE_ROW)};
-#undef EP_TILE_ROW
-#define EP_WHOLE_TILE(tag, ...) whole_tile<V, Format::tag>,
-  static constexpr Decode kWholeTile[] = {EP_FORMATS(EP_WHOLE_TILE)};
-#undef EP_WHOLE_TILE
+#define EP_DECODERS(tag, ...) \
+  {{tile_row<V, Format::tag>, whole_tile<V, Format::tag, false>}, {rounded_row<V, Format::tag>, whole_tile<V, Format::tag, true>}},
+  static constexpr Decode kDecoders[][2][2] = {EP_FORMATS(EP_DECODERS)};
+#undef EP_DECODERS
   const FormatInfo& f = info(job.format);
-  const int64_t k = job.columns;
+  const int64_t k = job.columns, stride = job.rounded ? k / 2 : k;
   for (int64_t i = 0, done = 1; i < job.rows; i += done) {
     const bool whole = are_a_tile(job.ids + i, job.rows - i);
     const int64_t tile = job.ids[i] / kTileRows;
     const void* scale = static_cast<const char*>(job.w_scale) + tile * tile_scale_bytes(f, k);
-    const Decode decode = (whole ? kWholeTile : kTileRow)[static_cast<int>(job.format)];
-    decode(job.w + tile * tile_bytes(f, k), scale, static_cast<int>(job.ids[i] % kTileRows), k, job.y + i * k);
+    const Decode decode = kDecoders[static_cast<int>(job.format)][job.rounded][whole];
+    decode(job.w + tile * tile_bytes(f, k), scale, static_cast<int>(job.ids[i] % kTileRows), k, job.y + i * stride);
     done = whole ? kTileRows : 1;
   }
 }

@@ -64,6 +64,13 @@ struct Avx2 {
   static EP_INLINE I set_int(int32_t v) { return _mm256_set1_epi32(v); }
   static EP_INLINE I field(I v, int shift, int mask) { return _mm256_and_si256(_mm256_srli_epi32(v, shift), set_int(mask)); }
   static EP_INLINE F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+  static EP_INLINE I rounded(F v) {
+    const I u = _mm256_castps_si256(v);
+    return _mm256_add_epi32(_mm256_add_epi32(u, set_int(0x7fff)), field(u, 16, 1));
+  }
+  static EP_INLINE F bfloat16_pair(F even, F odd) {
+    return _mm256_castsi256_ps(_mm256_blend_epi16(_mm256_srli_epi32(rounded(even), 16), rounded(odd), 0xaa));
+  }
   static EP_INLINE F nf4(I index) {
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(load(kNf4), index), _mm256_permutevar8x32_ps(load(kNf4 + 8), index),
                             _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));

@@ -98,6 +98,14 @@ struct Avx512 {
   static EP_INLINE I set_int(int32_t v) { return _mm512_set1_epi32(v); }
   static EP_INLINE I field(I v, int shift, int mask) { return _mm512_and_si512(_mm512_srli_epi32(v, shift), set_int(mask)); }
   static EP_INLINE F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+  static EP_INLINE I rounded(F v) {
+    const I u = _mm512_castps_si512(v);
+    return _mm512_add_epi32(_mm512_add_epi32(u, set_int(0x7fff)), field(u, 16, 1));
+  }
+  static EP_INLINE F bfloat16_pair(F even, F odd) {
+    const I high = _mm512_and_si512(rounded(odd), set_int(-0x10000));
+    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(rounded(even), 16), high));
+  }
   static EP_INLINE F nf4(I index) { return _mm512_permutexvar_ps(index, load(kNf4)); }
 
   static EP_INLINE uint32_t peak(const float* x, int n) {

@@ -38,6 +38,13 @@ struct NeonBase {
     const uint32x4_t low = vshlq_u32(vreinterpretq_u32_s32(v), vdupq_n_s32(-shift));
     return vreinterpretq_s32_u32(vandq_u32(low, vdupq_n_u32(static_cast<uint32_t>(mask))));
   }
+  static EP_INLINE uint32x4_t rounded(F v) {
+    const uint32x4_t u = vreinterpretq_u32_f32(v);
+    return vaddq_u32(vaddq_u32(u, vdupq_n_u32(0x7fff)), vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1)));
+  }
+  static EP_INLINE F bfloat16_pair(F even, F odd) {
+    return vreinterpretq_f32_u32(vsriq_n_u32(rounded(odd), rounded(even), 16));
+  }
   static EP_INLINE F nf4(I index) {  // the four bytes of each float, looked up one by one
     const uint8_t* table = reinterpret_cast<const uint8_t*>(kNf4);
     const uint8x16x4_t values = {{vld1q_u8(table), vld1q_u8(table + 16), vld1q_u8(table + 32), vld1q_u8(table + 48)}};

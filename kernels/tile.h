@@ -13,6 +13,7 @@
 //   sum(F) -> float;  sum_each(F v[lanes]) -> F whose lane i is sum(v[i])
 //   set_int(int32) load_int(void*) field(I, shift, mask) to_float(I) nf4(I index) -> F
 //   transpose(F v[lanes]): rows to columns
+//   bfloat16_pair(F even, F odd) -> F whose lanes hold two bfloat16, to the nearest, ties to even
 //   peak(x, n) -> largest |x| as bits;  quantize_unit(x, step, q): 32 floats to q = round_even(x * step)
 //   correction(q, zero, n) -> what d starts from in a block of n columns: -zero * sum(q), in the form dot_unit takes
 //   zero<Format>() what dot_unit's integers still carry beyond code - zero (see RowOps::zero)

@@ -65,10 +65,14 @@ def _tile_rows(fmt: WeightFormat, w: torch.Tensor, rows: torch.Tensor) -> torch.
 def dequantize(
     fmt: WeightFormat, w: torch.Tensor, scale: torch.Tensor, n: int, k: int, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return the float32 [N, K] weight of packed tiles, on their device; in `out` where the host library is at hand."""
+    """Return the float32 [N, K] weight of packed tiles, on their device.
+
+    Where the host library is at hand it lies in `out`, which may be bfloat16: then it is rounded to that.
+    """
     if w.device.type == "cpu" and native.available():
         out = torch.empty(n, k) if out is None else out
-        native.dequantize_into(fmt.tag, w.numpy(), scale.numpy(), n, k, out.numpy())
+        numbers = out.view(torch.uint16) if out.dtype == torch.bfloat16 else out
+        native.dequantize_into(fmt.tag, w.numpy(), scale.numpy(), n, k, numbers.numpy(), torch.get_num_threads())
         return out
     values = _values(fmt, _codes(fmt, w)).view(-1, fmt.blocks(k), k // fmt.blocks(k))
     values *= scale.float().permute(0, 2, 1).reshape(-1, fmt.blocks(k), 1)
@@ -185,21 +189,24 @@ class QuantLinear(_PackedModule, torch.nn.Linear):  # type: ignore[override]  # 
 
         A piece on the CPU lies where the one before it lay: what is to be kept must be copied.
         """
-        k, packed = self.in_features, self.tiles()
+        k, packed, on_cpu = self.in_features, self.tiles(), self.qweight.device.type == "cpu"
+        at_once = dtype == torch.float32 or (dtype == torch.bfloat16 and self.qoffset is None and native.available())
         for rows in cut(slice(0, self.out_features), k, PIECE):
-            if dtype == torch.float32 or self.qweight.device.type != "cpu":
-                yield rows, self._decoded(packed, rows).to(dtype)
+            if at_once or not on_cpu:
+                yield rows, self._decoded(packed, rows, dtype if on_cpu else torch.float32).to(dtype)
                 continue
             w_nk = room(rows.stop - rows.start, k, dtype)
             for part in cut(rows, k, CACHED):
                 w_nk[part.start - rows.start : part.stop - rows.start] = self._decoded(packed, part)
             yield rows, w_nk
 
-    def _decoded(self, packed: tuple[torch.Tensor, torch.Tensor], rows: slice) -> torch.Tensor:
-        """Return some rows, whole tiles, of the weight, float32; on the CPU where `room` has room."""
+    def _decoded(
+        self, packed: tuple[torch.Tensor, torch.Tensor], rows: slice, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Return some rows, whole tiles, of the weight; on the CPU where `room` has room."""
         n, k, on_cpu = rows.stop - rows.start, self.in_features, self.qweight.device.type == "cpu"
         w, scale = (tensor[rows.start // TILE_ROWS : -(-rows.stop // TILE_ROWS)] for tensor in packed)
-        out = room(n, k) if on_cpu else None
+        out = room(n, k, dtype) if on_cpu else None
         return self._shifted(dequantize(FORMATS[self.format], w, scale, n, k, out), rows)
 
     def int8_product(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Dequantization and the int8 product by the host library, reached through ctypes: the kernels that ship.
 
 `available` loads the library once; without one (no compiler at hand, another system) callers fall back to numpy or
-torch, which give the same bits. The product has no such substitute. Calls leave Python's lock, so rows of x are shared
-among threads; which thread computes a row does not change it.
+torch, which give the same bits. The product has no such substitute. Calls leave Python's lock, so rows of W or x are
+shared among threads; which thread computes a row does not change it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING
 from edgepeft import OP_ABI
 from edgepeft.console import say
 from edgepeft.errors import TargetError
-from edgepeft.quant.formats import FORMATS, Packed
+from edgepeft.quant.formats import FORMATS, TILE_ROWS, Packed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
 
 ROWS_PER_THREAD = 64  # fewer are not worth unpacking the weights again
+WEIGHTS_PER_THREAD = 1 << 18  # fewer are not worth waking a thread up
 
 
 @functools.cache
@@ -33,7 +36,9 @@ def library() -> ctypes.CDLL | None:
     except (TargetError, OSError) as error:
         say(f"no host library, weights are dequantized by torch instead: {str(error).splitlines()[0]}")
         return None
-    lib.edgepeft_dequantize.argtypes = [ctypes.c_char_p, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, ctypes.c_void_p]
+    lib.edgepeft_dequantize.argtypes = [
+        ctypes.c_char_p, ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, ctypes.c_void_p,
+    ]  # fmt: skip
     lib.edgepeft_dequantize.restype = ctypes.c_int
     lib.edgepeft_matmul.argtypes = [
         ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, ctypes.c_void_p,
@@ -48,15 +53,26 @@ def available() -> bool:
     return library() is not None
 
 
-def dequantize_into(tag: str, w: np.ndarray, scale: np.ndarray, n: int, k: int, out_nk: np.ndarray) -> None:
-    """Write the float32 [N, K] weight of packed tiles into `out_nk`. Raises RuntimeError for an unknown format."""
+def dequantize_into(
+    tag: str, w: np.ndarray, scale: np.ndarray, n: int, k: int, out_nk: np.ndarray, threads: int = 1
+) -> None:
+    """Write the [N, K] weight of packed tiles into `out_nk`: float32, or as uint16 the bits of the nearest bfloat16.
+
+    Raises RuntimeError for an unknown format.
+    """
     lib = library()
     if lib is None:
         raise RuntimeError("there is no host library: ask available() first")
     if not (w.flags.c_contiguous and scale.flags.c_contiguous and out_nk.flags.c_contiguous):
         raise ValueError("the host library takes C-contiguous arrays")
-    if lib.edgepeft_dequantize(tag.encode(), w.ctypes.data, scale.ctypes.data, n, k, out_nk.ctypes.data) != 0:
-        raise RuntimeError(f"the host library refused to dequantize format {tag!r} ({n} x {k})")
+
+    def part(tiles: slice) -> None:
+        rows = out_nk[tiles.start * TILE_ROWS : tiles.stop * TILE_ROWS]
+        packed = w[tiles].ctypes.data, scale[tiles].ctypes.data
+        if lib.edgepeft_dequantize(tag.encode(), out_nk.itemsize == 2, *packed, len(rows), k, rows.ctypes.data) != 0:
+            raise RuntimeError(f"the host library refused to dequantize format {tag!r} ({n} x {k})")
+
+    _shared(part, len(w), threads, WEIGHTS_PER_THREAD // (TILE_ROWS * k))
 
 
 def matmul_into(
@@ -75,8 +91,13 @@ def matmul_into(
         if lib.edgepeft_matmul(*weight, x.ctypes.data, len(x), y.ctypes.data) != 0:
             raise RuntimeError(f"the host library refused to multiply format {tag!r} ({len(x)} x {n} x {k})")
 
-    share = max(-(-len(x_mk) // threads), ROWS_PER_THREAD)
-    parts = [slice(start, start + share) for start in range(0, len(x_mk), share)]
+    _shared(part, len(x_mk), threads, ROWS_PER_THREAD)
+
+
+def _shared(part: Callable[[slice], None], count: int, threads: int, least: int) -> None:
+    """Let threads do the parts of `count` things, `least` of them or more each."""
+    share = max(-(-count // threads), least, 1)
+    parts = [slice(start, min(start + share, count)) for start in range(0, count, share)]
     list((_pool(threads).map if len(parts) > 1 else map)(part, parts))
 
 

@@ -289,9 +289,9 @@ def test_dequantize_and_matmul_from_c(library, format: str) -> None:
     x, y, w = some(np.random.default_rng(2), m, k), np.zeros((m, n), F), np.zeros((n, k), F)
     size = ctypes.c_int64
     at = [array.ctypes.data_as(ctypes.c_void_p) for array in (packed.w, packed.scale, w, x, y)]
-    assert library.edgepeft_dequantize(format.encode(), at[0], at[1], size(n), size(k), at[2]) == 0
+    assert library.edgepeft_dequantize(format.encode(), 0, at[0], at[1], size(n), size(k), at[2]) == 0
     assert (w == spec.dequantize(packed)).all()
-    assert library.edgepeft_dequantize(b"i3", at[0], at[1], size(n), size(k), at[2]) == -1
+    assert library.edgepeft_dequantize(b"i3", 0, at[0], at[1], size(n), size(k), at[2]) == -1
     for row in library.edgepeft_kernels().decode().split():
         kind = int("_int8_" in row)
         said = library.edgepeft_matmul(

@@ -45,6 +45,17 @@ def test_weight_is_the_numpy_reference_bit_for_bit(tag, n, library, monkeypatch)
     np.testing.assert_array_equal(native.dequantize(layer.packed()), expected)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("n", [16, 40])
+@every_format
+def test_a_weight_in_bfloat16_is_the_rounded_one(tag, n, threads, monkeypatch):
+    monkeypatch.setattr(native, "WEIGHTS_PER_THREAD", 16 * K)
+    torch.set_num_threads(threads)
+    layer = packed_layer(tag, n)
+    ((_, found),) = layer.pieces(torch.bfloat16)
+    assert torch.equal(found, layer.get_weight().bfloat16())
+
+
 def test_the_library_refuses_what_it_does_not_know():
     assert native.available()
     packed = packed_layer("i4b32").packed()
