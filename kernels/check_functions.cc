@@ -11,6 +11,7 @@ namespace {
 
 constexpr float kUnit24 = 1.0f / 16777216.0f;
 constexpr int64_t kTexts = 2, kHeads = 3, kMoreKeys = 5;  // of attention
+constexpr int64_t kGroup = 3, kWindow = 6, kMostTokens = 100;  // of attention on a cache
 constexpr int64_t kTiles = 3;  // of a weight
 
 enum class Values { plain, wide, special };
@@ -22,23 +23,42 @@ struct Case {
   int64_t rows, columns;
   Format format;
   bool rounded;  // packed_embedding
+  int variant;
+
+  bool is(Function f) const { return function == f; }
+  bool caches() const { return is(Function::extend_cache) || is(Function::cached_attention); }
+  // Of y; and what an attention reads of keys and of values.
+  int64_t count() const {
+    if (is(Function::extend_cache)) return cache();
+    return is(Function::attention) ? kTexts * rows * kHeads * columns
+         : caches() ? kTexts * rows * kHeads * kGroup * columns : rows * columns / (rounded ? 2 : 1);
+  }
+  int64_t keys() const { return rows + kMoreKeys; }
+  int64_t cache() const { return kTexts * kHeads * keys() * columns; }
+  int64_t others() const { return is(Function::attention) || caches() ? cache() : rows * columns; }
 };
 
 // Everything one call reads, and its outputs between guards: y, guard, sum. Attention: queries are the rows of a case.
+// Keys and values that a cache takes are other and values, those that it has past_key and past_value; its outputs are y
+// and sum. The second of its texts has two tokens less than the first.
 struct Data {
   Case c;
   bool attends;
   int64_t keys, others, count, floats;
-  Buffer<float> x, other, values, weight, bias, out;
+  Buffer<float> x, other, values, past_key, past_value, angles, weight, bias, out;
   Buffer<int64_t> ids, mask;
+  Buffer<int32_t> last;
   Buffer<uint8_t> w, w_scale;
+  CachedCall call = {};
 
   explicit Data(const Case& from)
-      : c(from), attends(c.function == Function::attention), keys(c.rows + kMoreKeys),
-        others(attends ? kTexts * keys * kHeads * c.columns : c.rows * c.columns),
-        count(attends ? kTexts * c.rows * kHeads * c.columns : c.rows * c.columns / (c.rounded ? 2 : 1)), floats(2 * count + 3 * kGuardFloats), x(count),
-        other(others), values(others), weight(c.columns), bias(c.columns), out(floats), ids(c.rows), mask(kTexts * keys),
+      : c(from), attends(c.is(Function::attention)), keys(c.keys()), others(c.others()), count(c.count()),
+        floats(2 * count + 3 * kGuardFloats), x(count), other(others), values(others), past_key(others), past_value(others),
+        angles(keys * c.columns), weight(c.columns), bias(c.columns), out(floats), ids(c.rows), mask(kTexts * keys), last(kTexts),
         w(kTiles * tile_bytes(info(c.format), c.columns)), w_scale(kTiles * tile_scale_bytes(info(Format::i4b32), c.columns)) {
+    for (int64_t i = 0; i < others; i++) past_key[i] = 2 * random_float(), past_value[i] = random_float();
+    for (int64_t i = 0; i < keys * c.columns; i++) angles[i] = random_float();
+    for (int64_t i = 0; i < kTexts; i++) last[i] = static_cast<int32_t>(keys - 1 - 2 * i);
     for (int64_t i = 0; i < count; i++) x[i] = value(i);
     for (int64_t i = 0; i < others; i++) other[i] = c.values == Values::wide ? 1.0f : 2 * random_float(), values[i] = random_float();
     for (int64_t i = 0; i < c.columns; i++) weight[i] = 1.0f + random_float(), bias[i] = random_float();
@@ -71,6 +91,7 @@ struct Data {
     job.bits = info(c.format).bits;
     job.w = w.p;
     job.w_scale = w_scale.p;
+    if (c.caches()) return cached(job);
     if (!attends) return job;
     job.heads = kHeads;
     job.queries = c.rows;
@@ -79,6 +100,20 @@ struct Data {
     job.k = other.p;
     job.v = values.p;
     job.mask = mask.p;
+    job.cost = attention_cost(job.queries, job.keys, job.columns);
+    return job;
+  }
+  // Extending has another memory behind it, so that it moves all; attention has one that is extended.
+  FunctionJob cached(FunctionJob job) {
+    call = {kTexts, c.rows, kHeads * kGroup, kHeads, c.columns, x.p, other.p, values.p, kHeads * kGroup * c.columns,
+            kHeads * c.columns, angles.p, angles.p + keys * c.columns / 2, c.columns / 2, false, last.p, past_key.p,
+            past_value.p, past_key.p, past_value.p, keys, keys, c.variant == 1 ? kWindow : int64_t{1} << 60,
+            1 / sqrtf(static_cast<float>(c.columns)), c.variant == 2 ? 2.0f : 0.0f, job.y};
+    if (c.is(Function::extend_cache)) call.key = job.y, call.value = job.sum;
+    if (c.variant == 1) call.half = 8;  // not all columns are rotated
+    job.call = &call;
+    job.rows = kTexts * kHeads * (c.is(Function::extend_cache) ? 1 : call.blocks());
+    job.cost = 1 + 20 * c.columns;
     return job;
   }
   void compute(const FunctionRow& row) {
@@ -90,9 +125,10 @@ struct Data {
     return (at >= 0 && at < count) || (c.skip && in_sum >= 0 && in_sum < count);
   }
   bool is_embedding() const { return c.function == Function::packed_embedding || c.function == Function::row_embedding; }
-  bool is_exact(int64_t i) const { return is_embedding() || i >= kGuardFloats + count; }
+  bool is_exact(int64_t i) const { return is_embedding() || i >= kGuardFloats + count; }  // values are copied
   float allowed(int64_t i, float want) const {
-    if (attends) return 64 * kUnit24;
+    if (attends || c.is(Function::cached_attention)) return 64 * kUnit24;
+    if (c.is(Function::extend_cache)) return 8 * kUnit24;
     if (c.function == Function::layer_norm) return 5 * kUnit24 * (fabsf(want) + 2 * fabsf(bias.p[(i - kGuardFloats) % c.columns]));
     return (c.function == Function::gelu ? 7 : 5) * kUnit24 * fabsf(want);
   }
@@ -157,13 +193,19 @@ int variants(Function f) {
 }
 
 Case make_case(Function f, const int64_t (&shape)[2], int variant) {
-  Case c = {f, f == Function::rms_norm && variant >= 3, static_cast<Values>(variant % 3), shape[0], shape[1], Format::i8c, false};
+  Case c = {f, f == Function::rms_norm && variant >= 3, static_cast<Values>(variant % 3), shape[0], shape[1], Format::i8c, false, variant};
   if (f == Function::packed_embedding || f == Function::row_embedding) {
     c.format = static_cast<Format>(variant % static_cast<int>(Format::count));  // in rows: 8 bits and 4
     c.rounded = variant >= static_cast<int>(Format::count);
     c.columns = (c.columns + 127) & ~int64_t{127};
   }
-  if (f == Function::attention && c.columns > kHeadColumns) c.columns = kHeadColumns;
+  if (c.caches()) {
+    c.values = Values::plain;
+    c.skip = f == Function::extend_cache;
+    c.rows = c.rows < kMostTokens ? c.rows : kMostTokens;
+    c.columns = (c.columns + 15) & ~int64_t{15};
+  }
+  if ((c.caches() || f == Function::attention) && c.columns > kHeadColumns) c.columns = kHeadColumns;
   return c;
 }
 
@@ -181,8 +223,9 @@ bool prove(const FunctionRow& row, const char* fault) {
 void report_time(const FunctionRow& row) {
   const int64_t some[] = {1, 128};
   for (const int64_t rows : some) {
-    const int64_t columns = row.function == Function::attention ? 32 : 2048;
-    Data d({row.function, row.function == Function::rms_norm, Values::plain, rows, columns, Format::i4b32});
+    const Function f = row.function;
+    const int64_t columns = f == Function::attention ? 32 : f == Function::cached_attention || f == Function::extend_cache ? 64 : 2048;
+    Data d({f, f == Function::rms_norm || f == Function::extend_cache, Values::plain, rows, columns, Format::i4b32, false, 0});
     double best = 1e9, total = 0;
     for (int i = 0; i < 3 || (total < 0.2 && i < 20000); i++) {
       const double start = cpu_seconds();

@@ -9,6 +9,9 @@
 //   row_embedding     y_i = row id_i of a table in rows of 4 or 8 bits with a scale per 32, likewise
 //   attention         y_i = sum_j v_j e^(t_ij) / sum_j e^(t_ij),  t_ij = q_i.k_j / sqrt(columns) - 10000 where key j is
 //                     padding, for the rows i of each head of each text
+//   extend_cache      a text's new keys, rotated to their places, and values behind those that it has
+//   cached_attention  as attention, t_ij = cap(scale q_i.k_j) with q rotated, of the keys j up to i's own place and within
+//                     the window before it;  cap(t) = softcap tanh(t / softcap), or t where that is 0
 //
 // Limits are those of the equations: act(Inf) = Inf, and act(-Inf) = -Inf * 0 = NaN, so that a value which broke is never
 // silently finite. Squares are summed in double: an Inf makes its own element NaN and the others of its row 0, a NaN all;
@@ -18,13 +21,39 @@
 
 // X(function): every function that functions.inc may name.
 #define EP_FUNCTION_NAMES(X) \
-  X(rms_norm) X(layer_norm) X(gelu) X(gated_silu) X(gated_gelu_tanh) X(packed_embedding) X(row_embedding) X(attention)
+  X(rms_norm) X(layer_norm) X(gelu) X(gated_silu) X(gated_gelu_tanh) X(packed_embedding) X(row_embedding) X(attention) \
+  X(extend_cache) X(cached_attention)
 
 enum class Function : int {
 #define EP_NAME(function) function,
   EP_FUNCTION_NAMES(EP_NAME)
 #undef EP_NAME
   count
+};
+
+// Attention on a cache, whose heads of queries share keys and values by groups. Heads and what is rotated of them are of
+// multiples of 16 columns.
+struct CachedCall {
+  int64_t texts, tokens, heads, kv_heads, columns;
+  const float *q, *k, *v;                     // [texts,tokens,heads or kv_heads,columns], with these strides
+  int64_t q_stride, kv_stride;                //   from a token to the next
+  const float *cosine, *sine;                 // [places,half]
+  int64_t half;                               // columns that are rotated, over two
+  bool fresh;                                 // no text has tokens before these
+  const int32_t* last;                        // [texts]: the place of the last of them, where not fresh
+  const float *past_key, *past_value;         // [texts,kv_heads,past_capacity,columns], what is before them; it may be
+  float *key, *value;                         // [texts,kv_heads,capacity,columns]: where it already is
+  int64_t past_capacity, capacity;
+  int64_t window;                             // keys that a token sees, its own the last of them
+  float scale, softcap;
+  float* y;                                   // [texts,tokens,heads,columns]
+
+  int64_t before(int64_t text) const { return fresh ? 0 : last[text] + 1 - tokens; }
+  int64_t group() const { return heads / kv_heads; }
+  int64_t together() const { return group() < kGroup ? kGroup / group() : 1; }  // tokens of a block
+  int64_t blocks() const { return (tokens + together() - 1) / together(); }
+
+  static constexpr int64_t kGroup = 64;       // most heads of queries in a group; rows of a block
 };
 
 struct FunctionJob {
@@ -42,10 +71,13 @@ struct FunctionJob {
   int bits;               //   row_embedding
   const uint8_t* w;       //   [T,columns/32,unit]; row_embedding: [V,columns*bits/8], the even column of a pair low
   const void* w_scale;    //   [T,B,16]; row_embedding: float16 [V,columns/32]
-  int64_t heads;          // attention; its rows are the heads of text 0, of text 1, .. and job.first is its first, with
+  int64_t heads;          // attention: its rows are the heads of text 0, of text 1, .. and job.first is its first, with
   int64_t first, queries, keys;
   const float *q, *k, *v; //   [texts,queries or keys,heads*columns], as y
   const int64_t* mask;    //   [texts,keys], 0 where there is padding
+  const CachedCall* call; // extend_cache: its rows are the kv_heads of text 0, of text 1, ..; cached_attention: likewise,
+                          //   the blocks of each, the last first
+  int64_t cost;           // these three: what a row takes, in floats
 };
 constexpr float kHidden = -10000.0f;  // what padding adds to a score
 constexpr int64_t kHeadColumns = 256; // attention: most columns
@@ -75,9 +107,11 @@ const FunctionRow* select_function(Function f);  // as select_row
 
 constexpr int64_t kFunctionTaskBytes = 64 * 1024;  // of y: less is done before another thread has woken up
 
+constexpr int64_t kProducts = 6;                  // attention's that take as long as a float
+static inline int64_t attention_cost(int64_t queries, int64_t keys, int64_t columns) { return 1 + queries * keys * columns / kProducts; }
+
 static inline int64_t rows_per_task(const FunctionJob& job) {
-  const int64_t products = job.queries * job.keys * job.columns;  // attention's, six of which take as long as a float
-  const int64_t rows = kFunctionTaskBytes / 4 / (1 + (job.heads ? products / 6 : job.columns));
+  const int64_t rows = kFunctionTaskBytes / 4 / (1 + (job.cost ? job.cost : job.columns));
   return rows < 1 ? 1 : rows;
 }
 static inline int64_t function_tasks(const FunctionJob& job) {
@@ -88,7 +122,7 @@ static inline FunctionJob function_task(const FunctionJob& whole, int64_t task) 
   const int64_t first = task * rows_per_task(whole), at = first * whole.columns, left = whole.rows - first;
   FunctionJob job = whole;
   job.rows = left < rows_per_task(whole) ? left : rows_per_task(whole);
-  if (job.heads) return job.first = first, job;
+  if (job.cost) return job.first = first, job;
   job.y += job.rounded ? at / 2 : at;
   if (job.x) job.x += at;
   if (job.other) job.other += at;

@@ -138,6 +138,73 @@ void attention(const FunctionJob& job) {
   }
 }
 
+void rotate(const CachedCall& call, const float* x, int64_t place, float* y) {
+  const int64_t half = call.half;
+  const float *cosine = call.cosine + place * half, *sine = call.sine + place * half;
+  for (int64_t c = 0; c < call.columns; c++) {
+    if (c >= 2 * half) {
+      y[c] = x[c];
+      continue;
+    }
+    const double cos = static_cast<double>(cosine[c % half]), sin = static_cast<double>(sine[c % half]);
+    const double other = static_cast<double>(c < half ? -x[c + half] : x[c - half]);
+    y[c] = static_cast<float>(static_cast<double>(x[c]) * cos + other * sin);
+  }
+}
+
+void extend_cache(const FunctionJob& job) {
+  const CachedCall& call = *job.call;
+  const int64_t d = call.columns;
+  for (int64_t row = job.first; row < job.first + job.rows; row++) {
+    const int64_t text = row / call.kv_heads, before = call.before(text), end = before + call.tokens;
+    float *key = call.key + row * call.capacity * d, *value = call.value + row * call.capacity * d;
+    const float *past_key = call.past_key + row * call.past_capacity * d, *past_value = call.past_value + row * call.past_capacity * d;
+    for (int64_t i = 0; i < before * d; i++) key[i] = past_key[i], value[i] = past_value[i];
+    for (int64_t t = 0; t < call.tokens; t++) {
+      const int64_t from = (text * call.tokens + t) * call.kv_stride + row % call.kv_heads * d, to = (before + t) * d;
+      rotate(call, call.k + from, before + t, key + to);
+      for (int64_t c = 0; c < d; c++) value[to + c] = call.v[from + c];
+    }
+    for (int64_t i = end * d; past_key != key && i < call.capacity * d; i++) key[i] = value[i] = 0.0f;
+  }
+}
+
+// A row of y, as attend's, of keys first .. last.
+void attend_cached(const CachedCall& call, const float* q, int64_t first, int64_t last, const float* k, const float* v, float* y) {
+  const int64_t d = call.columns;
+  const auto score = [&](int64_t j) {
+    double dot = 0;
+    for (int64_t c = 0; c < d; c++) dot += static_cast<double>(q[c]) * static_cast<double>(k[j * d + c]);
+    const double t = dot * static_cast<double>(call.scale), cap = static_cast<double>(call.softcap);
+    return cap == 0 ? t : cap * (1 - 2 / (1 + exponential(2 * t / cap)));
+  };
+  double top = -kInfinity, total = 0, sums[kHeadColumns] = {};
+  for (int64_t j = first; j <= last; j++) top = score(j) > top ? score(j) : top;
+  for (int64_t j = first; j <= last; j++) {
+    const double weight = exponential(score(j) - top);
+    total += weight;
+    for (int64_t c = 0; c < d; c++) sums[c] += weight * static_cast<double>(v[j * d + c]);
+  }
+  for (int64_t c = 0; c < d; c++) y[c] = static_cast<float>(sums[c] / total);
+}
+
+void cached_attention(const FunctionJob& job) {
+  const CachedCall& call = *job.call;
+  const int64_t d = call.columns;
+  for (int64_t row = job.first; row < job.first + job.rows; row++) {
+    const int64_t block = call.blocks() - 1 - row % call.blocks(), kv_head = row / call.blocks(), text = kv_head / call.kv_heads;
+    const int64_t cache = kv_head * call.capacity * d, first = block * call.together();
+    for (int64_t t = first; t < call.tokens && t < first + call.together(); t++)
+      for (int64_t g = 0; g < call.group(); g++) {
+        const int64_t token = text * call.tokens + t, head = kv_head % call.kv_heads * call.group() + g, place = call.before(text) + t;
+        float q[kHeadColumns];
+        rotate(call, call.q + token * call.q_stride + head * d, place, q);
+        const int64_t seen = place < call.window ? 0 : place + 1 - call.window;
+        attend_cached(call, q, seen, place, call.key + cache, call.value + cache, call.y + (token * call.heads + head) * d);
+      }
+  }
+}
+
 }  // namespace
 
 #define EP_MINE_scalar EP_YES

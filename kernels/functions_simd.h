@@ -11,6 +11,7 @@
 // 2e-8. It is a factor of its own where x < 0, so that small values are as exact as large ones: 6 units of 2^-24 of y.
 #pragma once
 #include "attention.h"
+#include "cached_attention.h"
 
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.6931472f, kLn2Rest = -1.9046542e-09f;              // ln 2 in two floats
@@ -275,4 +276,6 @@ void row_embedding_of(const FunctionJob& job) {
   void row_embedding(const FunctionJob& job) {                                        \
     job.bits == 4 ? row_embedding_of<V, 4>(job) : row_embedding_of<V, 8>(job);        \
   }                                                                                   \
-  void attention(const FunctionJob& job) { attention_of<V>(job); }
+  void attention(const FunctionJob& job) { attention_of<V>(job); }                    \
+  void extend_cache(const FunctionJob& job) { extend_cache_of<V>(job); }              \
+  void cached_attention(const FunctionJob& job) { cached_attention_of<V>(job); }

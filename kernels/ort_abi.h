@@ -26,9 +26,9 @@ struct OrtApiBase {
   const char* (*GetVersionString)();
 };
 
-enum OrtElement : int { kOrtAny = 0, kOrtFloat = 1, kOrtUint8 = 2, kOrtInt64 = 7, kOrtHalf = 10 };
+enum OrtElement : int { kOrtAny = 0, kOrtFloat = 1, kOrtUint8 = 2, kOrtInt32 = 6, kOrtInt64 = 7, kOrtHalf = 10 };
 enum OrtErrorCode : int { kOrtFail = 1, kOrtInvalidArgument = 2 };
-enum OrtArity : int { kOrtRequired = 0 };
+enum OrtArity : int { kOrtRequired = 0, kOrtOptional = 1 };
 enum OrtMemoryType : int { kOrtDefaultMemory = 0 };
 constexpr int kOrtAttributeInt = 1;
 
@@ -105,6 +105,7 @@ static_assert(offsetof(OrtCustomOp, InferOutputShapeFn) == 19 * sizeof(void*), "
 
 namespace ort {
 extern const OrtApi* api;
+extern int release;  // of ONNX Runtime that asked for the operators: 24 of 1.24
 #define EP_ORT_CALL(index, result, name, arguments)                                \
   template <class... A>                                                            \
   inline result name(A... a) {                                                     \

@@ -145,6 +145,7 @@ OrtStatus* read_attention(const Node& node, const Tensor* const* in, FunctionJob
   job->columns = width / node.heads;
   job->queries = q.dims[1];
   job->keys = k.dims[1];
+  job->cost = attention_cost(job->queries, job->keys, job->columns);
   job->q = q.floats();
   job->k = k.floats();
   job->v = v.floats();

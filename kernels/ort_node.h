@@ -55,6 +55,7 @@ struct Text {
     if (t.type == kOrtFloat) type = "float32 [";
     if (t.type == kOrtHalf) type = "float16 [";
     if (t.type == kOrtUint8) type = "uint8 [";
+    if (t.type == kOrtInt32) type = "int32 [";
     if (t.type == kOrtInt64) type = "int64 [";
     *this << type;
     for (size_t i = 0; i < t.rank; i++) *this << (i ? "," : "") << t.dims[i];
@@ -145,7 +146,8 @@ struct Inputs {
       if (constant[i]) continue;
       const OrtValue* value = nullptr;
       EP_TRY(ort::KernelContext_GetInput(context, i, &value));
-      EP_TRY(view(value, &now[i]));
+      if (value) EP_TRY(view(value, &now[i]));
+      else now[i] = {};  // an optional one that is not there
     }
     return nullptr;
   }
@@ -161,10 +163,11 @@ inline OrtStatus* allocate_output(OrtKernelContext* context, size_t index, const
 }
 
 // On the session's own threads; a single task needs none.
-inline OrtStatus* parallel(OrtKernelContext* context, void (*task)(void*, size_t), int64_t tasks, void* work) {
+// apart: tasks differ in length, and are handed out one by one, not in as many runs of them as there are threads.
+inline OrtStatus* parallel(OrtKernelContext* context, void (*task)(void*, size_t), int64_t tasks, void* work, bool apart = false) {
   if (tasks == 1) return task(work, 0), nullptr;
   if (tasks < 1) return nullptr;
-  return ort::KernelContext_ParallelFor(context, task, static_cast<size_t>(tasks), size_t{0}, work);
+  return ort::KernelContext_ParallelFor(context, task, static_cast<size_t>(tasks), static_cast<size_t>(apart ? tasks : 0), work);
 }
 
 // ---- shapes -------------------------------------------------------------------------------------------------------
@@ -200,7 +203,7 @@ struct Shape {
   }
 };
 
-// ---- what does not vary: CPU, float outputs, every input and output required, one version -----------------------------
+// ---- what does not vary: CPU, float outputs, inputs and outputs required, one version -----------------------------
 inline void define(NamedOp& op, const char* name) {
   size_t i = 0;
   do op.name[i] = name[i];
@@ -222,3 +225,4 @@ inline void define(NamedOp& op, const char* name) {
 }
 
 OrtStatus* add_functions(OrtCustomOpDomain* domain);  // the operators of ort_functions.cc
+OrtStatus* add_attention(OrtCustomOpDomain* domain);  // that of ort_attention.cc

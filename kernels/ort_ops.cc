@@ -237,6 +237,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     return ort::CreateStatus(kOrtFail, (Text() << "edgepeft: expected ONNX Runtime 1.18 or later, found " << base->GetVersionString()).s);
   }
   ort::api = api;
+  const char* digit = base->GetVersionString() + 2;  // behind "1."
+  for (ort::release = 0; *digit >= '0' && *digit <= '9'; digit++) ort::release = 10 * ort::release + *digit - '0';
   OrtCustomOpDomain* domain;  // ORT keeps the pointer as long as any session lives, so it is never released
   EP_TRY(ort::CreateCustomOpDomain("edgepeft", &domain));
   for (int f = 0; f < static_cast<int>(Format::count); f++)
@@ -246,5 +248,6 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
       EP_TRY(ort::CustomOpDomain_Add(domain, &op));
     }
   EP_TRY(add_functions(domain));
+  EP_TRY(add_attention(domain));
   return ort::AddCustomOpDomain(options, domain);
 }

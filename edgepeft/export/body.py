@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import onnx
 
 FLOAT32, INT32, INT64 = 1, 6, 7  # onnx.TensorProto
+FLOAT_ATTRIBUTES = ("value_float", "epsilon", "scale", "softcap")
 
 
 class Body:
@@ -18,17 +19,21 @@ class Body:
         self.nodes: list[onnx.NodeProto] = []
 
     def __call__(self, op: str, *inputs: str, out: str = "", domain: str = "", refs: str = "", **attrs: Any) -> str:
-        """Add a node; `refs` names attributes that come from the calling node ("K N", "value_float=epsilon")."""
+        """Add a node; return its first output.
+
+        out: names its outputs, apart by spaces, else there is one. refs: names attributes that come from the calling
+        node ("K N", "value_float=epsilon").
+        """
         from onnx import AttributeProto, helper
 
-        out = out or f"v{len(self.nodes)}"
-        node = helper.make_node(op, list(inputs), [out], name=out, domain=domain, **attrs)
+        outs = out.split() or [f"v{len(self.nodes)}"]
+        node = helper.make_node(op, list(inputs), outs, name=outs[0], domain=domain, **attrs)
         for pair in refs.split():
             inner, _, outer = pair.partition("=")
-            kind = AttributeProto.FLOAT if inner.endswith(("float", "epsilon")) else AttributeProto.INT
+            kind = AttributeProto.FLOAT if inner in FLOAT_ATTRIBUTES else AttributeProto.INT
             node.attribute.add(name=inner, ref_attr_name=outer or inner, type=kind)
         self.nodes.append(node)
-        return out
+        return outs[0]
 
     def split(self, value: str, parts: int, axis: int) -> list[str]:
         """Cut a value into equal parts along an axis."""

@@ -16,7 +16,8 @@ follows the last attention is computed for those alone, and every other layer fo
 not counted, so that a row shorter than others gets the logits of its own last token.
 
 Attention windows: a token sees itself and window - 1 before it. So does `local_window_size` count from ONNX Runtime
-1.24 on; older releases see one more, which `edgepeft.runtime` makes up for. One no smaller than the context is none.
+1.24 on; older releases, and our kernels in them, see one more, which `edgepeft.runtime` makes up for. One no smaller
+than the context is none.
 
 Values are named as `emitter` says; one that the families compute in different places has a colon in its name, as have
 those that are no module's. Left out: batches padded on the left, several new tokens on top of a past in more
@@ -35,7 +36,7 @@ import numpy as np
 from edgepeft.backbone.decoder import Decoder, describe, rope_tables
 from edgepeft.backbone.families import Family
 from edgepeft.errors import ModelError
-from edgepeft.export.emitter import BATCH, MICROSOFT, SEQUENCE, AdapterFile, Emitter, Weights, parent
+from edgepeft.export.emitter import BATCH, SEQUENCE, AdapterFile, Emitter, Weights, parent
 from edgepeft.export.graph import BOOL, FLOAT, INT32, INT64, NONE, Dims, Graph, Value
 
 PAST, TOTAL, KEPT = "past_sequence", "total_sequence", "kept"
@@ -234,7 +235,7 @@ class _Emitter(Emitter):
             "softcap": about.attention_softcap, "local_window_size": self.windows[i], "do_rotary": 1,
             "rotary_interleaved": 0,
         }  # fmt: skip
-        self.graph.nodes_outputs("GroupQueryAttention", inputs, [mixed, *cache], module, MICROSOFT, **attrs)
+        self.call("GroupQueryAttention", inputs, [mixed, *cache], **attrs)
         return mixed, cache
 
     def queries_keys_values(self, i: int, h: Value) -> list[Value]:

@@ -35,7 +35,6 @@ from edgepeft.quant.formats import TILE_ROWS
 
 BATCH, SEQUENCE = "batch", "sequence"
 ADAPTER_FILE = "adapters/default/adapter_model.safetensors"
-MICROSOFT = "com.microsoft"
 
 
 class Weights:

@@ -9,6 +9,7 @@
     RowEmbedding_<tag>      the same of a table in rows                                    tag: of EMBEDDING_FORMATS
     PaddedAttention         y = softmax(q k / sqrt(D) - 10000 * (mask is 0)) v             num_heads heads of D columns
     PaddedAttention_one     the same for a single query for each text
+    GroupQueryAttention     com.microsoft's: rotation, a cache of keys and values, causal, a window, capped scores
 
 Like the fused op of `ops`, a node of domain `edgepeft` is taken whole by our library where that is loaded, and inlined
 by ONNX Runtime everywhere else, which fuses the norms into its own SimplifiedLayerNormalization. A packed embedding
@@ -17,6 +18,10 @@ copied, and the head it may be tied to reads the same bytes; a row is one exact 
 
 In PaddedAttention padding is ONNX Runtime's key_padding_mask. With fewer queries than keys it is an attention bias:
 ONNX Runtime 1.20 misreads the mask there, and a bias that is not spelt out for each head.
+
+GroupQueryAttention is that of ONNX Runtime at hand, to the number of keys that its window has; only rotation of halves,
+do_rotary = 1 and rotary_interleaved = 0, has kernels of ours. k and v may be left out where q holds all three. What is
+bound to the memory of past_key and past_value, of any capacity, is written in place.
 
 Norms and attention are computed in float32, their references in float64. Left out: weights of another type.
 """
@@ -244,6 +249,77 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, num
     return [((weights / weights.sum(-1, keepdims=True)) @ v).swapaxes(1, 2).reshape(texts, queries, width)]
 
 
+_CACHED = (  # inputs, outputs
+    ("q", "k", "v", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"),
+    ("y", "present_key", "present_value"),
+)
+_CACHED_ATTRIBUTES = (
+    "num_heads", "kv_num_heads", "scale", "softcap", "local_window_size", "do_rotary", "rotary_interleaved",
+)  # fmt: skip
+
+
+def _cached_attention_body(body: Body) -> None:
+    inputs, outputs = _CACHED
+    refs = " ".join(_CACHED_ATTRIBUTES)
+    body("GroupQueryAttention", *inputs, domain=MICROSOFT, refs=refs, out=" ".join(outputs))
+
+
+def _rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Turn the halves of x [S, heads, D] by the angles [S, rotated / 2]."""
+    import numpy as np
+
+    half = cos.shape[1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = cos[:, None], sin[:, None]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+def _one_text(
+    q: np.ndarray, key: np.ndarray, value: np.ndarray, before: int, scale: float, softcap: float, window: int
+) -> np.ndarray:
+    """Return what tokens q [S, heads, D] behind `before` others make of key and value [kv_heads, P, D]."""
+    import numpy as np
+
+    tokens, heads, width = q.shape
+    key, value = (np.repeat(x[:, : before + tokens], heads // len(x), axis=0) for x in (key, value))
+    scores = np.einsum("shd,hjd->hsj", q, key) * (scale or 1 / np.sqrt(width))
+    scores = softcap * np.tanh(scores / softcap) if softcap else scores
+    ahead = np.arange(before + tokens) - np.arange(before, before + tokens)[:, None]  # of the token
+    weights = np.exp(np.where((ahead > 0) | ((window > 0) & (ahead <= -window)), -np.inf, scores))
+    return np.einsum("hsj,hjd->shd", weights / weights.sum(-1, keepdims=True), value).reshape(tokens, heads * width)
+
+
+def cached_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, past_key: np.ndarray, past_value: np.ndarray, seqlens_k: np.ndarray,
+    total_sequence_length: np.ndarray, cos_cache: np.ndarray, sin_cache: np.ndarray, num_heads: int, kv_num_heads: int,
+    scale: float, softcap: float, local_window_size: int, do_rotary: int, rotary_interleaved: int,
+) -> list[np.ndarray]:  # fmt: skip
+    """Return [y, present_key, present_value] in float64; of the presents what lies behind a text's tokens is 0.
+
+    q [B, S, heads * D], k and v [B, S, kv_heads * D], pasts [B, kv_heads, P, D]. A window has as many keys as its size,
+    as since ONNX Runtime 1.24.
+    """
+    import numpy as np
+
+    (texts, tokens, _), (_, _, capacity, width) = q.shape, past_key.shape
+    total = int(total_sequence_length)
+    q, k, v = (x.astype(np.float64).reshape(texts, tokens, x.shape[2] // width, width) for x in (q, k, v))
+    presents = np.zeros((2, texts, kv_num_heads, max(capacity, total), width))
+    y = np.zeros((texts, tokens, num_heads * width))
+    for text, last in enumerate(seqlens_k):
+        before = 0 if tokens == total else last + 1 - tokens
+        new = slice(before, before + tokens)
+        angles = cos_cache[new], sin_cache[new]
+        for present, past, mine in zip(
+            presents, (past_key, past_value), (_rotated(k[text], *angles), v[text]), strict=True
+        ):
+            present[text, :, :before] = past[text, :, :before]
+            present[text, :, new] = mine.swapaxes(0, 1)
+        key, value = presents[:, text]
+        y[text] = _one_text(_rotated(q[text], *angles), key, value, before, scale, softcap, local_window_size)
+    return [y, *presents]
+
+
 # --- the table ---------------------------------------------------------------------------------------------------
 
 
@@ -281,4 +357,5 @@ FUNCTIONS = _table(
     *(_row_embedding_row(tag) for tag in EMBEDDING_FORMATS),
     _attention_row("PaddedAttention", _attention_body),
     _attention_row("PaddedAttention_one", _one_attention_body),
+    Function("GroupQueryAttention", *_CACHED, _cached_attention_body, cached_attention, _CACHED_ATTRIBUTES),
 )

@@ -200,6 +200,9 @@ class Pass:
             self.names[node.output[0]] = self.widened(node.input[0])
         elif node.op_type == "GroupQueryAttention" and attrs.get("softcap"):
             raise ModelError(f"{node.name}: WebGPU's attention does not cap scores as it should; take another target.")
+        elif node.op_type == "GroupQueryAttention":
+            node.domain = MICROSOFT
+            self.nodes.append(node)
         elif node.op_type.startswith("PackedEmbedding_"):
             self.embedding(node)
         elif node.op_type.startswith("RowEmbedding_"):

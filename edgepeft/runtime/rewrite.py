@@ -18,7 +18,7 @@ import numpy as np
 
 from edgepeft.errors import ArtifactError
 
-DOMAIN = b"edgepeft"
+DOMAIN, MICROSOFT = b"edgepeft", b"com.microsoft"
 ATTENTION, PAST, PRESENT = b"GroupQueryAttention", b"past_key_values.", b"present."
 FLOAT, INT8, FLOAT16 = 1, 3, 10  # element types
 INTEGER, STRING = 2, 3  # attribute types
@@ -172,9 +172,10 @@ def _tensor(name: bytes, array: np.ndarray) -> bytes:
 
 
 def _int8_attention(node: memoryview) -> bytes:
-    """Return a NodeProto whose keys and values are int8 if it is attention, else as it is."""
+    """Return a NodeProto as ONNX Runtime's own with keys and values of int8 if it is attention, else as it is."""
     if _text(node, 4) != ATTENTION:
         return bytes(node)
+    node = memoryview(_rewrite(node, 7, lambda _: MICROSOFT))
     inputs = [bytes(payload) for number, _, payload in _fields(node) if number == 1 and payload is not None]
     pasts = [name for name in inputs if name.startswith(PAST)]
     more = [*[b""] * (KEY_SCALE - len(inputs)), *map(_scale_name, pasts)]

@@ -10,6 +10,7 @@ const Operator kOperators[] = {
     {"edgepeft", "RMSNorm", set_norm, run_norm, false},
     {"edgepeft", "SkipRMSNorm", set_norm, run_norm, false},
     {"edgepeft", "SkipLayerNorm", set_skip_layer_norm, run_norm, false},
+    {"edgepeft", "GroupQueryAttention", set_cached_attention, run_cached_attention, false},
     {"com.microsoft", "GroupQueryAttention", set_cached_attention, run_cached_attention, false},
     {"edgepeft", "PaddedAttention*", set_padded_attention, run_padded_attention, false},
     {"edgepeft", "GatedActivation_silu", set_each, run_each, false},

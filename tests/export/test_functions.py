@@ -17,7 +17,8 @@ EPSILON = 1e-6
 TIGHT = 4e-6  # of the largest value: float32 means of some hundred numbers, and ONNX Runtime's exp and tanh
 EMBEDDINGS = [name for name in FUNCTIONS if "Embedding_" in name]
 ATTENTION = {"PaddedAttention": 7, "PaddedAttention_one": 1}  # queries
-FLOATS = sorted({*FUNCTIONS} - {*EMBEDDINGS, *ATTENTION})
+CACHED = "GroupQueryAttention"  # proved in tests/kernels, against ONNX Runtime's own too
+FLOATS = sorted({*FUNCTIONS} - {*EMBEDDINGS, *ATTENTION, CACHED})
 HEADS = 4
 ATTRIBUTES = {"epsilon": EPSILON, "num_heads": HEADS}
 SHAPES = [(1, 1, 64), (2, 5, 80), (3, 2, 4, 33), (0, 64), (7, 1)]
@@ -155,6 +156,11 @@ def test_schemas():
         "GatedActivation_silu": (["gate", "up"], ["y"], []),
         "GatedActivation_gelu_tanh": (["gate", "up"], ["y"], []),
         **{name: (["ids", "w", "scale"], ["y"], []) for name in EMBEDDINGS},
+        CACHED: (
+            ["q", "k", "v", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"],
+            ["y", "present_key", "present_value"],
+            ["num_heads", "kv_num_heads", "scale", "softcap", "local_window_size", "do_rotary", "rotary_interleaved"],
+        ),
     }
     protos = {name: function.proto() for name, function in FUNCTIONS.items()}
     assert {n: (list(p.input), list(p.output), list(p.attribute)) for n, p in protos.items()} == want

@@ -16,11 +16,16 @@ from edgepeft.export.functions import FUNCTIONS
 from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS
 
 EPSILON, HEADS = 1e-5, 3
-VALUES = {"epsilon": EPSILON, "num_heads": HEADS}  # of attributes
+VALUES = {  # of attributes
+    "epsilon": EPSILON, "num_heads": HEADS, "kv_num_heads": 1, "scale": 0.125, "softcap": 0.0, "local_window_size": -1,
+    "do_rotary": 1, "rotary_interleaved": 0,
+}  # fmt: skip
 TOLERANCE = 6 * 2.0**-24
-TOLERANCES = {"ErfGelu": 8 * 2.0**-24, "PaddedAttention": 64 * 2.0**-24, "PaddedAttention_one": 64 * 2.0**-24}
+TOLERANCES = {"ErfGelu": 8 * 2.0**-24}
+TOLERANCES.update(dict.fromkeys(("PaddedAttention", "PaddedAttention_one", "GroupQueryAttention"), 64 * 2.0**-24))
 ROWS = 40  # of an embedding's weight
 MORE_KEYS = 3  # than queries
+CACHED = "GroupQueryAttention"
 EMBEDDINGS = [name for name in FUNCTIONS if "Embedding_" in name]
 ATTENTION = [name for name in FUNCTIONS if name.startswith("PaddedAttention")]
 GATED = [name for name in FUNCTIONS if name.startswith("Gated")]
@@ -32,6 +37,10 @@ def inputs(name: str, leading: Sequence[int], columns: int, seed: int = 0) -> di
     rng = np.random.default_rng(seed)
     if name in ATTENTION:
         return attention(rng, leading[0], leading[1] if len(leading) > 1 and name == ATTENTION[0] else 1, columns)
+    if name == CACHED:
+        texts, tokens = leading[0], leading[1] if len(leading) > 1 else 1
+        before = MORE_KEYS if texts == 1 or tokens == 1 else 0  # ONNX Runtime's own has no other of several texts
+        return cached(rng, HEADS, 1, tokens, [before] * texts, 16 * min(max(columns // HEADS // 16, 1), 16))
     if name in EMBEDDINGS:
         formats = FORMATS if name.startswith("Packed") else EMBEDDING_FORMATS
         packed = formats[name.partition("_")[2]].quantize(rng.standard_normal((ROWS, columns), np.float32))
@@ -51,6 +60,22 @@ def attention(rng: np.random.Generator, texts: int, queries: int, columns: int) 
     mask = rng.integers(0, 2, (texts, keys))
     mask[:, :1] = 1
     return {**values, "mask": mask}
+
+
+def cached(
+    rng: np.random.Generator, heads: int, kv_heads: int, tokens: int, before: Sequence[int], width: int, spare: int = 0
+) -> dict[str, np.ndarray]:
+    """Return the inputs of attention on a cache: tokens behind `before` others of each text, and room for `spare`."""
+    total = max([*before, 0]) + tokens
+    past = (len(before), kv_heads, total - tokens * (not spare) + spare, width)
+    shapes = [(len(before), tokens, count * width) for count in (heads, kv_heads, kv_heads)]
+    q, k, v, key, value = (rng.standard_normal(shape).astype(np.float32) for shape in (*shapes, past, past))
+    angles = rng.uniform(0, 6, (total + 2, width // 2)).astype(np.float32)
+    return {
+        "q": q, "k": k, "v": v, "past_key": key, "past_value": value,
+        "seqlens_k": np.array([one + tokens - 1 for one in before], np.int32),
+        "total_sequence_length": np.array(total, np.int32), "cos_cache": np.cos(angles), "sin_cache": np.sin(angles),
+    }  # fmt: skip
 
 
 def model(name: str, values: Mapping[str, np.ndarray], fed: Sequence[str], body: bool, **attributes: Any) -> bytes:
@@ -81,6 +106,8 @@ def size(name: str, values: Mapping[str, np.ndarray], want: np.ndarray) -> np.nd
     """Return what an error is relative to."""
     if name in ATTENTION:
         return np.abs(values["v"]).max(initial=0)
+    if name == CACHED:
+        return max(np.abs(values[key]).max(initial=0) for key in ("k", "v", "past_value"))
     return np.abs(want) + 2 * np.abs(values.get("bias", np.float32(0)))
 
 

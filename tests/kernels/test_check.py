@@ -11,6 +11,7 @@ from edgepeft.quant.formats import FORMATS
 FAULTS = ("value", "zero", "nan", "missing", "outside")
 FUNCTIONS = (
     "rms_norm", "layer_norm", "gelu", "gated_silu", "gated_gelu_tanh", "packed_embedding", "row_embedding", "attention",
+    "extend_cache", "cached_attention",
 )  # fmt: skip
 
 

@@ -62,6 +62,9 @@ def write_model(bundle: Path, tensors: dict[str, np.ndarray], gated: bool = True
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
+    from edgepeft.export import ops
+    from edgepeft.export.functions import FUNCTIONS
+
     node = helper.make_node
 
     def layer(i: int, x: str) -> list[onnx.NodeProto]:
@@ -88,11 +91,14 @@ def write_model(bundle: Path, tensors: dict[str, np.ndarray], gated: bool = True
                 "GroupQueryAttention",
                 [f"q{i}", f"k{i}", f"v{i}", *past, "last", "total", "cos", "sin"],
                 [f"o{i}", *present],
-                domain="com.microsoft",
+                domain=ops.DOMAIN,
                 num_heads=HEADS,
                 kv_num_heads=KV_HEADS,
-                do_rotary=1,
                 scale=HEAD_DIM**-0.5,
+                softcap=0.0,
+                local_window_size=-1,
+                do_rotary=1,
+                rotary_interleaved=0,
             ),
             node("MatMul", [f"o{i}", f"O{i}"], [f"p{i}"]),
             node("Add", [x, f"p{i}"], [f"s{i}"]),
@@ -136,8 +142,9 @@ def write_model(bundle: Path, tensors: dict[str, np.ndarray], gated: bool = True
     constants[GATE] = np.ones((1, 1, 1), np.float32)
     initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
     graph = helper.make_graph(nodes, "writer", inputs, outputs, initializers)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    opsets = [helper.make_opsetid(*one) for one in (("", 21), ("com.microsoft", 1), (ops.DOMAIN, ops.VERSION))]
+    functions = [FUNCTIONS["GroupQueryAttention"].proto()]
+    model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)
     (bundle / "model.onnx").write_bytes(model.SerializeToString())
 
 
