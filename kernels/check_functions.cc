@@ -11,7 +11,7 @@ namespace {
 
 constexpr float kUnit24 = 1.0f / 16777216.0f;
 constexpr int64_t kTexts = 2, kHeads = 3, kMoreKeys = 5;  // of attention
-constexpr int64_t kGroup = 3, kWindow = 6, kMostTokens = 100;  // of attention on a cache
+constexpr int64_t kGroup = 3, kWindow = 6, kMostTokens = 70;  // of attention on a cache
 constexpr int64_t kTiles = 3;  // of a weight
 
 enum class Values { plain, wide, special };
