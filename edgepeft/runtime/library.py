@@ -39,12 +39,13 @@ class Library:
 
 
 def platform_tag() -> str:
-    """Return this process's "<os>-<arch>", as the folders below lib/ are named."""
+    """Return this process's "<os>-<arch>", as the folders below lib/ are named; Android is none of Linux's there."""
     machine = platform.machine().lower()
     machine = ALIASES.get(machine, machine)
     if struct.calcsize("P") == 4:
         machine = {"x86_64": "x86", "aarch64": "arm"}.get(machine, machine)
-    return f"{'linux' if sys.platform == 'android' else sys.platform}-{machine}"
+    android = sys.platform == "android" or hasattr(sys, "getandroidapilevel")  # Python before 3.13 calls it linux
+    return f"{'android' if android else sys.platform}-{machine}"
 
 
 def find_library(manifest: Manifest, choice: str | Path) -> Path | None:
@@ -53,9 +54,10 @@ def find_library(manifest: Manifest, choice: str | Path) -> Path | None:
         return None
     if str(choice) != "auto":
         return Path(choice)
-    inside = f"lib/{platform_tag()}/{FILE_NAME}"
-    if inside in manifest.files:
-        return manifest.folder / inside
+    tag = platform_tag()
+    for name in (tag, tag.replace("android", "linux")):  # the op library needs no libc, so a board's runs on a phone
+        if (inside := f"lib/{name}/{FILE_NAME}") in manifest.files:
+            return manifest.folder / inside
     return INSTALLED if INSTALLED.exists() and not _is_foreign(INSTALLED) else None
 
 

@@ -13,7 +13,7 @@ from edgepeft.deploy import bundle as bd
 from edgepeft.deploy.compile import host_platform
 from edgepeft.deploy.targets import load_target, target_names
 from edgepeft.errors import ArtifactError
-from edgepeft.runtime import load
+from edgepeft.runtime import load, vulkan
 from edgepeft.runtime.library import FILE_NAME, platform_tag
 from edgepeft.runtime.manifest import check_bundle
 from tests.runtime import standin as st
@@ -114,6 +114,16 @@ def test_a_pi_gets_its_own_library_and_wheels(run: Run) -> None:
     assert (folder / "requirements.txt").read_text().splitlines() == list(load_target("rpi").requirements)
     assert "1.21.0 dies with SIGILL" in (folder / "README.md").read_text()
     assert load(folder).classify("play").label in st.LABELS
+
+
+@pytest.mark.slow
+def test_phones_get_both_libraries_under_androids_name(run: Run) -> None:
+    files = json.loads((build(run, "android-gpu") / "manifest.json").read_text())["files"]
+    assert {name for name in files if name.startswith("lib/")} == {
+        f"lib/{platform}/{name}"
+        for platform in ("android-aarch64", host_platform())
+        for name in (FILE_NAME, vulkan.FILE_NAME)
+    }
 
 
 def test_a_target_of_browsers_has_a_page(run: Run) -> None:

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from edgepeft import OP_ABI
 from edgepeft.errors import TargetError
 from edgepeft.runtime import library as lib
-from edgepeft.runtime import load
+from edgepeft.runtime import load, vulkan
 
 WANTED = {"minimum": "1.20.1", "requirement": "onnxruntime==1.20.1", "broken": ["1.21.0"]}
+LIBRARIES = (lib.FILE_NAME, vulkan.FILE_NAME)
 SOURCE = """
 __attribute__((visibility("default"))) int edgepeft_abi(void) { return ABI; }
 __attribute__((visibility("default"))) const char* edgepeft_build(void) { return "test build"; }
@@ -78,6 +81,19 @@ def test_only_listed_libraries_are_taken(bundle: Path) -> None:
     assert load(bundle, library="none").library is None
     found = lib.find_library(load(bundle, library="none").manifest, "auto")
     assert found != place
+
+
+def test_a_phone_takes_its_own_libraries_and_a_boards_op_library_where_there_is_none(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(sys, "getandroidapilevel", lambda: 29, raising=False)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    names = {tag: f"lib/{tag}-aarch64/" for tag in ("android", "linux")}
+    both = SimpleNamespace(folder=tmp_path, files=[at + name for at in names.values() for name in LIBRARIES])
+    board = SimpleNamespace(folder=tmp_path, files=[names["linux"] + name for name in LIBRARIES])
+    assert lib.find_library(both, "auto") == tmp_path / names["android"] / lib.FILE_NAME
+    assert lib.find_library(board, "auto") == tmp_path / names["linux"] / lib.FILE_NAME
+    assert vulkan.find_library(both) == tmp_path / names["android"] / vulkan.FILE_NAME
+    with pytest.raises(TargetError, match="holds no Vulkan library for android-aarch64"):
+        vulkan.find_library(board)  # it is glibc's
 
 
 @pytest.mark.parametrize(
