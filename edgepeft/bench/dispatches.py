@@ -17,6 +17,7 @@ For language models it also tells what a token copies between CPU and GPU, behin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import re
@@ -34,7 +35,7 @@ from edgepeft.console import table
 from edgepeft.errors import EdgePeftError, VerifyError
 from edgepeft.runtime import webgpu
 
-MARK = "edgepeft: the run that counts"
+MARK, END = "edgepeft: the run that counts", "edgepeft: its end"
 PROGRAM = re.compile(r'Starting program "([A-Za-z0-9]+)')
 TEXT, CAPACITY = 4, 64  # tokens before the one that counts, and what there is memory for
 DATA = "model.onnx.data"
@@ -45,18 +46,19 @@ GRAPHS = ("base", "naive", "ours")
 # --- counting ------------------------------------------------------------------------------------------------------
 
 
-def programs(folder: Path) -> list[str]:
-    """Return the programs that one run of a folder's graph for GPUs dispatches, as a process of its own logs them.
+def programs(*folders: Path) -> list[list[str]]:
+    """Return the programs that one run of each folder's graph for GPUs dispatches, as a process of its own logs them.
 
     Raises VerifyError with the end of what it said where that fails.
     """
-    argv = [sys.executable, "-m", "edgepeft.bench.dispatches", str(folder), "--log"]
+    argv = [sys.executable, "-m", "edgepeft.bench.dispatches", str(folders[0]), "--log", *map(str, folders[1:])]
     done = subprocess.run(argv, capture_output=True, text=True, errors="replace", check=False)
     log = done.stdout + done.stderr
-    if done.returncode or MARK not in log:
+    _, *runs = log.split(MARK)
+    if done.returncode or len(runs) != len(folders):
         tail = "\n".join(line for line in log.splitlines() if not line.startswith("\x1b"))[-500:]
-        raise VerifyError(f"{folder}: no run on a GPU to count in:\n{tail}")
-    return PROGRAM.findall(log.rpartition(MARK)[2])
+        raise VerifyError(f"{', '.join(map(str, folders))}: no run on a GPU to count in:\n{tail}")
+    return [PROGRAM.findall(run.partition(END)[0]) for run in runs]
 
 
 def per_layer(found: Sequence[str]) -> int:
@@ -65,23 +67,22 @@ def per_layer(found: Sequence[str]) -> int:
     return min((end - start for start, end in itertools.pairwise(ends)), default=0)
 
 
-def graphs(bundle: Path) -> Iterator[tuple[str, Path]]:
-    """Yield (name, folder) of each of GRAPHS, of a bundle or an exported folder."""
+@contextlib.contextmanager
+def graphs(bundle: Path) -> Iterator[dict[str, Path]]:
+    """Give {name: folder} of GRAPHS, of a bundle or an exported folder."""
     from edgepeft.bench.gpu_graphs import naive
 
-    for name in GRAPHS[:2]:
-        with tempfile.TemporaryDirectory(prefix="edgepeft-", dir=bundle.resolve().parent) as place:
-            os.link(bundle / DATA, Path(place) / DATA)
-            naive(bundle, Path(place), adapter=name == "naive")
-            yield name, Path(place)
-    yield GRAPHS[2], bundle
+    with tempfile.TemporaryDirectory(prefix="edgepeft-", dir=bundle.resolve().parent) as place:
+        made = {name: Path(place) / name for name in GRAPHS[:2]}
+        for name, folder in made.items():
+            folder.mkdir()
+            os.link(bundle / DATA, folder / DATA)
+            naive(bundle, folder, adapter=name == "naive")
+        yield {**made, GRAPHS[2]: bundle}
 
 
 def _logged(folder: Path) -> None:
-    """Run once to warm up and once more after the mark, with everything logged to one stream."""
-    _use_software()
-    os.dup2(1, 2)  # the provider logs to standard output
-    webgpu.SEVERITY = 0
+    """Run once to warm up and once more between the marks."""
     session = webgpu.open_session(folder)
     binding = session.io_binding()
     for name, array in _feeds(session).items():
@@ -92,10 +93,11 @@ def _logged(folder: Path) -> None:
         else:
             binding.bind_cpu_input(name, array)
     binding.bind_output("logits")
-    for mark in ("", MARK):
-        os.write(1, f"{mark}\n".encode())
+    for before, after in (("", ""), (MARK, END)):
+        os.write(1, f"{before}\n".encode())
         session.run_with_iobinding(binding)
         binding.get_outputs()[-1].numpy()
+        os.write(1, f"{after}\n".encode())
 
 
 def _feeds(session: Any) -> dict[str, np.ndarray]:
@@ -181,13 +183,18 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m edgepeft.bench.dispatches", description="Dispatches of one run on a GPU."
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--log", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--log", type=Path, nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    if args.log:
-        _logged(args.bundle)
+    if args.log is not None:
+        _use_software()
+        os.dup2(1, 2)  # the provider logs to standard output
+        webgpu.SEVERITY = 0
+        for folder in (args.bundle, *args.log):
+            _logged(folder)
         return 0
     try:
-        found = {name: programs(folder) for name, folder in graphs(args.bundle)}
+        with graphs(args.bundle) as made:
+            found = dict(zip(made, programs(*made.values()), strict=True))
         print(table(by_program(found)))
         _copied(args.bundle)
     except EdgePeftError as error:

@@ -268,11 +268,11 @@ def _for_gpus(place: Path) -> None:
     if not (place / webgpu.FILE).exists():
         return
     try:
-        from edgepeft.export.webgpu import write_again
+        from edgepeft.export.webgpu import write
     except ImportError:
         say("the graph for GPUs stays as it is, for the ranks it has: making room takes edgepeft[build]")
         return
-    write_again(place)
+    write(place)
 
 
 def smoke(model: Any, folder: Path) -> None:

@@ -31,7 +31,10 @@ PACKAGE = "chromium-headless-shell"
 UNUSED = ("libllvm", "libgl1-mesa-dri", "libz3", "x11-utils", "xdg-utils", "fonts-", "xkb-data")
 # Without a sandbox, which takes rights that containers lack: for pages of our own alone.
 FLAGS = ("--headless=new", "--no-sandbox", "--no-first-run", "--disable-background-networking")
-SOFTWARE_GPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
+# A page is told of the driver's own limits, not of the step below them that many GPUs reach.
+SOFTWARE_GPU = (
+    "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--disable-dawn-features=tiered_adapter_limits",
+)  # fmt: skip
 NO_GPU = ("--disable-gpu", "--disable-features=WebGPU,WebGPUService")
 
 

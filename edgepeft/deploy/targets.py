@@ -42,7 +42,6 @@ class Target:
     gpu: tuple[str, ...] = ()  # how its GPU is reached, of edgepeft.runtime.session.GPUS
     gpu_classes: tuple[str, ...] = ()  # those that its GPU may be of: edgepeft.deploy.gpus
     page: bool = False  # a page for browsers goes into its bundle
-    gpu_native: bool = False  # WebGPU by ONNX Runtime itself, which has operators that browsers were not seen to have
     ssh: str = ""  # a usual host name, for hints
 
     @property

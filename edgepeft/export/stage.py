@@ -57,7 +57,7 @@ def export(config: Config, run: Run, out: Path) -> dict[str, Any]:
     if "webgpu" in (target := load_target(config.target)).gpu:
         from edgepeft.export import webgpu
 
-        webgpu.write(out, target.gpu_native)
+        webgpu.write(out)
         webgpu.check_sizes(out, target.gpu_buffer_mib)
     summary = {**_summary(graph, out, config, about), **running, **chosen}
     write_json(out / "export.json", summary)

@@ -15,7 +15,7 @@
 Counting whole numbers is the CPU's in ONNX Runtime, so the device runtime does it and the graph takes what comes out.
 A packed adapter is A [K, S] and B [S, N] in float32, S the ranks of all groups, B zero outside of its group's block;
 the metadata "edgepeft.packed" says of what. Weights stay in tiles on disk and become MatMulNBits' layout when the graph
-is loaded. nf4 (MatMulBnb4), routers, whose shares of a token multiply x A, and bottlenecks are for native use alone.
+is loaded, nf4's MatMulBnb4's. Routers' shares of a token multiply x A.
 Left out, and refused: offsets, prompts of encoders, and capped scores, which the provider computes otherwise.
 """
 
@@ -38,9 +38,7 @@ from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, TILE_COLUMNS, TIL
 from edgepeft.runtime.webgpu import DIGITS, FILE, PACKED, pack, pack_routers, widened
 
 MICROSOFT = "com.microsoft"
-NATIVE = "edgepeft.native"
 NF4 = 1  # MatMulBnb4's quant_type
-FORMATS_TAKEN = tuple(name for name in FORMATS if not name.startswith("nf4"))
 EIGHT_BIT_BLOCK = 32
 FED = {  # values of model.onnx that become inputs, under which name, type and shape
     "seqlens_k": ("seqlens_k", TensorProto.INT32, ("batch",)),
@@ -55,17 +53,17 @@ BIASES = {  # inputs that take the place of a mask, by the operator that reads i
 REPLACED = ("attention_mask", "logits_to_keep")
 
 
-def write(folder: Path, native: bool = False) -> Path:
+def write(folder: Path) -> Path:
     """Write the graph for GPUs beside an exported one; return its file. Raises ModelError for what it cannot hold.
 
-    native: with operators that ONNX Runtime's provider has and no browser was seen to have; a language model gets a
-    branch of its own for single tokens, see `webgpu_steps`.
+    A language model gets a branch of its own for single tokens, see `webgpu_steps`. Written anew, it has room for the
+    adapters that are there then.
     """
     from edgepeft.export.webgpu_steps import Steps
 
     model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
     decodes = any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
-    made = (Steps if native and decodes else Pass)(folder, model, native).run()
+    made = (Steps if decodes else Pass)(folder, model).run()
     path = folder / FILE
     write_bytes(path, made.SerializeToString(deterministic=True))
     return path
@@ -86,12 +84,6 @@ def check_sizes(folder: Path, most_mib: int) -> None:
         )
 
 
-def write_again(folder: Path) -> None:
-    """Write a bundle's graph for GPUs anew, for the adapters that are there now."""
-    model = onnx.load(str(folder / FILE), load_external_data=False)
-    write(folder, any(entry.key == NATIVE for entry in model.metadata_props))
-
-
 def ranks_in(folder: Path) -> dict[str, int] | None:
     """Return {node: ranks} that a graph for GPUs takes in digits, None for one without a branch for single tokens."""
     model = onnx.load(str(folder / FILE), load_external_data=False)
@@ -102,9 +94,8 @@ def ranks_in(folder: Path) -> dict[str, int] | None:
 class Pass:
     """One model on its way."""
 
-    def __init__(self, folder: Path, model: onnx.ModelProto, native: bool = False) -> None:
-        self.folder, self.model, self.graph, self.native = folder, model, model.graph, native
-        self.formats = tuple(FORMATS) if native else FORMATS_TAKEN
+    def __init__(self, folder: Path, model: onnx.ModelProto) -> None:
+        self.folder, self.model, self.graph = folder, model, model.graph
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.overridable = {value.name for value in self.graph.input} & set(self.constants)
         self.readers: dict[str, list[onnx.NodeProto]] = {}
@@ -160,7 +151,7 @@ class Pass:
 
     def about(self) -> dict[str, str]:
         """Return what the device runtime has to know."""
-        return {PACKED: json.dumps(self.packed), **({NATIVE: "1"} if self.native else {})}
+        return {PACKED: json.dumps(self.packed)}
 
     def version(self) -> int:
         """Return the version of this project's operators."""
@@ -209,8 +200,6 @@ class Pass:
             self.row_embedding(node)
         elif node.op_type == "Before":
             raise ModelError(f"{node.name}: prompts of encoders have no form for GPUs. Take another method or target.")
-        elif node.op_type in ("RouterGate", "Bottleneck") and not self.native:
-            raise ModelError(f"{node.name}: no browser runs routers and bottlenecks. Take another method or target.")
         elif node.op_type == "RouterGate":
             self.routers[node.output[0]] = node.input[1]
         elif node.op_type == "Bottleneck":
@@ -246,10 +235,8 @@ class Pass:
     def linear(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> None:
         """Add one fused node as MatMulNBits and its packed adapter."""
         tag = node.op_type.removeprefix(f"{NAME}_").rsplit("_g", 1)[0]
-        if tag not in self.formats or node.op_type.endswith("_offset"):
-            raise ModelError(
-                f"{node.name}: {node.op_type} has no product on GPUs. Take --format {' or '.join(self.formats)}."
-            )
+        if node.op_type.endswith("_offset"):
+            raise ModelError(f"{node.name}: weights with offsets have no product on GPUs. Keep the adapter separate.")
         groups = len(node.output)
         x, w, scale, s_in = node.input[: len(SHARED_INPUTS)]
         sizes = [int(attrs[f"n{g}"]) for g in range(groups)]
@@ -312,7 +299,7 @@ class Pass:
         """Add rows of a table in tiles, by the operator that picks and multiplies in one."""
         ids, w, scale = node.input
         tag = node.op_type.removeprefix("PackedEmbedding_")
-        if tag not in FORMATS_TAKEN:
+        if tag.startswith("nf4"):
             raise ModelError(f"{node.name}: {tag} has no embedding on GPUs. Take --embedding-format i4b32.")
         tiles, units = self.constants[w].dims[:2]
         n, k = tiles * TILE_ROWS, units * TILE_COLUMNS

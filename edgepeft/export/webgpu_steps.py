@@ -15,8 +15,7 @@
 These operators multiply 4-bit weights in blocks of 32 alone, so adapters come in 4-bit digits, see
 `edgepeft.runtime.digits`, and linears of other formats, or with scales of their input, are as in `webgpu`. Biases of
 products are for one row, hence two branches; both read the same weights and digits, "edgepeft.digits" says of what.
-Ranks are fixed when the graph is made: an adapter has at most those of the one in it. Natively alone: onnxruntime-web
-was not seen to have these operators.
+Ranks are fixed when the graph is made: an adapter has at most those of the ones in the folder.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ const SHELL = [
   "./",
   "edgepeft.js",
   "web/page.js",
-  ...["adapters", "chat", "classifier", "engine", "files", "generator", "graph", "model", "sampling", "tokens"].map(
+  ...["adapters", "cache", "chat", "classifier", "digits", "engine", "files", "generator", "graph", "model"].map(
     (name) => `web/${name}.js`,
   ),
+  ...["sampling", "tokens"].map((name) => `web/${name}.js`),
   ...["jinja.js", "tokenizers.min.mjs"].map((name) => `web/vendor/${name}`),
   ...["ort.webgpu.min", "ort-wasm-simd-threaded.asyncify", "ort.wasm.min", "ort-wasm-simd-threaded"].map(
     (name) => `web/vendor/${name}.mjs`,

@@ -15,15 +15,16 @@ from edgepeft.runtime import load
 from tests.deploy.served import Served
 
 TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order
+DIGITS_TOLERANCE = 5e-3  # where adapters, here as strong as the base, come in 4-bit digits
 TEXTS = ("turn off the lamp", "Play a JAZZ in the hall, please!", "lamp " * 80)
 PROMPT = "turn on the lamp in the attic and " * 3
 DEVICES = ("webgpu", "wasm")
 NEW, STREAMED = 4, 12  # tokens
 
 
-def _same(found: list[float], wanted: np.ndarray) -> None:
+def _same(found: list[float], wanted: np.ndarray, tolerance: float = TOLERANCE) -> None:
     assert len(found) == len(wanted)
-    assert np.abs(np.array(found) - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+    assert np.abs(np.array(found) - wanted).max() <= tolerance * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -50,7 +51,10 @@ def test_a_language_model_writes_as_python_does_under_every_adapter(bundles, pag
         ids = model.encode(PROMPT)
         assert len(ids) > 64
         assert page.run(f"model.encode({json.dumps(PROMPT)})") == ids
-        _same(page.run(f"model.logits({ids}, {about}).then(row => [...row])"), model.logits(ids, adapter, 1)[0])
+        in_digits = device == "webgpu" and adapter in ("default", "other")
+        for some in (ids, ids[:1]):
+            found = page.run(f"model.logits({some}, {about}).then(row => [...row])")
+            _same(found, model.logits(some, adapter, 1)[0], DIGITS_TOLERANCE if in_digits else TOLERANCE)
         wanted = model.generate(PROMPT, adapter=adapter, max_new_tokens=NEW)
         found = page.run(f"model.generate({json.dumps(PROMPT)}, {about})")
         assert found["tokens"] == wanted.tokens
@@ -65,10 +69,36 @@ def test_a_language_model_writes_as_python_does_under_every_adapter(bundles, pag
     assert "".join(pieces) == model.generate("Hello", max_new_tokens=STREAMED).text
 
 
-def test_keys_and_values_stay_on_the_gpu(pages) -> None:
+def test_keys_and_values_stay_on_the_gpu_where_they_are(pages) -> None:
     page = pages("writer", "webgpu")
     page.run("model.generate('Hello', {maxNewTokens: 2})")
-    assert set(page.run("Object.values(model.past).map(value => value.location)")) == {"gpu-buffer"}
+    page.run("{ window.before = Object.values(model.cache.past) }")
+    page.run("model.generate('Hello', {maxNewTokens: 3})")
+    assert set(page.run("before.map(value => value.location)")) == {"gpu-buffer"}
+    assert page.run("Object.values(model.cache.past).every((value, place) => value === before[place])")
+
+
+COUNT = """(async () => {
+  const { setPipeline } = GPUComputePassEncoder.prototype;
+  const [places, seen] = [[], new Map()];
+  GPUComputePassEncoder.prototype.setPipeline = function (pipeline) {
+    if (!seen.has(pipeline)) seen.set(pipeline, seen.size);
+    places.push(seen.get(pipeline));
+    return setPipeline.call(this, pipeline);
+  };
+  await model.logits([5], { adapter: "default" });
+  GPUComputePassEncoder.prototype.setPipeline = setPipeline;
+  return places;
+})()"""
+
+
+def test_an_adapter_costs_few_shaders(pages) -> None:
+    page = pages("writer", "webgpu")
+    found = page.run(COUNT)
+    twice = [name for name in set(found) if found.count(name) == 2]  # once in each of two layers, as attention is
+    apart = [len(found) - 1 - found[::-1].index(name) - found.index(name) for name in twice]
+    assert len(apart) > 3
+    assert min(apart) <= 14
 
 
 def test_an_adapter_that_came_later_is_taken_by_name(bundles, pages) -> None:
@@ -114,7 +144,7 @@ def test_it_loads_again_without_the_server_and_only_what_changed(bundles, browse
     page.close()
 
 
-@pytest.mark.parametrize("name", ["model.onnx.data", "model.webgpu.onnx", "manifest.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["model.onnx.data", "model.onnx", "manifest.json", "tokenizer.json"])
 def test_a_flipped_byte_is_said_on_the_page(bundles, browsers, tmp_path: Path, name: str) -> None:
     served = Served(shutil.copytree(bundles("classifier").folder, tmp_path / "bundle"))
     path = served.folder / name

@@ -22,11 +22,8 @@ from tests.runtime.gpus import sealed_bundle, stock_session
 
 TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order
 DIGITS_TOLERANCE = 5e-3  # where adapters, here as strong as the base, come in 4-bit digits
-RUNS = [(kind, "i4b32", False) for kind in ("bert", "llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3")]
-RUNS += [(kind, "i8c", False) for kind in ("bert", "llama")]
-RUNS += [(kind, "nf4b64", True) for kind in ("bert", "llama")]
-RUNS += [(kind, "i4b32", True) for kind in ("llama", "qwen2")]
-RUNS += [pytest.param(kind, "i4b32", True, marks=pytest.mark.slow) for kind in ("gemma3", "phi3")]
+RUNS = [(kind, "i4b32") for kind in ("bert", "llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3")]
+RUNS += [(kind, tag) for tag in ("i8c", "nf4b64") for kind in ("bert", "llama")]
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +40,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory):
     """Return the exported folder of a kind and format, made once, with its graph for GPUs."""
     made: dict[tuple[str, str], Path] = {}
 
-    def make(kind: str, tag: str, steps: bool = False) -> Path:
+    def make(kind: str, tag: str) -> Path:
         if (kind, tag) not in made:
             place = tmp_path_factory.mktemp(f"{kind}-{tag}")
             if kind == "bert":
                 made[kind, tag] = export_run(*make_run(place, format=tag))
             else:
                 made[kind, tag] = export_decoder(place, kind, tag).folder
-        export.write(made[kind, tag], steps)
+            export.write(made[kind, tag])
         return made[kind, tag]
 
     return make
@@ -85,9 +82,9 @@ def _runs(kind: str, session) -> list[tuple[dict, dict]]:
     return [_written(session, 7, 0, 1), _written(session, 1, 7, 1), _written(session, 5, 4, 3)]
 
 
-@pytest.mark.parametrize(("kind", "tag", "steps"), RUNS)
-def test_a_gpu_computes_what_the_cpu_does_with_every_node_on_it(gpu, exported, kind, tag, steps) -> None:
-    folder = exported(kind, tag, steps)
+@pytest.mark.parametrize(("kind", "tag"), RUNS)
+def test_a_gpu_computes_what_the_cpu_does_with_every_node_on_it(gpu, exported, kind: str, tag: str) -> None:
+    folder = exported(kind, tag)
     stock, session = stock_session(folder), webgpu.open_session(folder)  # refuses to place a node on the CPU
     taken = {item.name for item in stock.get_inputs() + stock.get_overridable_initializers()}
     for cpu_feeds, gpu_feeds in _runs(kind, session):
@@ -97,14 +94,17 @@ def test_a_gpu_computes_what_the_cpu_does_with_every_node_on_it(gpu, exported, k
         assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("bert", False), ("llama", False), ("llama", True)])
-def test_other_adapters_and_none_are_fed_packed(gpu, exported, kind: str, steps: bool) -> None:
+@pytest.mark.parametrize(("kind", "tag"), [("bert", "i4b32"), ("llama", "i8c"), ("llama", "i4b32")])
+def test_other_adapters_and_none_are_fed_packed(gpu, exported, kind: str, tag: str) -> None:
     from onnxruntime import OrtValue
 
     from edgepeft.runtime import adapters as ad
 
-    folder, tolerance = exported(kind, "i4b32", steps), DIGITS_TOLERANCE if steps else TOLERANCE
+    folder = exported(kind, tag)
     stock, session = stock_session(folder), webgpu.open_session(folder)
+    steps = bool(webgpu.in_digits(session))
+    tolerance = DIGITS_TOLERANCE if steps else TOLERANCE
+    assert steps == (kind == "llama" and tag == "i4b32")
     places, rng = ad.slots(stock), np.random.default_rng(1)
     assert set(webgpu.slots(session, ad.slots(session))) == set(places)
     cpu_feeds, gpu_feeds = _runs(kind, session)[0]
@@ -133,25 +133,25 @@ def test_other_adapters_and_none_are_fed_packed(gpu, exported, kind: str, steps:
 
 
 def test_an_adapter_costs_few_shaders(gpu, exported) -> None:
-    found = {name: dispatches.programs(folder) for name, folder in dispatches.graphs(exported("llama", "i4b32", True))}
-    layer = {name: dispatches.per_layer(one) for name, one in found.items()}
-    assert layer["naive"] >= 36 > 14 >= layer["ours"]
-    assert layer["ours"] <= 1.5 * layer["base"]
-    exported("llama", "i4b32")
-    plain = dispatches.programs(exported("llama", "i4b32"))
-    assert dispatches.per_layer(plain) <= 20
-    assert len(dispatches.programs(exported("bert", "i4b32"))) <= 76
+    with dispatches.graphs(exported("llama", "i4b32")) as made:
+        folders = [*made.values(), exported("llama", "i8c"), exported("bert", "i4b32")]
+        base, naive, ours, plain, encoder = dispatches.programs(*folders)
+    base, naive, ours, plain = map(dispatches.per_layer, (base, naive, ours, plain))
+    assert naive >= 36 > 14 >= ours
+    assert ours <= 1.5 * base
+    assert plain <= 23
+    assert len(encoder) <= 76
 
 
 def test_a_graph_that_is_made_again_has_room_for_all_adapters(exported, tmp_path: Path) -> None:
     folder = tmp_path / "export"
-    shutil.copytree(exported("llama", "i4b32", True), folder)
+    shutil.copytree(exported("llama", "i4b32"), folder)
     before = export.ranks_in(folder)
     own = read_tensors(folder / "adapters" / "default" / TENSORS)
     more = {n: np.zeros((20, a.shape[1]) if n.endswith(DOWN) else (len(a), 20), a.dtype) for n, a in own.items()}
     (folder / "adapters" / "more").mkdir()
     write_tensors(folder / "adapters" / "more" / TENSORS, more, {"format": "pt"})
-    export.write_again(folder)
+    export.write(folder)
     after = export.ranks_in(folder)
     assert set(before) == set(after)
     assert all(after[name] == 5 * before[name] for name in before)  # 20 ranks each, where there were 4
@@ -162,16 +162,14 @@ BRANCHES += [pytest.param("bert", name, marks=pytest.mark.slow) for name in ("ex
 
 
 @pytest.mark.parametrize(("kind", "name"), BRANCHES)
-def test_experts_and_bottlenecks_run_natively_and_can_be_left_out(gpu, tmp_path: Path, kind: str, name: str) -> None:
+def test_experts_and_bottlenecks_run_and_can_be_left_out(gpu, tmp_path: Path, kind: str, name: str) -> None:
     from onnxruntime import OrtValue
 
     from edgepeft.runtime import adapters as ad
 
     subject = Subject(tmp_path, kind, "i4b32")
     folder = subject.export(subject.made(name))
-    with pytest.raises(ModelError, match="no browser runs routers and bottlenecks"):
-        export.write(folder)
-    export.write(folder, native=True)
+    export.write(folder)
     stock, session = stock_session(folder), webgpu.open_session(folder)
     places = ad.slots(stock)
     assert set(webgpu.slots(session, ad.slots(session))) == set(places)
@@ -192,11 +190,6 @@ def test_a_tensor_that_no_shader_can_bind_is_refused(exported) -> None:
     export.check_sizes(folder, 1)
     with pytest.raises(ModelError, match=r"a shader of this target binds 0 at most.*--embedding-format"):
         export.check_sizes(folder, 0)
-
-
-def test_weights_without_a_packed_product_are_refused(exported) -> None:
-    with pytest.raises(ModelError, match=r"no product on GPUs. Take --format .*i4b32"):
-        exported("bert", "nf4b64")
 
 
 def test_capped_attention_is_refused(exported) -> None:
@@ -241,11 +234,11 @@ def test_no_provider_and_no_gpu_are_told_apart(tmp_path: Path, monkeypatch) -> N
         webgpu.check(tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "native"), [("bert", False), ("llama", False), ("llama", True)])
-def test_a_loaded_bundle_answers_on_a_gpu_as_on_the_cpu(gpu, exported, tmp_path: Path, kind: str, native: bool) -> None:
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_loaded_bundle_answers_on_a_gpu_as_on_the_cpu(gpu, exported, tmp_path: Path, kind: str) -> None:
     from edgepeft.runtime import load
 
-    bundle = sealed_bundle(exported(kind, "i4b32", native), tmp_path / "bundle", kind)
+    bundle = sealed_bundle(exported(kind, "i4b32"), tmp_path / "bundle", kind)
     cpu, found = load(bundle, library="none"), load(bundle, device="webgpu")
     assert (cpu.gpu, found.gpu) == (False, True)
     if kind == "llama":
@@ -253,10 +246,10 @@ def test_a_loaded_bundle_answers_on_a_gpu_as_on_the_cpu(gpu, exported, tmp_path:
     for name in ("default", "none"):
         given = list(range(5, 17)) if kind == "llama" else ["turn off the lamp", "play a jazz in the hall please"]
         wanted = cpu.logits(given, name)
-        tolerance = DIGITS_TOLERANCE if native and name == "default" else TOLERANCE
+        tolerance = DIGITS_TOLERANCE if kind == "llama" and name == "default" else TOLERANCE
         assert np.abs(found.logits(given, name) - wanted).max() <= tolerance * np.abs(wanted).max()
     if kind == "llama":
-        names = ["none"] * 3 if native else ["default", "none", "default"]
+        names = ["default", "none", "default"]
         asked = ["turn on the lamp", "turn on the light", "play"]  # some begin alike: keys and values are copied
         words = [
             [answer.text for answer in model.generate(asked, adapter=names, max_new_tokens=6)] for model in (cpu, found)
@@ -288,5 +281,5 @@ def test_long_texts_are_read_as_on_the_cpu(gpu, exported, tmp_path: Path, kind: 
     bundle = sealed_bundle(exported(kind, "i4b32"), tmp_path / "bundle", kind)
     cpu, found = load(bundle, library="none"), load(bundle, device="webgpu")
     given = [5 + i * 7 % 90 for i in range(60)] if kind == "llama" else ["turn off the lamp please " * 12]
-    wanted = cpu.logits(given, "default")
-    assert np.abs(found.logits(given, "default") - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+    wanted = cpu.logits(given, "none")
+    assert np.abs(found.logits(given, "none") - wanted).max() <= TOLERANCE * np.abs(wanted).max()

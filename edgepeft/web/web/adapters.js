@@ -1,12 +1,15 @@
 /**
- * Adapters as tensors to feed: read from safetensors files, packed as the graph for GPUs takes them.
+ * Adapters as tensors to feed: read from safetensors files; packed where the graph for GPUs takes them so.
  *
  *     A [R, K], B [N, R] of each group ──► A [K, S], B [S, N] float32, S the ranks of all groups, filled to a vector of 4
+ *                                      ──► or their 4-bit digits, see web/digits.js
  *
+ * A tensor is {kind, dims, data}, float16 as Uint16Array; packed ones have no kind, their arrays tell it.
  * It is `edgepeft.runtime.adapters` and `edgepeft.runtime.webgpu` over again, and refuses what they refuse: an adapter of
  * another base or format, a tensor that the graph has no place for, a scale that was not folded into B.
  */
 
+import * as digits from "./digits.js";
 import { EdgePeftError } from "./files.js";
 
 export const DEFAULT = "default";
@@ -31,13 +34,17 @@ export function fromHalves(halves) {
   return out;
 }
 
-/** Return the values of bytes as float32 numbers. */
-export function floats(kind, bytes) {
-  const own = bytes.slice(); // aligned, whatever file it lay in
-  return kind === "float16" ? fromHalves(new Uint16Array(own.buffer)) : new Float32Array(own.buffer);
+const ARRAYS = { float32: Float32Array, float16: Uint16Array, uint8: Uint8Array, int64: BigInt64Array };
+
+/** Return a tensor of bytes. */
+export function tensorOf(kind, dims, bytes) {
+  return { kind, dims, data: new ARRAYS[kind](bytes.slice().buffer) }; // aligned, whatever file it lay in
 }
 
-/** Read a safetensors file: {tensors: Map name -> {dims, data: Float32Array}, metadata}. */
+/** Return the values of a tensor as float32 numbers. */
+export const numbers = ({ kind, data }) => (kind === "float16" ? fromHalves(data) : data);
+
+/** Read a safetensors file: {tensors: Map name -> tensor, metadata}. */
 export function readTensors(name, bytes) {
   const damaged = (what) => new EdgePeftError(`${name}: no safetensors file: ${what}. Copy the adapter again.`);
   const length = bytes.length < 8 ? Infinity : Number(new DataView(bytes.buffer, bytes.byteOffset).getBigUint64(0, true));
@@ -47,9 +54,11 @@ export function readTensors(name, bytes) {
   for (const [tensor, { dtype, shape, data_offsets: [start, end] }] of Object.entries(header)) {
     const kind = { F16: "float16", F32: "float32" }[dtype];
     if (!kind || 8 + length + end > bytes.length) throw damaged(`${tensor} is ${dtype}, or cut off`);
-    const data = floats(kind, bytes.subarray(8 + length + start, 8 + length + end));
-    if (!data.every(Number.isFinite)) throw new EdgePeftError(`${name}: ${tensor} holds values that are not finite.`);
-    tensors.set(tensor, { dims: shape, data });
+    const found = tensorOf(kind, shape, bytes.subarray(8 + length + start, 8 + length + end));
+    if (!numbers(found).every(Number.isFinite)) {
+      throw new EdgePeftError(`${name}: ${tensor} holds values that are not finite.`);
+    }
+    tensors.set(tensor, found);
   }
   for (const [alias, stored] of Object.entries(JSON.parse(metadata["edgepeft.alias"] ?? "{}"))) {
     if (!tensors.has(stored)) throw damaged(`${stored} is not in it`);
@@ -58,67 +67,132 @@ export function readTensors(name, bytes) {
   return { tensors, metadata };
 }
 
-/** Return A [k, S] and B [S, total] of a node's groups {a, b, gate, n}, of tensors by name; rank 0 where there is none. */
-export function pack(groups, tensors, k) {
-  const total = groups.reduce((sum, group) => sum + group.n, 0);
-  const rank = (group) => tensors.get(group.a)?.dims[0] ?? 0;
-  const width = Math.max(Math.ceil(groups.reduce((sum, group) => sum + rank(group), 0) / RANKS), 1) * RANKS;
-  const down = new Float32Array(k * width);
-  const up = new Float32Array(width * total);
-  let column = 0;
-  let start = 0;
-  for (const group of groups) {
-    const [a, b, gate] = [group.a, group.b, group.gate].map((name) => tensors.get(name)?.data);
-    for (let r = 0; r < rank(group); r++, column++) {
+/** Return the ranks that an adapter's tensors have in a node of groups {a, b, gate, n}. */
+const ranks = (groups, tensors) => groups.reduce((sum, { a }) => sum + (tensors.get(a)?.dims[0] ?? 0), 0);
+
+/** Return [A [width, k], B of each group [n, width]] of a node's groups, in float32; zeros where there are no ranks. */
+function side(groups, tensors, k, width) {
+  const down = new Float32Array(width * k);
+  let first = 0;
+  const ups = groups.map((group) => {
+    const up = new Float32Array(group.n * width);
+    const [a, b, gate] = [group.a, group.b, group.gate].map((name) => tensors.has(name) && numbers(tensors.get(name)));
+    const rank = ranks([group], tensors);
+    for (let r = 0; r < rank; r++) {
       const factor = gate ? gate[gate.length === 1 ? 0 : r] : 1;
-      for (let i = 0; i < k; i++) down[i * width + column] = Math.fround(a[r * k + i] * factor);
-      for (let i = 0; i < group.n; i++) up[column * total + start + i] = b[i * rank(group) + r];
+      for (let i = 0; i < k; i++) down[(first + r) * k + i] = Math.fround(a[r * k + i] * factor);
+      for (let i = 0; i < group.n; i++) up[i * width + first + r] = b[i * rank + r];
     }
-    start += group.n;
+    first += rank;
+    return up;
+  });
+  return [down, ups];
+}
+
+/** Return numbers [rows, columns] as [columns, rows]. */
+function turned(data, rows, columns) {
+  const out = new Float32Array(data.length);
+  for (let i = 0; i < rows; i++) for (let j = 0; j < columns; j++) out[j * rows + i] = data[i * columns + j];
+  return out;
+}
+
+/** Return arrays of [n, ..] below each other. */
+function below(parts) {
+  const out = new Float32Array(parts.reduce((sum, part) => sum + part.length, 0));
+  parts.reduce((at, part) => (out.set(part, at), at + part.length), 0);
+  return out;
+}
+
+/** Return {input: tensor} of a node's A [k, S] and B [S, N], and routers' shares, by tensors of its groups {a, b, gate, n}. */
+function packed(node, groups, tensors, k) {
+  const width = Math.max(Math.ceil(ranks(groups, tensors) / RANKS), 1) * RANKS;
+  const [down, ups] = side(groups, tensors, k, width);
+  const total = groups.reduce((sum, group) => sum + group.n, 0);
+  return {
+    [`${node}.lora_A`]: { dims: [k, width], data: turned(down, width, k) },
+    [`${node}.lora_B`]: { dims: [width, total], data: turned(below(ups), total, width) },
+    ...routers(node, groups, tensors, width),
+  };
+}
+
+/** Return {input: tensor [experts, S]} of each group with a router: which of the packed ranks are an expert's. */
+function routers(node, groups, tensors, width) {
+  const out = {};
+  const routed = groups.flatMap(({ router }, g) => (tensors.has(router) ? [g] : []));
+  for (const g of routed) {
+    const experts = tensors.get(groups[g].router).dims[0];
+    const data = new Float32Array(experts * width);
+    groups.reduce((first, group, other) => {
+      const rank = ranks([group], tensors);
+      const alone = !routed.includes(other) && g === routed[0]; // its shares add up to 1
+      for (let r = 0; r < rank; r++) {
+        if (other === g) data[Math.floor((r * experts) / rank) * width + first + r] = 1;
+        else if (alone) for (let e = 0; e < experts; e++) data[e * width + first + r] = 1;
+      }
+      return first + rank;
+    }, 0);
+    out[`${node}.lora_R${g}`] = { dims: [experts, width], data };
   }
-  return [{ dims: [k, width], data: down }, { dims: [width, total], data: up }];
+  return out;
+}
+
+/** Return {input: tensor} of a node's adapter in digits; about: {groups, k, ranks, apart}, as the graph says. */
+function inDigits(where, node, { groups, k, ranks: most, apart }, tensors) {
+  const found = ranks(groups, tensors);
+  if (found > most) {
+    throw new EdgePeftError(`${where}: has ${found} ranks in ${node}, this graph takes ${most}. Put it in by \`edgepeft adapters add\`.`);
+  }
+  const [down, ups] = side(groups, tensors, k, most);
+  const out = {};
+  const put = (name, [codes, scales]) => Object.assign(out, { [`${node}.${name}`]: codes, [`${node}.${name}.scales`]: scales });
+  put("lora_A", digits.down(down, most, k));
+  (apart ? ups : [below(ups)]).forEach((part, g) => put(`lora_B.${g}`, digits.up(part, part.length / most, most)));
+  return out;
 }
 
 /** The places that a graph has for adapters, and what to feed into them. */
 export class Places {
-  /** graph: of `openGraph`; defaults: Map name -> {dims, data}, what the graph itself had. */
+  /** graph: of `openGraph`; defaults: Map name -> tensor, what the graph itself had. */
   constructor(graph, defaults) {
     this.defaults = defaults;
     this.packed = JSON.parse(graph.metadata["edgepeft.packed"] ?? "{}");
-    const inside = new Set(Object.keys(this.packed).flatMap((node) => [`${node}.lora_A`, `${node}.lora_B`]));
-    this.plain = new Map([...defaults.keys()].filter((name) => !inside.has(name)).map((n) => [n, graph.inputs.get(n)]));
-    this.groups = new Map();
-    for (const groups of Object.values(this.packed)) {
-      for (const { a, b, gate } of groups) for (const name of [a, b, gate]) if (name) this.groups.set(name, true);
-    }
+    this.digits = JSON.parse(graph.metadata["edgepeft.digits"] ?? "{}");
+    const nodes = [...Object.keys(this.packed), ...Object.keys(this.digits)];
+    const plain = [...defaults.keys()].filter((name) => !nodes.some((node) => name.startsWith(`${node}.lora_`)));
+    this.plain = new Map(plain.map((name) => [name, graph.inputs.get(name)]));
+    const groups = [...Object.values(this.packed), ...Object.values(this.digits).map((about) => about.groups)].flat();
+    this.groups = new Set(groups.flatMap(({ a, b, gate }) => [a, b, gate].filter(Boolean)));
   }
 
   get any() {
     return this.defaults.size > 0;
   }
 
-  /** Return Map input -> {dims, data} for an adapter's tensors; `own`: the base's own of what adapters replace. */
+  /** Return Map input -> tensor for an adapter's tensors; `own`: the base's own of what adapters replace. */
   feeds(where, tensors, own, isBase) {
     const odd = [...tensors.keys()].find((name) => !this.groups.has(name) && !this.plain.has(name));
     if (odd) throw new EdgePeftError(`${where}: the graph has no place for its ${odd}.`);
     const out = new Map();
+    const put = (found) => Object.entries(found).forEach(([name, tensor]) => out.set(name, tensor));
     for (const [node, groups] of Object.entries(this.packed)) {
       const k = this.defaults.get(`${node}.lora_A`).dims[0];
       this.#check(where, groups, tensors, k);
-      const [a, b] = pack(groups, tensors, k);
-      out.set(`${node}.lora_A`, a);
-      out.set(`${node}.lora_B`, b);
+      put(packed(node, groups, tensors, k));
     }
-    for (const [name, { dims }] of this.plain) {
+    for (const [node, about] of Object.entries(this.digits)) {
+      this.#check(where, about.groups, tensors, about.k);
+      put(inDigits(where, node, about, tensors));
+    }
+    for (const [name, { kind, dims }] of this.plain) {
       const given = tensors.get(name)?.data.length === 0 ? null : tensors.get(name);
-      const found = given ?? own.get(name) ?? neutral(name, dims);
+      const found = given ?? own.get(name) ?? neutral(name, kind, dims);
       if (!found && !isBase) throw new EdgePeftError(`${where}: ${name} is missing.`);
       const value = found ?? this.defaults.get(name); // the base has the default adapter's head
       const right = value.dims.every((size, axis) => typeof dims[axis] === "string" || size === dims[axis]);
       if (value.dims.length !== dims.length || !right) {
         throw new EdgePeftError(`${where}: ${name} is [${value.dims}], expected [${dims}].`);
       }
-      out.set(name, value);
+      out.set(name, kind === value.kind ? value : { kind, dims: value.dims, data: numbers(value) });
     }
     return out;
   }
@@ -134,17 +208,15 @@ export class Places {
 }
 
 /** Return what leaves the base as it is, or null where there is none. A and B are never of rank 0 here. */
-function neutral(name, dims) {
-  if (/\.lora_[AB]\.weight$/.test(name)) {
-    const sizes = dims.map((size) => (typeof size === "number" ? size : RANKS));
-    return { dims: sizes, data: new Float32Array(sizes[0] * sizes[1]) };
-  }
-  if (!/\.(gate|s_in|s_out)$/.test(name)) return null;
-  const sizes = dims.map((size) => (typeof size === "number" ? size : 1));
-  return { dims: sizes, data: new Float32Array(sizes.reduce((a, b) => a * b, 1)).fill(1) };
+function neutral(name, kind, dims) {
+  const low = /\.lora_[AB]\.weight$/.test(name);
+  if (!low && !/\.(gate|s_in|s_out)$/.test(name)) return null;
+  const sizes = dims.map((size) => (typeof size === "number" ? size : low ? RANKS : 1));
+  const data = new ARRAYS[kind](sizes.reduce((a, b) => a * b, 1));
+  return { kind, dims: sizes, data: low ? data : data.fill(1) };
 }
 
-/** Take the keys and values out of an adapter's tensors that stand before the text: Map input -> {dims, data}. */
+/** Take the keys and values out of an adapter's tensors that stand before the text: Map input -> tensor. */
 export function takePrompt(where, tensors, graph) {
   const found = [...tensors.keys()].filter((name) => name.startsWith(PAST));
   const prompt = new Map(found.map((name) => [name, tensors.get(name)]));
@@ -205,7 +277,7 @@ export function named(files) {
   return found.filter(Boolean).sort((a, b) => (b === DEFAULT) - (a === DEFAULT) || (a < b ? -1 : 1));
 }
 
-/** Return the base's own of what adapters replace: Map name -> {dims, data}. */
+/** Return the base's own of what adapters replace: Map name -> tensor. */
 export async function ownTensors(files) {
   return files.has(OWN) ? readTensors(OWN, (await files.read([OWN]))[OWN]).tensors : new Map();
 }

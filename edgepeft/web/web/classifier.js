@@ -20,13 +20,13 @@ export class Classifier extends Model {
     const tensor = (...about) => this.engine.tensor(...about);
     const counted = {
       input_ids: tensor("int64", [1, width], ids),
+      attention_mask: tensor("int64", [1, width], ids.map(() => 1)),
       token_type_ids: tensor("int64", [1, width], ids.map(() => 0)),
       position_ids: tensor("int64", [width], ids.map((_, place) => place)),
       attention_bias: tensor("float32", [1, 1, width, width], new Float32Array(width * width)),
       attention_bias_first: tensor("float32", [1, 1, 1, width], new Float32Array(width)),
     };
-    const wanted = this.engine.session.inputNames.filter((name) => name in counted).map((name) => [name, counted[name]]);
-    const { logits } = await this.inTurn(() => this.engine.run({ ...feeds, ...Object.fromEntries(wanted) }));
+    const { logits } = await this.inTurn(() => this.engine.run({ ...feeds, ...this.engine.taken(counted) }));
     if (logits.dims.at(-1) !== labels.length) {
       throw new EdgePeftError(`its head gives ${logits.dims.at(-1)} logits, the adapter names ${labels.length} labels.`);
     }

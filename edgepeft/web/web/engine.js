@@ -1,23 +1,25 @@
 /**
- * ONNX Runtime Web: one session on the GPU by WebGPU, or on the CPU by WebAssembly, of the same graph.
+ * ONNX Runtime Web: one session on the GPU by WebGPU, or on the CPU by WebAssembly, each with its graph of the same weights.
  *
  *     "auto" ──► WebGPU where there is an adapter and it takes the graph, else WebAssembly and why
  *
  * Each has a build of its own, of which one is fetched: that for WebGPU lacks operators of the CPU.
  */
 
-import { floats } from "./adapters.js";
+import { tensorOf } from "./adapters.js";
 import { EdgePeftError } from "./files.js";
 import { openGraph } from "./graph.js";
 
-export const GRAPH = "model.webgpu.onnx";
 export const DEVICES = ["auto", "webgpu", "wasm"];
+const GRAPHS = { webgpu: "model.webgpu.onnx", wasm: "model.onnx" };
+const TERMS = ["float32", "float16", "uint8"]; // of adapters; a default of another kind is a setting of the graph
 const BUILDS = {
   webgpu: ["./vendor/ort.webgpu.min.mjs", "web/vendor/ort-wasm-simd-threaded.asyncify.wasm"],
   wasm: ["./vendor/ort.wasm.min.mjs", "web/vendor/ort-wasm-simd-threaded.wasm"],
 };
 const MOST_THREADS = 8;
 const SUBGROUP = 16; // ONNX Runtime's attention is wrong where subgroups are smaller; without the feature it uses none
+const STEP_BUFFERS = 10; // of a shader of the branch for single tokens
 const LIMITS = [
   "maxBufferSize",
   "maxStorageBufferBindingSize",
@@ -29,7 +31,8 @@ const LIMITS = [
   "maxComputeWorkgroupsPerDimension",
   "maxStorageBuffersPerShaderStage",
 ];
-const ARRAYS = { float32: Float32Array, int32: Int32Array, int64: BigInt64Array };
+const ARRAYS = { float32: Float32Array, int32: Int32Array, int64: BigInt64Array, bool: Uint8Array };
+const PACKED = new Map([[Float32Array, "float32"], [Uint8Array, "uint8"]]);
 
 /** Find the GPU: {device} of it, or {reason} why there is none. */
 async function findGpu() {
@@ -53,33 +56,18 @@ export class Engine {
     if (!DEVICES.includes(device)) {
       throw new EdgePeftError(`device: expected ${DEVICES.join(", ")}, found '${device}'.`);
     }
-    if (!files.has(GRAPH)) {
+    if (!files.has(GRAPHS.webgpu)) {
       throw new EdgePeftError("this bundle has no page for browsers. Build it with --target web.");
     }
     const { device: gpu, reason } = device === "wasm" ? { reason: "it was asked for" } : await findGpu();
     if (reason && device === "webgpu") throw new EdgePeftError(`device 'webgpu': ${reason}. 'wasm' works everywhere.`);
-    const first = await files.read([GRAPH]);
-    const graph = openGraph(first[GRAPH]);
-    if (graph.metadata["edgepeft.digits"]) {
-      throw new EdgePeftError("this bundle's graph for GPUs is not one for browsers. Build it with --target web.");
-    }
-    const outside = [...graph.defaults.values()].map((value) => value.location).filter(Boolean);
-    const names = [...new Set([...graph.locations, ...outside])];
-    const progress = (seen) => onProgress({ stage: "load", ...seen });
-    const bytes = await files.read(names, progress);
-    const engine = new Engine(graph, bytes, gpu, (name) => files.read([name], progress));
+    const engine = new Engine(gpu, (names) => files.read(names, (seen) => onProgress({ stage: "load", ...seen })));
     await engine.#start(reason, device);
     return engine;
   }
 
-  constructor(graph, bytes, gpu, read) {
-    Object.assign(this, { graph, bytes, gpu, read });
-    this.defaults = new Map();
-    for (const [name, { kind, dims, raw, location, offset, length }] of graph.defaults) {
-      if (kind !== "float32" && kind !== "float16") throw new EdgePeftError(`${GRAPH}: ${name} is ${kind}.`);
-      const own = location ? bytes[location].subarray(offset, offset + length) : (raw ?? new Uint8Array());
-      this.defaults.set(name, { dims, data: floats(kind, own) });
-    }
+  constructor(gpu, read) {
+    Object.assign(this, { gpu, read });
   }
 
   async #start(reason, device) {
@@ -103,13 +91,27 @@ export class Engine {
   #ready(device, note) {
     this.device = device;
     this.note = note;
-    this.bytes = this.graph.bytes = null; // the session has its own
-    return this;
+    this.graph.bytes = null; // the session has its own
+  }
+
+  /** Read the graph of a device; return the bytes of its weights by their files. */
+  async #open(provider) {
+    const file = GRAPHS[provider];
+    this.graph = openGraph((await this.read([file]))[file]);
+    const defaults = [...this.graph.defaults].filter(([, { kind }]) => TERMS.includes(kind));
+    const outside = defaults.map(([, { location }]) => location).filter(Boolean);
+    const bytes = await this.read([...new Set([...this.graph.locations, ...outside])]);
+    this.defaults = new Map();
+    for (const [name, { kind, dims, raw, location, offset, length }] of defaults) {
+      const own = location ? bytes[location].subarray(offset, offset + length) : (raw ?? new Uint8Array());
+      this.defaults.set(name, tensorOf(kind, dims, own));
+    }
+    return bytes;
   }
 
   async #runtime(provider) {
     const [module, binary] = BUILDS[provider];
-    const { [binary]: code } = await this.read(binary);
+    const { [binary]: code } = await this.read([binary]);
     this.ort = await import(module);
     const { env } = this.ort;
     env.logLevel = "error";
@@ -119,6 +121,7 @@ export class Engine {
 
   async #session(provider) {
     await this.#runtime(provider);
+    const bytes = await this.#open(provider);
     const present = this.graph.pasts.map((name) => [name.replace("past_key_values", "present"), "gpu-buffer"]);
     const gpu = {
       preferredOutputLocation: Object.fromEntries(present),
@@ -126,7 +129,7 @@ export class Engine {
     };
     this.session = await this.ort.InferenceSession.create(this.graph.bytes, {
       executionProviders: [provider === "webgpu" ? { name: provider, device: this.gpu } : provider],
-      externalData: [...this.graph.locations].map((path) => ({ path, data: this.bytes[path] })),
+      externalData: [...this.graph.locations].map((path) => ({ path, data: bytes[path] })),
       logSeverityLevel: 3,
       ...(provider === "webgpu" ? gpu : {}),
     });
@@ -138,26 +141,41 @@ export class Engine {
     return new this.ort.Tensor(kind, values, dims);
   }
 
-  /** Return tensors to feed for Map name -> {dims, data}, kept where the session runs until `free`. */
+  /** Return of {input: tensor} what the graph has inputs for. */
+  taken(feeds) {
+    return Object.fromEntries(Object.entries(feeds).filter(([name]) => this.graph.inputs.has(name)));
+  }
+
+  /** Return tensors to feed for Map name -> tensor of `Places`, kept where the session runs until they are disposed of. */
   async place(values) {
     const out = {};
     const { Tensor } = this.ort;
-    const device = this.device === "webgpu" ? this.gpu : null;
-    for (const [name, { dims, data }] of values) {
-      if (device && data.length) {
-        const usage = GPUBufferUsage.STORAGE | GPUBufferUsage.COPY_SRC | GPUBufferUsage.COPY_DST;
-        const gpuBuffer = device.createBuffer({ size: Math.ceil(data.byteLength / 16) * 16, usage });
-        device.queue.writeBuffer(gpuBuffer, 0, data);
-        out[name] = Tensor.fromGpuBuffer(gpuBuffer, { dataType: "float32", dims, dispose: () => gpuBuffer.destroy() });
-      } else out[name] = new Tensor("float32", data, dims);
+    for (const [name, { kind, dims, data }] of values) {
+      const dataType = kind ?? PACKED.get(data.constructor);
+      if (this.device === "webgpu" && data.length) {
+        out[name] = this.memory(dims, data.byteLength, dataType);
+        this.gpu.queue.writeBuffer(out[name].gpuBuffer, 0, data);
+      } else out[name] = new Tensor(dataType, data, dims);
     }
     return out;
   }
 
+  /** Return memory of the GPU, all zeros. */
+  memory(dims, bytes, dataType = "float32") {
+    const usage = GPUBufferUsage.STORAGE | GPUBufferUsage.COPY_SRC | GPUBufferUsage.COPY_DST;
+    const gpuBuffer = this.gpu.createBuffer({ size: Math.ceil(bytes / 16) * 16, usage });
+    return this.ort.Tensor.fromGpuBuffer(gpuBuffer, { dataType, dims, dispose: () => gpuBuffer.destroy() });
+  }
+
+  /** Tell whether this GPU runs a graph's branch for single tokens. */
+  get takesSteps() {
+    return this.gpu?.limits.maxStorageBuffersPerShaderStage >= STEP_BUFFERS;
+  }
+
   /** Run the graph: {input: tensor} -> {output: tensor}. Throws EdgePeftError with what ONNX Runtime says. */
-  async run(feeds) {
+  async run(feeds, fetches = this.session.outputNames) {
     try {
-      return await this.session.run(feeds);
+      return await this.session.run(feeds, fetches);
     } catch (error) {
       const help = this.device === "webgpu" ? " If the GPU was lost or is full, load again, or with device 'wasm'." : "";
       throw new EdgePeftError(`the run failed: ${error.message}.${help}`);

@@ -2,12 +2,12 @@
  * A language model that writes: the prompt in parts, then token by token, keys and values on the GPU between runs.
  *
  *     ids ──► run ──► logits of the last token ──► Sampler ──► Decoding ──► Stops ──► shown
- *              └─ present keys and values, on the GPU, are the next run's past ─┘
  *
  * The last answer's keys and values stay for a prompt that begins alike, under the same adapter only. An adapter's own
  * keys and values stand before the text, and take their columns from the context.
  */
 
+import { cacheOf } from "./cache.js";
 import { chatTemplate } from "./chat.js";
 import { EdgePeftError } from "./files.js";
 import { Model } from "./model.js";
@@ -120,12 +120,8 @@ export class Generator extends Model {
 
   /** Drop what was read, and begin as an adapter does. */
   #begin(adapter) {
-    for (const value of Object.values(this.past ?? {})) value.dispose();
-    const { kv_heads: heads, head_dim: width } = this.about;
-    const none = { dims: [1, heads, 0, width], data: [] };
-    const start = (name) => adapter.prompt.get(name) ?? none;
-    const tensor = ({ dims, data }) => this.engine.tensor("float32", dims, data);
-    this.past = Object.fromEntries(this.engine.graph.pasts.map((name) => [name, tensor(start(name))]));
+    this.cache?.free();
+    this.cache = cacheOf(this.engine, this.about, adapter.prompt, this.context);
     this.seen = [];
     this.seenBy = adapter;
   }
@@ -147,25 +143,24 @@ export class Generator extends Model {
   async #run(ids, adapter) {
     const tensor = (...about) => this.engine.tensor(...about);
     const total = columns(adapter) + this.seen.length + ids.length;
-    const feeds = {
-      ...adapter.feeds,
-      ...this.past,
+    const counted = {
       input_ids: tensor("int64", [1, ids.length], ids),
+      attention_mask: tensor("int64", [1, total], new Array(total).fill(1)),
+      logits_to_keep: tensor("int64", [1], [1]),
+      one_token: tensor("bool", [], [ids.length === 1 && this.engine.takesSteps]),
       seqlens_k: tensor("int32", [1], [total - 1]),
       total_sequence_length: tensor("int32", [], [total]),
       logits_index: tensor("int64", [1, 1, 1], [ids.length - 1]),
     };
     let out;
     try {
-      out = await this.engine.run(feeds);
+      const { feeds, fetches } = this.cache.bind(total);
+      out = await this.engine.run({ ...adapter.feeds, ...feeds, ...this.engine.taken(counted) }, fetches);
     } catch (error) {
       this.seenBy = null; // what is there may be half of something
       throw error;
     }
-    for (const [name, value] of Object.entries(this.past)) {
-      value.dispose();
-      this.past[name] = out[name.replace("past_key_values", "present")];
-    }
+    this.cache.take(out);
     this.seen = [...this.seen, ...ids];
     return out.logits.data;
   }

@@ -1,7 +1,7 @@
 /**
  * What ONNX Runtime Web cannot be asked: a graph's inputs that have defaults, and the files its weights lie in.
  *
- *     model.webgpu.onnx ──► the same graph with no defaults, so that adapters can be fed    + the defaults, by name
+ *     model.webgpu.onnx, or model.onnx ──► the same graph with no defaults, so that adapters can be fed    + the defaults, by name
  *
  * ONNX Runtime Web takes no value for an input that has a default, so defaults are cut out here and always fed. A protobuf
  * message is a row of fields: a varint key (number << 3 | wire type), then a varint (type 0), 8 bytes (1), a length and
@@ -12,7 +12,7 @@
  *     GraphProto.input = 11 ► ValueInfoProto.name = 1, .type = 2 ► .tensor_type = 1 ► .elem_type = 1, .shape = 2 ► .dim = 1
  */
 
-export const KINDS = { 1: "float32", 6: "int32", 7: "int64", 10: "float16" };
+export const KINDS = { 1: "float32", 2: "uint8", 6: "int32", 7: "int64", 9: "bool", 10: "float16" };
 const decoder = new TextDecoder();
 
 function varint(bytes, at) {
