@@ -91,7 +91,7 @@ def _teacher(splits: Splits[Any], tokenizer: Any, config: Config, work: Path) ->
     from edgepeft.train import loop
 
     if config.teacher in (SELF, TUNED):
-        model = _float_model(resolve_model(config), splits.labels, config)
+        model = float_model(resolve_model(config), splits.labels, config)
     else:
         return _other_teacher(Path(config.teacher).expanduser(), splits.labels, tokenizer, config)
     if config.teacher == SELF and splits.labels and not config.lesson_hidden:
@@ -109,7 +109,7 @@ def _teacher(splits: Splits[Any], tokenizer: Any, config: Config, work: Path) ->
     return model.eval()
 
 
-def _float_model(source: ModelSource, labels: Sequence[str], config: Config) -> Any:
+def float_model(source: ModelSource, labels: Sequence[str], config: Config) -> Any:
     """Return the task model in float32; a head that the checkpoint lacks is drawn."""
     import transformers
 
@@ -139,7 +139,7 @@ def _other_teacher(folder: Path, labels: Sequence[str], tokenizer: Any, config: 
             f"{folder}: expected a teacher that knows the labels of the data; its config.json lacks {len(missing)} of "
             f"{len(labels)}: {', '.join(missing[:4])}. Give a model trained on them, or take --teacher tuned."
         )
-    model = _float_model(source, list(theirs), config)
+    model = float_model(source, list(theirs), config)
     token_limit(model, config)
     if labels:
         _check_head(source, model)

@@ -90,7 +90,7 @@ def lesson_of(config: Config, run: Run, tmp_path: Path) -> tuple[Lesson, Any, li
     work = tmp_path / "work"
     work.mkdir()
     found = teacher.lesson_for(student, rows, splits, tokenizer, config, work)
-    return found, teacher._float_model(loop_source(config), splits.labels, config).eval(), rows, tokenizer
+    return found, teacher.float_model(loop_source(config), splits.labels, config).eval(), rows, tokenizer
 
 
 def loop_source(config: Config) -> Any:
@@ -147,6 +147,28 @@ def test_a_tuned_teacher_speaks_before_the_student_learns(new_run: NewRun, tiny_
     assert said.shape == (len(labels), len(LABELS))
     assert np.mean(said.argmax(1) == labels) > 0.9, "the teacher's words lie with the wrong texts"
     assert json.loads((folder / "training.json").read_text())["test"]["accuracy"] > 0.7
+
+
+@pytest.mark.parametrize("hidden", [0.0, 1.0])
+def test_a_backbone_drops_nothing_while_hidden_states_are_taught(
+    hidden: float, new_run: NewRun, tiny_config: Config, tmp_path: Path
+) -> None:
+    config = tiny_config.replace(teacher="tuned", lesson_hidden=hidden, dropout=0.25, epochs=1)
+    quantized, splits = new_run().path("quantized"), load_splits(config)
+    model = loop.adapted(loop._packed_model(quantized, splits, config), config)
+    tokenizer = loop.load_tokenizer(quantized)
+    rows = splits.train.encode(tokenizer, config.max_length)
+    found = teacher.lesson_for(model, rows, splits, tokenizer, config, tmp_path)
+
+    def dropped() -> dict[str, float]:
+        return {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+
+    before = dropped()
+    backbone = {name for name in before if ".bert." in name and "lora" not in name}
+    assert {before[name] for name in backbone} == {0.1}
+    with lesson.taught_classes(model, found):
+        assert dropped() == before | (dict.fromkeys(backbone, 0.0) if hidden else {})
+    assert dropped() == before
 
 
 def test_hidden_states_are_followed(new_run: NewRun, tiny_config: Config) -> None:

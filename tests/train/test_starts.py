@@ -44,7 +44,7 @@ def test_the_decomposition_is_the_best_of_its_rank() -> None:
 def test_loftq_begins_nearer_to_the_float_model(new_run: NewRun, tiny_config: Config, tag: str) -> None:
     config, run = tiny_config.replace(format=tag, rank=16, alpha=5.0), new_run(tag)
     plain, near = (begun(config.replace(start=name), run) for name in ("default", "loftq"))
-    exact = teacher._float_model(starts.resolve_model(config), load_splits(config).labels, config)
+    exact = teacher.float_model(starts.resolve_model(config), load_splits(config).labels, config)
     weights = {name: p for name, p in exact.named_parameters() if name.endswith("weight")}
     for name, layer in starts._layers(near, config).items():
         w, packed = weights[f"{name}.weight"], layer.get_base_layer().get_weight()
@@ -88,7 +88,7 @@ def test_what_is_shipped_is_what_was_trained(new_run: NewRun, tiny_config: Confi
 def test_a_method_that_does_more_than_add_is_refused(tiny_config: Config, kind: str) -> None:
     import peft
 
-    exact = teacher._float_model(starts.resolve_model(tiny_config), ("a", "b", "c"), tiny_config)
+    exact = teacher.float_model(starts.resolve_model(tiny_config), ("a", "b", "c"), tiny_config)
     settings: Any = {
         "dora": peft.LoraConfig(target_modules=["query"], use_dora=True),
         "ia3": peft.IA3Config(target_modules=["query"], feedforward_modules=[]),
