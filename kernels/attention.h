@@ -12,6 +12,8 @@ struct Power;
 
 constexpr int kSquare = 64;           // a multiple of all lanes
 constexpr int kTogether = 4;
+template <class V>
+constexpr int kWide = V::lanes == 8 ? 2 : 4;  // vectors of a row whose sums stay in registers
 
 template <class V>
 struct Square {
@@ -48,21 +50,28 @@ struct Square {
         for (int j = j0; j < j0 + V::lanes; j++) turned[c * kSquare + j] = j < keys ? k[j * stride + c] : 0.0f;
     }
   }
-  // Of the turned keys j .. j + 2 lanes.
+  // Of the turned keys up to `keys`, and what is left of a vector.
   template <int R>
-  EP_INLINE void scores(const float* const (&q)[R], int j) {
-    F sums[R][2];
-    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = V::set1(0.0f);
+  EP_INLINE void scores(const float* const (&q)[R], int keys) {
+    int j = 0;
+    for (; j + (kWide<V> - 1) * V::lanes < keys; j += kWide<V> * V::lanes) scores_of<R, kWide<V>>(q, j);
+    for (; j < keys; j += V::lanes) scores_of<R, 1>(q, j);
+  }
+  template <int R, int C>
+  EP_INLINE void scores_of(const float* const (&q)[R], int j) {
+    F sums[R][C];
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < C; i++) sums[r][i] = V::set1(0.0f);
     for (int64_t c = 0; c < columns; c++) {
-      const F a = V::load(turned + c * kSquare + j), b = V::load(turned + c * kSquare + j + V::lanes);
+      F keys[C];
+      for (int i = 0; i < C; i++) keys[i] = V::load(turned + c * kSquare + j + i * V::lanes);
       for (int r = 0; r < R; r++) {
         const F q_rc = V::set1(q[r][c]);
-        sums[r][0] = V::fma(a, q_rc, sums[r][0]);
-        sums[r][1] = V::fma(b, q_rc, sums[r][1]);
+        for (int i = 0; i < C; i++) sums[r][i] = V::fma(keys[i], q_rc, sums[r][i]);
       }
     }
     for (int r = 0; r < R; r++)
-      for (int i = 0; i < 2; i++)
+      for (int i = 0; i < C; i++)
         V::store(weights + r * kSquare + j + i * V::lanes, V::fma(sums[r][i], V::set1(scale), V::load(hidden + j + i * V::lanes)));
   }
   // Turns the scores of a row into weights, -Inf behind the last key in whole vectors; returns what y, as it is so far, is
@@ -107,7 +116,7 @@ struct Square {
   template <int R>
   EP_INLINE void mix_whole(const float* v, int64_t stride, int keys, const float (&before)[R], float* const (&y)[R]) {
     int64_t c = 0;
-    for (; c + 2 * V::lanes <= columns; c += 2 * V::lanes) mix<R, 2>(v + c, stride, keys, before, y, c);
+    for (; c + kWide<V> * V::lanes <= columns; c += kWide<V> * V::lanes) mix<R, kWide<V>>(v + c, stride, keys, before, y, c);
     for (; c < whole(); c += V::lanes) mix<R, 1>(v + c, stride, keys, before, y, c);
   }
 };
@@ -152,7 +161,7 @@ struct Attention : Square<V> {
     const float* q_rows[R];
     float *y_rows[R], before[R];
     for (int r = 0; r < R; r++) q_rows[r] = q + r * stride, y_rows[r] = y + r * stride;
-    for (int j = 0; j < keys; j += 2 * V::lanes) this->template scores<R>(q_rows, j);  // past the last key they are -Inf
+    this->template scores<R>(q_rows, keys);  // past the last key they are -Inf
     for (int r = 0; r < R; r++) before[r] = this->weigh(weights + r * kSquare, keys, first + r);
     this->template mix_whole<R>(v, stride, keys, before, y_rows);
     if (whole() == columns) return;

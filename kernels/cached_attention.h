@@ -105,7 +105,7 @@ struct CachedAttention : Square<V> {
     float *y_rows[R], before[R];
     for (int r = 0; r < R; r++) q_rows[r] = q + (first + r) * columns, y_rows[r] = y_row(first + r);
     if (few) dots<R>(q_rows, k, seen);
-    for (int i = 0; !few && i < seen; i += 2 * V::lanes) this->template scores<R>(q_rows, i);
+    else this->template scores<R>(q_rows, seen);
     for (int r = 0; r < R; r++) {
       const int64_t own = place + (first + r) / group - j;  // key of this square
       before[r] = visible(weights + r * kSquare, own < call.window ? 0 : static_cast<int>(own + 1 - call.window), this->at_most(own + 1, seen), seen, first + r);

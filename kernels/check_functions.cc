@@ -107,7 +107,7 @@ struct Data {
   FunctionJob cached(FunctionJob job) {
     call = {kTexts, c.rows, kHeads * kGroup, kHeads, c.columns, x.p, other.p, values.p, kHeads * kGroup * c.columns,
             kHeads * c.columns, angles.p, angles.p + keys * c.columns / 2, c.columns / 2, false, last.p, past_key.p,
-            past_value.p, past_key.p, past_value.p, keys, keys, c.variant == 1 ? kWindow : int64_t{1} << 60,
+            past_value.p, past_key.p, past_value.p, keys, keys, keys, c.variant == 1 ? kWindow : int64_t{1} << 60,
             1 / sqrtf(static_cast<float>(c.columns)), c.variant == 2 ? 2.0f : 0.0f, job.y};
     if (c.is(Function::extend_cache)) call.key = job.y, call.value = job.sum;
     if (c.variant == 1) call.half = 8;  // not all columns are rotated

@@ -43,7 +43,7 @@ struct CachedCall {
   const int32_t* last;                        // [texts]: the place of the last of them, where not fresh
   const float *past_key, *past_value;         // [texts,kv_heads,past_capacity,columns], what is before them; it may be
   float *key, *value;                         // [texts,kv_heads,capacity,columns]: where it already is
-  int64_t past_capacity, capacity;
+  int64_t past_capacity, capacity, total;     // total: tokens of the longest text
   int64_t window;                             // keys that a token sees, its own the last of them
   float scale, softcap;
   float* y;                                   // [texts,tokens,heads,columns]

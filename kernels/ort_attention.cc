@@ -111,6 +111,7 @@ OrtStatus* read_places(const Node& node, const Tensor* const* in, CachedCall* ca
   if (!sine.is_like(cosine)) return node.fail(kSine, "sin_cache", -1, (Text() << cosine << ", as cos_cache is").s, sine);
   call->cosine = cosine.floats();
   call->sine = sine.floats();
+  call->total = all;
   call->capacity = all > call->past_capacity ? all : call->past_capacity;
   call->window = node.window;
   call->softcap = node.softcap;
@@ -154,7 +155,7 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   EP_TRY(allocate_outputs(context, &call));
   const int64_t heads = call.texts * call.kv_heads, rows = call.together() * call.group();
   EP_TRY(run(context, Function::extend_cache, call, heads, 1 + 2 * call.tokens * call.columns));
-  return run(context, Function::cached_attention, call, heads * call.blocks(), attention_cost(rows, call.capacity, call.columns));
+  return run(context, Function::cached_attention, call, heads * call.blocks(), attention_cost(rows, call.total, call.columns));
 }
 
 NamedOp g_op;
