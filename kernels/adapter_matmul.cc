@@ -1,7 +1,7 @@
 // One call of the op as scratch, preparation and independent tasks; whoever calls brings memory and threads.
 //
 // Tasks split the tiles of W, so each weight byte is read by one thread; only when x has more rows than a tile job
-// may take are they split as well, and W is then unpacked once per kJobRows rows. Preparation (quantize x, t = A.x) is
+// may take are they split as well, and W is then unpacked once per rows_per_job rows. Preparation (quantize x, t = A.x) is
 // cut into units. Every task begins by claiming units until none is left, and waits for those that others still compute:
 // one barrier less than with tasks of their own, and A is read by all threads.
 //
@@ -11,6 +11,8 @@
 
 namespace {
 
+constexpr int64_t kPanelBytes = 1 << 20;       // of int8 x
+constexpr int64_t kLeastJobRows = 64;
 constexpr int64_t kTaskBytes = 32 * 1024;      // weights per task at M = 1: some microseconds
 constexpr int64_t kUnitMacs = 512 * 1024;      // of preparation
 constexpr int kSpins = 2000;                   // some microseconds
@@ -19,7 +21,12 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t padded(int64_t ranks) { return ceil_div(ranks, kRankPad) * kRankPad; }
 int64_t rank_stride(const Group& g) { return padded(g.rank); }
 int64_t live_stride(const Group& g) { return ceil_div(g.rank, kRankPanel) * (kRankPanel / kRankBlock); }
-int64_t job_rows(const Call& call, int64_t m0) { return call.m - m0 < kJobRows ? call.m - m0 : kJobRows; }
+int64_t job_rows(const Call& call, int64_t m0) { return call.m - m0 < call.rows_per_job ? call.m - m0 : call.rows_per_job; }
+// As many rows of x as the jobs that follow one another find in a core's cache, in whole register tiles.
+int64_t rows_per_job(const Call& call) {
+  const int64_t rows = kPanelBytes / call.k & ~int64_t{63};
+  return rows < kLeastJobRows ? kLeastJobRows : rows < kJobRows ? rows : kJobRows;
+}
 int64_t job_outputs(const Call& call) { return int64_t{call.m == 1 ? call.ops->tiles_alone : call.ops->tiles} * kTileRows; }
 int64_t job_count(const Call& call) {  // for one block of rows
   int64_t jobs = 0;
@@ -97,7 +104,7 @@ void choose_adapter_path(Call& call, int g) {
   const int64_t stride = live_stride(group), blocks = ceil_div(group.rank, kRankBlock);
   if (!group.gate || !group.rank || mark_live(call, g) == call.m * blocks * kRankBlock) call.live[g] = nullptr;
   for (int64_t job = 0; job < call.row_tasks; job++) {
-    const int64_t m0 = job * kJobRows, m1 = m0 + job_rows(call, m0);
+    const int64_t m0 = job * call.rows_per_job, m1 = m0 + job_rows(call, m0);
     uint8_t* any = call.live_any[g] + job * stride;
     int64_t live_blocks = call.live[g] ? 0 : (m1 - m0) * blocks;
     for (int64_t block = 0; call.live[g] && block < stride; block++) {
@@ -246,8 +253,8 @@ TileJob tile_job(const Call& call, int64_t number, int64_t m0, int64_t m1) {
   job.t = call.t[g] + m0 * job.t_stride;
   job.live_stride = live_stride(group);
   job.live = call.live[g] ? call.live[g] + m0 * job.live_stride : nullptr;
-  job.live_any = call.live[g] ? call.live_any[g] + m0 / kJobRows * job.live_stride : nullptr;
-  job.alone = call.alone[g][m0 / kJobRows];
+  job.live_any = call.live[g] ? call.live_any[g] + m0 / call.rows_per_job * job.live_stride : nullptr;
+  job.alone = call.alone[g][m0 / call.rows_per_job];
   job.b = static_cast<const char*>(group.b) + n0 * group.rank * (group.half ? 2 : 4);
   job.b_half = group.half;
   job.blocks = call.blocks;
@@ -269,11 +276,12 @@ TileJob tile_job(const Call& call, int64_t number, int64_t m0, int64_t m1) {
 
 int64_t plan(Call& call) {
   const FormatInfo& f = info(call.format);
-  const int64_t reuse = 1 + (call.m < kJobRows ? call.m : kJobRows) / 8;  // more rows of x: fewer jobs make a task
+  call.rows_per_job = rows_per_job(call);
+  const int64_t reuse = 1 + job_rows(call, 0) / 8;  // more rows of x: fewer jobs make a task
   const int64_t per_task = kTaskBytes / (tile_bytes(f, call.k) * (job_outputs(call) / kTileRows) * reuse);
   call.jobs_per_task = per_task < 1 ? 1 : per_task;
   call.tile_tasks = ceil_div(job_count(call), call.jobs_per_task);
-  call.row_tasks = ceil_div(call.m, kJobRows);
+  call.row_tasks = ceil_div(call.m, call.rows_per_job);
   call.tasks = call.tile_tasks * call.row_tasks;
   plan_preparation(call);
   return lay_out(call, nullptr);
@@ -286,7 +294,7 @@ void place(Call& call, void* scratch) {
 }
 
 void run(const Call& call, int64_t task) {
-  const int64_t m0 = task / call.tile_tasks * kJobRows, m1 = m0 + job_rows(call, m0);
+  const int64_t m0 = task / call.tile_tasks * call.rows_per_job, m1 = m0 + job_rows(call, m0);
   const int64_t first = task % call.tile_tasks * call.jobs_per_task, jobs = job_count(call);
   prepare_together(call);
   for (int64_t job = first; job < first + call.jobs_per_task && job < jobs; job++)

@@ -171,7 +171,7 @@ struct Call {
   int groups;
   Group group[kMaxGroups];
   // Filled in by plan() and place().
-  int64_t jobs_per_task, tile_tasks, row_tasks, tasks;
+  int64_t rows_per_job, jobs_per_task, tile_tasks, row_tasks, tasks;
   int64_t prepare_units, rows_per_unit, ranks_per_unit;
   Progress* progress;
   const float* x_in;          // s_in . x
