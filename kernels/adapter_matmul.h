@@ -70,7 +70,7 @@ struct RowOps {
 
 // ---- the rows, from kernels.inc -----------------------------------------------------------------------------------
 // X(isa): every instruction set that kernels.inc may name.
-#define EP_ISAS(X) X(scalar) X(avx2) X(avx512vnni) X(neon) X(dotprod) X(i8mm)
+#define EP_ISAS(X) X(scalar) X(avx2) X(avx512vnni) X(amx) X(neon) X(dotprod) X(i8mm)
 
 enum class Isa : int {
 #define EP_ISA(isa) isa,
@@ -92,6 +92,9 @@ enum class Isa : int {
 #if defined(__x86_64__)
 #define EP_HAVE_avx2 EP_YES
 #define EP_HAVE_avx512vnni EP_YES
+#if !defined(EP_SIMDE)
+#define EP_HAVE_amx EP_YES
+#endif
 #elif defined(__aarch64__)
 #define EP_HAVE_neon EP_YES
 #define EP_HAVE_dotprod EP_YES

@@ -6,7 +6,7 @@ namespace {
 
 #if defined(__linux__) && (defined(__x86_64__) || defined(__aarch64__))
 #if defined(__x86_64__)
-enum Syscall : long { kRead = 0, kClose = 3, kMmap = 9, kMunmap = 11, kYield = 24, kOpenat = 257 };
+enum Syscall : long { kRead = 0, kClose = 3, kMmap = 9, kMunmap = 11, kYield = 24, kArchPrctl = 158, kOpenat = 257 };
 long syscall6(long n, long a, long b, long c, long d, long e, long f) {
   register long r10 asm("r10") = d;
   register long r8 asm("r8") = e;
@@ -64,6 +64,17 @@ Registers cpuid(unsigned leaf) {
 }
 bool has(unsigned word, unsigned bits) { return (word & bits) == bits; }
 
+// Linux saves tiles only for a process that has asked for them.
+bool detect_amx(unsigned saved, unsigned features) {
+#if defined(EP_SYSCALLS)
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return has(saved, 0x60000) && has(features, kTile | kInt8) && !syscall6(kArchPrctl, kRequestPermission, kTileData, 0, 0, 0, 0);
+#else
+  return false;
+#endif
+}
+
 // A feature counts when the CPU has it and the system saves its registers.
 bool detect(Isa isa) {
   if (cpuid(0).a < 7) return false;
@@ -77,7 +88,8 @@ bool detect(Isa isa) {
   return isa == Isa::avx512vnni;  // tests run the row through SIMDe on any CPU
 #endif
   constexpr unsigned kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31, kVnni = 1u << 11;
-  return isa == Isa::avx512vnni && has(saved, 0xe6) && has(seven.b, kF | kDq | kBw | kVl) && has(seven.c, kVnni);
+  if (!has(saved, 0xe6) || !has(seven.b, kF | kDq | kBw | kVl) || !has(seven.c, kVnni)) return false;
+  return isa == Isa::avx512vnni || (isa == Isa::amx && detect_amx(saved, seven.d));
 }
 #else
 bool detect(Isa) { return false; }

@@ -268,8 +268,9 @@ struct Tile {
     }
     if constexpr (R > 1) chunk_rows<fewer(R)>(m, k0, k1);
   }
+  // What has no part in the weights' chunks.
   template <int R>
-  void all() {
+  void begin() {
     if (job.s_out) spread<kOutputs<V>>(job.s_out, job.s_out_step, job.columns, s_out);
     spread<kOutputs<V>>(job.bias, job.bias_step, job.columns, bias);
     if (job.blocks) offset_rows<R>();
@@ -278,6 +279,10 @@ struct Tile {
       adapter_rows<R>(adapter, 0);
     }
     if (job.rank) adapter.fill(0);
+  }
+  template <int R>
+  void all() {
+    begin<R>();
     for (int64_t k0 = 0; k0 < job.k; k0 += Chunk::columns, first = false) {
       const int64_t k1 = job.k - k0 < Chunk::columns ? job.k : k0 + Chunk::columns;
       chunk.fill(job, k0, k1);

@@ -14,7 +14,7 @@ def library() -> ctypes.CDLL:
     return lib
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512vnni", "neon", "dotprod", "i8mm"])
+@pytest.fixture(params=["scalar", "avx2", "avx512vnni", "amx", "neon", "dotprod", "i8mm"])
 def kernel(request, library):
     if library.edgepeft_force_kernel(request.param.encode()):
         pytest.skip(f"this CPU does not run {request.param}")
