@@ -77,8 +77,8 @@ class Mix:
                 found[row, self._place(part)] += weight
         return found
 
-    def feeds(self, rows: Sequence[Adapter], sizes: Mapping[str, int]) -> dict[str, Any]:
-        """Return what to feed for rows of these adapters; `sizes` are those of the graph's other dimensions."""
+    def gates(self, rows: Sequence[Adapter], sizes: Mapping[str, int]) -> dict[str, Any]:
+        """Return the gates of rows of these adapters; `sizes` are those of the graph's other dimensions."""
         from onnxruntime import OrtValue
 
         weights, known, feeds = self._weights(rows), {"batch": len(rows), **sizes}, {}
@@ -93,7 +93,11 @@ class Mix:
                         np.broadcast_to(own, (*leading, table.shape[1])).copy()
                     )
                 feeds[name] = made[leading]
-        return {**self.tensors, **feeds}
+        return feeds
+
+    def feeds(self, rows: Sequence[Adapter], sizes: Mapping[str, int]) -> dict[str, Any]:
+        """Return all that rows of these adapters feed; `sizes` as in `gates`."""
+        return {**self.tensors, **self.gates(rows, sizes)}
 
     def labels(self, adapter: Adapter) -> slice:
         """Return which of the logits are an adapter's; all where the head is not part of adapters."""

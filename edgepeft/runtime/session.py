@@ -23,6 +23,7 @@ import math
 import platform
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -37,7 +38,7 @@ from edgepeft.runtime import adapters as ad
 from edgepeft.runtime import library as lib
 from edgepeft.runtime import prompts, vulkan, webgpu
 from edgepeft.runtime.manifest import Manifest, check_bundle
-from edgepeft.runtime.mixing import Mixes
+from edgepeft.runtime.mixing import Mix, Mixes
 from edgepeft.runtime.tasks import Prediction, predictions
 from edgepeft.runtime.tokens import Tokens, check_texts
 
@@ -359,6 +360,15 @@ class Model(Bundle):
             kept[adapter.name] = self._bind(self._feeds([adapter]))
         return kept[adapter.name]
 
+    def _gated_binding(self, mix: Mix, gates: Mapping[str, Any]) -> Any:
+        """Return this thread's binding of a mix's tensors, with other gates: few of what it feeds."""
+        kept = self._local.__dict__.setdefault("mixed", weakref.WeakKeyDictionary())
+        binding = kept[mix][0] if mix in kept else self._bind(mix.tensors)
+        for name, value in gates.items():
+            binding.bind_ortvalue_input(name, value)
+        kept[mix] = binding, gates
+        return binding
+
     def trial(self) -> None:
         """Classify a word."""
         self.logits(["a"])
@@ -383,8 +393,8 @@ class Model(Bundle):
         if all(adapter is rows[0] for adapter in rows) and not rows[0].parts:
             return list(self._checked(self.run(arrays, rows[0].name), rows[0]))
         mix, length = self._mixes.of(rows), arrays[self._inputs[0]].shape[1]
-        feeds = mix.feeds(rows, {"sequence": length, "prompted": length + rows[0].columns})
-        found = self._run(self._bind(feeds), arrays)
+        gates = mix.gates(rows, {"sequence": length, "prompted": length + rows[0].columns})
+        found = self._run(self._gated_binding(mix, gates), arrays)
         return [
             self._checked(row[None, mix.labels(adapter)], adapter)[0] for row, adapter in zip(found, rows, strict=True)
         ]
