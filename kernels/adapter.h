@@ -19,7 +19,10 @@ struct Adapter {
   const TileJob& job;
   const int64_t row_bytes;
   int64_t whole = 0;          // alone: ranks in whole vectors
-  int64_t r0 = 0, ranks = 0;  // together: the panel
+  int64_t r0 = 0, ranks = 0;  // together: the panel,
+  int64_t until = 0;          //   the first row after those that were looked at last, which are alike,
+  int spans = 0;              //   and what is live of the panel in these
+  struct { int64_t from, to; } span[kRankPanel / kRankBlock / 2];
   alignas(64) float panel[kRankPanel * kOutputs<V>];  // together: B^T; alone: what `whole` leaves over, [outputs][lanes]
 
   explicit Adapter(const TileJob& j) : job(j), row_bytes(j.rank * (j.b_half ? 2 : 4)) {}
@@ -36,12 +39,22 @@ struct Adapter {
     else turn<false>(first);
   }
   template <int R>
-  EP_INLINE void add(int64_t m, Sums<V, R>& sums) const {
-    if (!job.alone && alike(m, R)) return together<R>(m, sums);
-    for (int i = 0; i < R; i++) {
-      auto& one = reinterpret_cast<Sums<V, 1>&>(sums[i]);
-      if (job.alone) alone(m + i, one);
-      else together<1>(m + i, one);
+  EP_INLINE void add(int64_t m, Sums<V, R>& sums) {
+    if (job.alone) {
+      for (int i = 0; i < R; i++) alone(m + i, reinterpret_cast<Sums<V, 1>&>(sums[i]));
+      return;
+    }
+    if (m >= until) look(m);
+    if (m + R <= until) together<R>(m, sums);
+    else apart<R>(m, sums);
+  }
+  // Rows that are not all alike, in parts: a text may end within a register tile.
+  template <int R>
+  EP_SHARED void apart(int64_t m, Sums<V, R>& sums) {
+    if constexpr (R > 1) {
+      constexpr int some = fewer(R);
+      add<some>(m, reinterpret_cast<Sums<V, some>&>(sums[0]));
+      add<R - some>(m + some, reinterpret_cast<Sums<V, R - some>&>(sums[some]));
     }
   }
 
@@ -90,21 +103,30 @@ struct Adapter {
   }
 
   // ---- together
-  // Whether some rows of x have the same live blocks in this panel.
-  bool alike(int64_t m, int rows) const {
-    constexpr int words = kRankPanel / kRankBlock / 8;
-    uint64_t first[words], other[words], differ = 0;
-    if (job.live) __builtin_memcpy(first, live_of(m) + r0 / kRankBlock, sizeof(first));
-    for (int i = 1; job.live && i < rows; i++) {
-      __builtin_memcpy(other, live_of(m + i) + r0 / kRankBlock, sizeof(other));
-      for (int w = 0; w < words; w++) differ |= first[w] ^ other[w];
+  // Finds the rows from m on that have the same live blocks in this panel, and what these are.
+  EP_SHARED void look(int64_t m) {
+    spans = 0;
+    until = job.m;
+    if (!job.live) {
+      span[spans++] = {0, ranks};
+      return;
     }
-    return !differ;
+    constexpr int blocks = kRankPanel / kRankBlock;
+    const uint8_t* live = live_of(m) + r0 / kRankBlock;
+    for (int b = 0; b < blocks; b++) {
+      const int64_t from = b * kRankBlock, to = from + kRankBlock < ranks ? from + kRankBlock : ranks;
+      if (!live[b]) continue;
+      if (b && live[b - 1]) span[spans - 1].to = to;
+      else span[spans++] = {from, to};
+    }
+    until = m + 1;
+    while (until < job.m && alike(live, live + (until - m) * job.live_stride, blocks)) until++;
   }
   // Rows past the last column repeat it: they are computed, and not stored.
   template <bool half>
   void turn(int64_t first) {
     r0 = first;
+    until = 0;
     ranks = job.rank - first < kRankPanel ? job.rank - first : kRankPanel;
     const int64_t in_vectors = ranks / V::lanes * V::lanes;
     for (int64_t r = 0; r < in_vectors; r += V::lanes) {
@@ -121,27 +143,17 @@ struct Adapter {
       for (int64_t r = in_vectors; r < ranks; r++) panel[r * kOutputs<V> + n] = element(n, r0 + r);
   }
   template <int R>
-  EP_INLINE void block(const float* t, int64_t from, Sums<V, R>& sums) const {
-    const int64_t to = ranks - from < kRankBlock ? ranks : from + kRankBlock;
-    for (int64_t r = from; r < to; r++)
-      for (int i = 0; i < R; i++) {
-        const typename V::F t_r = V::set1(t[i * job.t_stride + r]);
-        for (int v = 0; v < kVectors<V>; v++)
-          sums[i][v] = V::fma(V::load(panel + r * kOutputs<V> + v * V::lanes), t_r, sums[i][v]);
-      }
-  }
-  template <int R>
   EP_SHARED void together(int64_t m, Sums<V, R>& sums_out) const {
-    const float* t = job.t + m * job.t_stride + r0;
-    const uint8_t* live = live_of(m);
     Sums<V, R> sums;
-    __builtin_memcpy(&sums, &sums_out, sizeof(sums));
-    for (int64_t from = 0; !live && from < ranks; from += kRankBlock) block<R>(t, from, sums);
-    for (int64_t from = 0; live && from < ranks; from += 8 * kRankBlock) {
-      uint64_t marks;  // a byte for each block, 0 or 1: no time is lost on those that are not live
-      __builtin_memcpy(&marks, live + (r0 + from) / kRankBlock, sizeof(marks));
-      for (; marks; marks &= marks - 1) block<R>(t, from + __builtin_ctzll(marks) / 8 * kRankBlock, sums);
+    copy<V, R>(sums_out, sums);
+    for (int s = 0; s < spans; s++) {
+      const float *t = job.t + m * job.t_stride + r0 + span[s].from, *end = t + span[s].to - span[s].from;
+      for (const float* b = panel + span[s].from * kOutputs<V>; t < end; t++, b += kOutputs<V>)
+        for (int i = 0; i < R; i++) {
+          const typename V::F t_r = V::set1(t[i * job.t_stride]);
+          for (int v = 0; v < kVectors<V>; v++) sums[i][v] = V::fma(V::load(b + v * V::lanes), t_r, sums[i][v]);
+        }
     }
-    __builtin_memcpy(&sums_out, &sums, sizeof(sums));
+    copy<V, R>(sums, sums_out);
   }
 };

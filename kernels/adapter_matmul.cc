@@ -74,75 +74,75 @@ bool same_numbers(const float* a, const float* b, int64_t n) {
   return !differ;
 }
 
-// Marks the live blocks of each row; returns how many ranks of all rows are live. Rows of one text have the same gates.
-int64_t mark_live(const Call& call, int g) {
-  const Group& group = call.group[g];
-  const int64_t stride = live_stride(group);
-  int64_t ranks = 0, row = 0;  // row: live ranks of the last one
-  for (int64_t m = 0; m < call.m; m++, ranks += row) {
-    uint8_t* live = call.live[g] + m * stride;
-    const float* gate = group.gate + m * group.gate_row;
-    if (m && group.gate_step == 1 && same_numbers(gate, gate - group.gate_row, group.rank)) {
-      __builtin_memcpy(live, live - stride, static_cast<size_t>(stride));
-      continue;
-    }
-    row = 0;
-    for (int64_t block = 0; block < stride; block++) {
-      bool any = false;
-      for (int64_t r = block * kRankBlock; r < (block + 1) * kRankBlock && r < group.rank; r++)
-        any |= gate[r * group.gate_step] != 0.0f;  // NaN is not zero
-      live[block] = any;
-      row += any * kRankBlock;
-    }
+const float* gate_of(const Group& g, int64_t m) { return g.gate + m * g.gate_row; }
+
+// Whether row m has the gates of the one before.
+bool gated_as_before(const Group& g, int64_t m) {
+  const float *gate = gate_of(g, m), *before = gate_of(g, m - 1);
+  return gate == before || (g.gate_step == 1 && same_numbers(gate, before, g.rank));
+}
+
+// Marks the live blocks of a row and returns how many there are.
+int64_t mark_live(const Group& g, int64_t m, uint8_t* live) {
+  const float* gate = gate_of(g, m);
+  int64_t count = 0;
+  for (int64_t block = 0; block < live_stride(g); block++) {
+    bool any = false;
+    for (int64_t r = block * kRankBlock; r < (block + 1) * kRankBlock && r < g.rank; r++)
+      any |= gate[r * g.gate_step] != 0.0f;  // NaN is not zero
+    count += live[block] = any;
   }
-  return ranks;
+  return count;
 }
 
 // Tells rows with few live ranks from the others, and forgets what is live where that is all.
 void choose_adapter_path(Call& call, int g) {
   const Group& group = call.group[g];
   const int64_t stride = live_stride(group), blocks = ceil_div(group.rank, kRankBlock);
-  if (!group.gate || !group.rank || mark_live(call, g) == call.m * blocks * kRankBlock) call.live[g] = nullptr;
+  const bool gated = group.gate && group.rank;
+  int64_t own = blocks, all = 0;  // live blocks of a row, and of all
   for (int64_t job = 0; job < call.row_tasks; job++) {
     const int64_t m0 = job * call.rows_per_job, m1 = m0 + job_rows(call, m0);
     uint8_t* any = call.live_any[g] + job * stride;
-    int64_t live_blocks = call.live[g] ? 0 : (m1 - m0) * blocks;
-    for (int64_t block = 0; call.live[g] && block < stride; block++) {
-      any[block] = 0;
-      for (int64_t m = m0; m < m1; m++) {
-        any[block] |= call.live[g][m * stride + block];
-        live_blocks += call.live[g][m * stride + block];
-      }
+    int64_t in_job = 0;
+    for (int64_t m = m0; m < m1; m++, in_job += own) {
+      if (!gated) continue;
+      uint8_t* live = call.live[g] + m * stride;
+      const bool again = m && gated_as_before(group, m);
+      if (again) __builtin_memcpy(live, live - stride, static_cast<size_t>(stride));
+      else own = mark_live(group, m, live);
+      for (int64_t block = 0; (m == m0 || !again) && block < stride; block++) any[block] = live[block] | (m > m0 && any[block]);
     }
-    call.alone[g][job] = live_blocks <= 2 * blocks;
+    call.alone[g][job] = in_job <= 2 * blocks;
+    all += in_job;
   }
+  if (all == call.m * blocks) call.live[g] = nullptr;
 }
 
-bool alike(const uint8_t* a, const uint8_t* b, int64_t n) {
-  for (int64_t i = 0; i < n; i++) if (a[i] != b[i]) return false;
-  return true;
+void multiply(float* v, const float* by, int64_t step, int64_t n) {
+  if (step == 1) for (int64_t i = 0; i < n; i++) v[i] *= by[i];
+  else for (int64_t i = 0; i < n; i++) v[i] *= by[i * step];
 }
 
 // Ranks r0..r1 of t = gate . (A.x) for rows m0..m1 that have the same live blocks; zero where none is live.
 void project_alike(const Call& call, int g, int64_t m0, int64_t m1, int64_t r0, int64_t r1) {
   const Group& group = call.group[g];
   const uint8_t* live = call.live[g] ? call.live[g] + m0 * live_stride(group) : nullptr;
-  const int64_t stride = rank_stride(group), row_bytes = call.k * (group.half ? 2 : 4);
+  const int64_t stride = rank_stride(group), row_bytes = call.k * (group.half ? 2 : 4), last = r1 == group.rank ? stride : r1;
   float* t = call.t[g] + m0 * stride;
+  if (live && last - r0 == stride) __builtin_memset(t, 0, static_cast<size_t>((m1 - m0) * stride) * sizeof(float));
+  else for (int64_t m = m0; m < m1; m++)
+    for (int64_t r = live ? r0 : r1; r < last; r++) t[(m - m0) * stride + r] = 0;
   for (int64_t r = r0, end; r < r1; r = end) {
     const bool on = !live || live[r / kRankBlock];
     for (end = r; end < r1 && on == (!live || live[end / kRankBlock]);) end += kRankBlock;
     if (end > r1) end = r1;
-    if (on) call.ops->project(static_cast<const char*>(group.a) + r * row_bytes, group.half, end - r, call.k, call.x + m0 * call.k,
-                              m1 - m0, t + r, stride);
-    for (int64_t m = m0; m < m1; m++) {
-      float* v = t + (m - m0) * stride;
-      if (!on) __builtin_memset(v + r, 0, static_cast<size_t>(end - r) * sizeof(float));
-      for (int64_t i = r; on && group.gate && i < end; i++) v[i] *= group.gate[m * group.gate_row + i * group.gate_step];
-    }
+    if (!on) continue;
+    call.ops->project(static_cast<const char*>(group.a) + r * row_bytes, group.half, end - r, call.k, call.x + m0 * call.k,
+                      m1 - m0, t + r, stride);
+    for (int64_t m = m0; group.gate && m < m1; m++)
+      multiply(t + (m - m0) * stride + r, gate_of(group, m) + r * group.gate_step, group.gate_step, end - r);
   }
-  for (int64_t m = m0; r1 == group.rank && m < m1; m++)
-    for (int64_t r = r1; r < stride; r++) t[(m - m0) * stride + r] = 0;
 }
 
 void project_rows(const Call& call, int g, int64_t m0, int64_t m1, int64_t r0, int64_t r1) {

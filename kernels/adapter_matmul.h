@@ -57,6 +57,18 @@ struct TileJob {
   int columns;             // 1..16 * the row's tiles
 };
 
+// Whether two rows have the same live blocks; n: blocks of whole panels.
+static inline bool alike(const uint8_t* a, const uint8_t* b, int64_t n) {
+  uint64_t differ = 0;
+  for (int64_t i = 0; i < n; i += 8) {
+    uint64_t x, y;
+    __builtin_memcpy(&x, a + i, 8);
+    __builtin_memcpy(&y, b + i, 8);
+    differ |= x ^ y;
+  }
+  return !differ;
+}
+
 struct RowOps {
   int tile_m;     // rows of x in one register tile
   int tiles;      // of 16 outputs in a tile job,

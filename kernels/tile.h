@@ -38,6 +38,15 @@ constexpr int kFloatChunk = 256 / V::tiles;  // float columns in a stage
 template <class V, int R>
 using Sums = typename V::F[R][kVectors<V>];
 
+// One by one: what is copied as a whole lies in memory, and is written there after the loop between two copies as well.
+template <class V, int R>
+EP_INLINE void copy(const Sums<V, R>& from, Sums<V, R>& to) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors<V>; v++) to[r][v] = from[r][v];
+}
+
 template <class V>
 EP_INLINE typename V::F load_any(const void* p, bool half, int64_t i) {
   return half ? V::load_half(static_cast<const uint16_t*>(p) + i) : V::load(static_cast<const float*>(p) + i);
@@ -117,7 +126,7 @@ struct Int8Chunk {
     for (int v = 0; v < kVectors<V>; v++) w_scales[v] = scales_of(job, v);
     constexpr int unit_step = packed ? kTileRows * kUnit * info(F).bits / 8 : V::tiles * unit_stage;
     Sums<V, R> sums;  // of its own: stores through sums_out could change anything, as far as a compiler knows
-    __builtin_memcpy(&sums, &sums_out, sizeof(sums));
+    copy<V, R>(sums_out, sums);
     for (int64_t k = k0; k < k1; k += kChunk) {
       const int64_t row = k / kChunk * job.q_rows + m;
       const int8_t* q = job.q + row * kChunk;
@@ -146,7 +155,7 @@ struct Int8Chunk {
         }
       }
     }
-    __builtin_memcpy(&sums_out, &sums, sizeof(sums));
+    copy<V, R>(sums, sums_out);
   }
 };
 
@@ -160,7 +169,7 @@ struct FloatStage {
   EP_SHARED void add(const TileJob& job, int64_t m, int64_t k0, int64_t k1, Sums<V, R>& sums_out) const {
     const float* x = job.x + m * job.k;
     Sums<V, R> sums;
-    __builtin_memcpy(&sums, &sums_out, sizeof(sums));
+    copy<V, R>(sums_out, sums);
     for (int64_t k = k0; k < k1; k++) {
       typename V::F w[kVectors<V>];
       for (int v = 0; v < kVectors<V>; v++) w[v] = V::load(stage + (k - k0) * kOutputs<V> + v * V::lanes);
@@ -169,7 +178,7 @@ struct FloatStage {
         for (int v = 0; v < kVectors<V>; v++) sums[r][v] = V::fma(w[v], x_rk, sums[r][v]);
       }
     }
-    __builtin_memcpy(&sums_out, &sums, sizeof(sums));
+    copy<V, R>(sums, sums_out);
   }
 };
 template <class V, Format F>
@@ -183,6 +192,13 @@ struct FloatChunk : FloatStage<V> {
                               this->stage + (k - k0) * kOutputs<V> + t * kTileRows, kOutputs<V>);
   }
 };
+
+// The greatest power of two below R.
+constexpr int fewer(int R) {
+  int rows = 1;
+  while (rows * 2 < R) rows *= 2;
+  return rows;
+}
 
 #include "adapter.h"
 
@@ -210,13 +226,6 @@ EP_SHARED void write_y(const TileJob& job, int64_t m, const Sums<V, R>& sums, co
 }
 
 // ---- a job --------------------------------------------------------------------------------------------------------
-// The greatest power of two below R.
-constexpr int fewer(int R) {
-  int rows = 1;
-  while (rows * 2 < R) rows *= 2;
-  return rows;
-}
-
 template <class V, class Chunk, int rows>
 struct Tile {
   const TileJob& job;
@@ -237,7 +246,7 @@ struct Tile {
   }
   // Rows by R, what remains by fewer(R), ... 1.
   template <int R>
-  void adapter_rows(const Adapter<V>& from, int64_t m) {
+  void adapter_rows(Adapter<V>& from, int64_t m) {
     for (; m + R <= job.m; m += R) from.template add<R>(m, sums_of<R>(m));
     if constexpr (R > 1) adapter_rows<fewer(R)>(from, m);
   }
@@ -320,21 +329,26 @@ void quantize_of(const float* x, int64_t k, int block, int32_t zero, int8_t* q, 
   }
 }
 
+// t of M rows of x and R ranks. A number's sum is taken in the same order whatever M and R are.
 template <class V, bool half, int M, int R>
 EP_INLINE void project_block(const void* a, int64_t k, const float* x, float* t, int64_t t_stride) {
-  typename V::F sums[M][R];
-  for (int i = 0; i < M; i++)
-    for (int r = 0; r < R; r++) sums[i][r] = V::set1(0.0f);
+  constexpr int vectors = (M * R + V::lanes - 1) / V::lanes;
+  typename V::F sums[vectors][V::lanes];
+  for (int v = 0; v < vectors; v++)
+    for (int i = 0; i < V::lanes; i++) sums[v][i] = V::set1(0.0f);
   for (int64_t c = 0; c < k; c += V::lanes) {
     typename V::F a_rc[R];
     for (int r = 0; r < R; r++) a_rc[r] = load_any<V>(a, half, r * k + c);
     for (int i = 0; i < M; i++) {
       const typename V::F x_ic = V::load(x + i * k + c);
-      for (int r = 0; r < R; r++) sums[i][r] = V::fma(a_rc[r], x_ic, sums[i][r]);
+      for (int r = 0, at = i * R; r < R; r++, at++)
+        sums[at / V::lanes][at % V::lanes] = V::fma(a_rc[r], x_ic, sums[at / V::lanes][at % V::lanes]);
     }
   }
+  alignas(64) float all[vectors * V::lanes];
+  for (int v = 0; v < vectors; v++) V::store(all + v * V::lanes, V::sum_each(sums[v]));
   for (int i = 0; i < M; i++)
-    for (int r = 0; r < R; r++) t[i * t_stride + r] = V::sum(sums[i][r]);
+    for (int r = 0; r < R; r++) t[i * t_stride + r] = all[i * R + r];
 }
 
 template <class V, bool half, int M, int R>
@@ -353,8 +367,9 @@ void project_rows(const void* a, int64_t rank, int64_t k, const float* x, int64_
 
 template <class V>
 void project_of(const void* a, bool half, int64_t rank, int64_t k, const float* x, int64_t m, float* t, int64_t t_stride) {
-  if (half) project_rows<V, true, 4, 2>(a, rank, k, x, m, t, t_stride);
-  else project_rows<V, false, 4, 2>(a, rank, k, x, m, t, t_stride);
+  constexpr int ranks = V::lanes > 8 ? 4 : 2;  // as many sums as registers hold
+  if (half) project_rows<V, true, 4, ranks>(a, rank, k, x, m, t, t_stride);
+  else project_rows<V, false, 4, ranks>(a, rank, k, x, m, t, t_stride);
 }
 
 // What EP_DEFINE_ROW names, for vocabulary V, and Alone for one row of int8 x.
