@@ -106,7 +106,7 @@ def _feeds(session: Any) -> dict[str, np.ndarray]:
     past = {name: np.zeros((1, s[1], CAPACITY, s[3]), np.float32) for name, s in asked.items() if name[:4] == "past"}
     if past:
         one = np.zeros((1, 1), np.int64)
-        given = webgpu.decoder_inputs(session, np.ones((1, TEXT + 1), np.int64), 1, 1)
+        given = webgpu.decoder_inputs(session, np.ones((1, TEXT + 1), np.int64), 1, 1, CAPACITY)
         return {**past, **given, "input_ids": one}
     text = {name: np.ones((1, 2 * TEXT), np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
     return {name: array for name, array in webgpu.classifier_inputs(text).items() if name in asked}

@@ -10,13 +10,14 @@
 | SkipLayerNorm | SkipLayerNormalization | |
 | PackedEmbedding, RowEmbedding | GatherBlockQuantized | the same |
 | attention_mask, logits_to_keep, Range | seqlens_k, total_sequence_length, logits_index, position_ids | counts |
-| PaddedAttention and its mask | products of heads, attention_bias | WebGPU has no padding mask, see `attention` |
+| PaddedAttention and its mask | products of heads, attention_bias | see `webgpu_attention` |
+| capped GroupQueryAttention | the same, positions and attention_bias.<window> | |
 
 Counting whole numbers is the CPU's in ONNX Runtime, so the device runtime does it and the graph takes what comes out.
 A packed adapter is A [K, S] and B [S, N] in float32, S the ranks of all groups, B zero outside of its group's block;
 the metadata "edgepeft.packed" says of what. Weights stay in tiles on disk and become MatMulNBits' layout when the graph
 is loaded, nf4's MatMulBnb4's. Routers' shares of a token multiply x A.
-Left out, and refused: offsets, prompts of encoders, and capped scores, which the provider computes otherwise.
+Left out, and refused: offsets and prompts of encoders.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from edgepeft.artifact import write_bytes
 from edgepeft.errors import ModelError
 from edgepeft.export.body import Body
 from edgepeft.export.ops import DOMAIN, GROUP_INPUTS, NAME, OPSET, SHARED_INPUTS, int4_rows
+from edgepeft.export.webgpu_attention import capped, padded
 from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, TILE_COLUMNS, TILE_ROWS
 from edgepeft.runtime.webgpu import DIGITS, FILE, PACKED, pack, pack_routers, widened
 
@@ -190,7 +192,7 @@ class Pass:
         elif node.op_type == "Cast" and node.input[0] in self.overridable:
             self.names[node.output[0]] = self.widened(node.input[0])
         elif node.op_type == "GroupQueryAttention" and attrs.get("softcap"):
-            raise ModelError(f"{node.name}: WebGPU's attention does not cap scores as it should; take another target.")
+            capped(self, node, attrs)
         elif node.op_type == "GroupQueryAttention":
             node.domain = MICROSOFT
             self.nodes.append(node)
@@ -206,31 +208,15 @@ class Pass:
             node.input[2:] = [self.widened(name) for name in node.input[2:]]
             self.nodes.append(node)
         elif node.op_type in BIASES:
-            self.attention(node, attrs["num_heads"], BIASES[node.op_type][0])
+            padded(self, node, attrs["num_heads"], BIASES[node.op_type][0])
         else:
             self.nodes.append(node)
 
-    def attention(self, node: onnx.NodeProto, heads: int, bias: str) -> None:
-        """Add softmax(q k / sqrt(D) + bias) v as products of heads.
-
-        MultiHeadAttention would take fewer shaders, but the provider's is wrong from 32 tokens on where a GPU's
-        subgroups are smaller than 16.
-        """
-        norm = next(node for node in self.graph.node if node.op_type.startswith("SkipLayerNorm"))
-        width, name = self.value(norm.input[2]).size, node.output[0]
-        apart = self.constant("gpu_heads", np.array([0, 0, heads, width // heads], np.int64))
-        parts = {"q": (0, 2, 1, 3), "k": (0, 2, 3, 1), "v": (0, 2, 1, 3)}
-        split = [self.add("Reshape", [x, apart], [f"{name}:{p}_rows"]) for p, x in zip(parts, node.input, strict=False)]
-        q, k, v = (
-            self.add("Transpose", [x], [f"{name}:{part}"], perm=order)
-            for x, (part, order) in zip(split, parts.items(), strict=True)
-        )
-        scale = self.constant("gpu_scale", np.array(1 / np.sqrt(width // heads), np.float32))
-        scores = self.add("MatMul", [self.add("Mul", [q, scale], [f"{name}:scaled"]), k], [f"{name}:scores"])
-        biased = self.add("Add", [scores, bias], [f"{name}:biased"])
-        mixed = self.add("MatMul", [self.add("Softmax", [biased], [f"{name}:shares"]), v], [f"{name}:mixed"])
-        rows = self.add("Transpose", [mixed], [f"{name}:rows"], perm=(0, 2, 1, 3))
-        self.add("Reshape", [rows, self.constant("gpu_together", np.array([0, 0, width], np.int64))], [name])
+    def takes(self, name: str, kind: int, dims: tuple[Any, ...]) -> str:
+        """Let the graph have an input that the device runtime feeds; return its name."""
+        if name not in {value.name for value in self.inputs}:
+            self.inputs.append(helper.make_tensor_value_info(name, kind, dims))
+        return name
 
     def linear(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> None:
         """Add one fused node as MatMulNBits and its packed adapter."""

@@ -324,7 +324,7 @@ class Generator(Bundle):
         kept = np.array([keep], np.int64)
         binding.bind_cpu_input("input_ids", ids)
         if self.gpu:
-            for name, array in webgpu.decoder_inputs(self.session, mask, new, keep).items():
+            for name, array in webgpu.decoder_inputs(self.session, mask, new, keep, cache.capacity).items():
                 binding.bind_cpu_input(name, array)
         else:
             binding.bind_cpu_input("attention_mask", mask)

@@ -26,7 +26,7 @@ from edgepeft.runtime.adapters import Slot
 FILE = "model.webgpu.onnx"
 PACKED = "edgepeft.packed"
 DIGITS = "edgepeft.digits"
-ONE_TOKEN = "one_token"
+ONE_TOKEN, POSITIONS, SEEN_BIAS = "one_token", "positions", "attention_bias."
 PROVIDER = "WebGpuExecutionProvider"
 HIDDEN = np.float32(-1e4)  # far below any score of attention
 CHUNK = 31  # tokens a run: from 32 on the provider's attention is wrong on GPUs with subgroups of fewer than 16
@@ -259,14 +259,38 @@ def inputs(session: Any, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
     return {**rest, **decoder_inputs(session, feeds["attention_mask"], feeds["input_ids"].shape[1], keep)}
 
 
-def decoder_inputs(session: Any, mask: np.ndarray, columns: int, keep: int) -> dict[str, np.ndarray]:
-    """Return what attention counts for `columns` new tokens, the last `keep` kept; mask is int64 [batch, total]."""
+def seen_bias(window: int) -> str:
+    """Return the name of the bias that hides what comes later than a token, and what lies before its window if any."""
+    return f"{SEEN_BIAS}{max(window, 0)}"
+
+
+def _hidden(positions: np.ndarray, window: int, capacity: int) -> np.ndarray:
+    """Return a bias of [batch, 1, sequence, capacity] for tokens at positions [batch, sequence]."""
+    back = positions[:, None, :, None] - np.arange(capacity)
+    seen = (back >= 0) & (back < window) if window else back >= 0
+    return np.where(seen, np.float32(0), HIDDEN)
+
+
+def decoder_inputs(session: Any, mask: np.ndarray, columns: int, keep: int, capacity: int = 0) -> dict[str, np.ndarray]:
+    """Return what attention counts for `columns` new tokens, the last `keep` kept; mask is int64 [batch, total].
+
+    capacity: columns of the memory of keys and values, where it is more than the mask has.
+    """
     count = columns if keep == 0 else min(keep, columns)
     lengths = mask.sum(axis=1)
     place = np.arange(columns - count, columns, dtype=np.int64)
-    step = {ONE_TOKEN: np.array(columns == 1)} if in_digits(session) else {}
+    positions = lengths[:, None] - columns + np.arange(columns)
+    more: dict[str, np.ndarray] = {}
+    for name in (item.name for item in session.get_inputs()):
+        if name == ONE_TOKEN:
+            more[name] = np.array(columns == 1)
+        elif name == POSITIONS:
+            more[name] = positions
+        elif name.startswith(SEEN_BIAS):
+            window = int(name.removeprefix(SEEN_BIAS))
+            more[name] = _hidden(positions, window, max(capacity, mask.shape[1]))
     return {
-        **step,
+        **more,
         "seqlens_k": (lengths - 1).astype(np.int32),
         "total_sequence_length": np.array(mask.shape[1], np.int32),
         "logits_index": np.ascontiguousarray(np.broadcast_to(place[None, :, None], (len(mask), count, 1))),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from builders import LABELS
@@ -45,7 +48,7 @@ class Served:
         self._start(self.port)
 
 
-def _sealed(folder: Path, kind: str, exported: Path, quantized: Path) -> Path:
+def _sealed(folder: Path, seal: Callable[..., None], exported: Path, quantized: Path, **about_it: Any) -> Path:
     """Make a bundle with a page of an exported folder, with a second adapter of another rank."""
     export.write(exported)
     shutil.copytree(exported, folder)
@@ -55,10 +58,7 @@ def _sealed(folder: Path, kind: str, exported: Path, quantized: Path) -> Path:
         if (quantized / name).exists():
             shutil.copy(quantized / name, folder)
     web.write(folder)
-    seal = standin.reseal if kind == "classifier" else writer.reseal
-    seal(
-        folder, **same, **({"labels": list(LABELS), "max_length": 48} if kind == "classifier" else {"context": CONTEXT})
-    )
+    seal(folder, **same, **about_it)
     return folder
 
 
@@ -69,17 +69,19 @@ def _classifier(place: Path) -> Path:
     other = exported / "adapters" / "other"
     peft_files.write_device(other, place / "trained")
     write_json(other / "labels.json", list(LABELS))
-    return _sealed(place / "bundle", "classifier", exported, run.path("quantized"))
+    labels = {"labels": list(LABELS), "max_length": 48}
+    return _sealed(place / "bundle", standin.reseal, exported, run.path("quantized"), **labels)
 
 
-def _writer(place: Path) -> Path:
-    exported = tiny_decoder.export_decoder(place, "llama", "i4b32", context=CONTEXT)
+def _writer(place: Path, family: str = "llama", **settings: Any) -> Path:
+    exported = tiny_decoder.export_decoder(place, family, "i4b32", context=CONTEXT, **settings)
     other = tiny_decoder.random_adapter(exported.run.path("quantized"), place / "second", rank=6, seed=5)
     shutil.copytree(other, exported.folder / "adapters" / "other")
     default = exported.folder / "adapters" / "default"
     shutil.copy(exported.adapter / "adapter_config.json", default)
     _before(exported.folder / "adapters" / "before", default, exported.about)
-    return _sealed(place / "bundle", "writer", exported.folder, exported.run.path("quantized"))
+    sizes = {"context": CONTEXT, "decoder": {"head_dim": exported.about.head_dim}}
+    return _sealed(place / "bundle", writer.reseal, exported.folder, exported.run.path("quantized"), **sizes)
 
 
 def _before(folder: Path, other: Path, about: Decoder) -> None:
@@ -94,4 +96,8 @@ def _before(folder: Path, other: Path, about: Decoder) -> None:
     write_json(folder / "adapter_config.json", {"peft_type": "PREFIX_TUNING"})
 
 
-MAKE = {"classifier": _classifier, "writer": _writer}
+MAKE = {
+    "classifier": _classifier,
+    "writer": _writer,
+    "capped": functools.partial(_writer, family="gemma2", attn_logit_softcapping=0.5),
+}

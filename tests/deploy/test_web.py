@@ -43,9 +43,13 @@ def test_a_classifier_answers_as_python_does_under_every_adapter(bundles, pages,
     assert list(found["scores"]) == list(answer.scores)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_language_model_writes_as_python_does_under_every_adapter(bundles, pages, device: str) -> None:
-    page, model = pages("writer", device), load(bundles("writer").folder, library="none")
+WRITERS = [("writer", device) for device in DEVICES]
+WRITERS += [pytest.param("capped", device, marks=pytest.mark.slow) for device in DEVICES]
+
+
+@pytest.mark.parametrize(("kind", "device"), WRITERS)
+def test_a_language_model_writes_as_python_does_under_every_adapter(bundles, pages, kind: str, device: str) -> None:
+    page, model = pages(kind, device), load(bundles(kind).folder, library="none")
     for adapter in ("default", "other", "before", "none"):
         about = json.dumps({"adapter": adapter, "maxNewTokens": NEW})
         ids = model.encode(PROMPT)

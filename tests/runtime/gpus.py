@@ -46,5 +46,6 @@ def sealed_bundle(exported_folder: Path, bundle: Path, kind: str) -> Path:
     else:
         settings = exported_folder.parents[1] / "adapter" / "device" / "adapter_config.json"
         shutil.copy(settings, bundle / "adapters" / "default")
-        writer.reseal(bundle, context=64, **same)
+        size = json.loads((quantized / "config.json").read_text()).get("head_dim") or writer.HEAD_DIM
+        writer.reseal(bundle, context=64, decoder={"head_dim": size}, **same)
     return bundle

@@ -8,11 +8,26 @@
  */
 
 const STEP = 256; // columns
+const BIAS = "attention_bias."; // the window follows, 0 for none
+const HIDDEN = -1e4; // far below any score of attention
 const FLOAT = 4; // bytes
 
 /** Return an empty cache that begins with a prompt: Map input -> tensor. context: the most columns there can be. */
 export function cacheOf(engine, { kv_heads: heads, head_dim: width }, prompt, context) {
   return new (engine.device === "webgpu" ? InPlace : Carried)(engine, heads, width, prompt, context);
+}
+
+/** Return {input: numbers [count, capacity]} of the biases a graph takes: what `count` tokens from `start` on do not see. */
+export function hidden(graph, start, count, capacity) {
+  const out = {};
+  for (const name of [...graph.inputs.keys()].filter((name) => name.startsWith(BIAS))) {
+    const window = Number(name.slice(BIAS.length)) || Infinity;
+    out[name] = Float32Array.from({ length: count * capacity }, (_, place) => {
+      const back = start + Math.floor(place / capacity) - (place % capacity);
+      return back >= 0 && back < window ? 0 : HIDDEN;
+    });
+  }
+  return out;
 }
 
 const present = (name) => name.replace("past_key_values", "present");

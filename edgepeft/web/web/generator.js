@@ -7,7 +7,7 @@
  * keys and values stand before the text, and take their columns from the context.
  */
 
-import { cacheOf } from "./cache.js";
+import { cacheOf, hidden } from "./cache.js";
 import { chatTemplate } from "./chat.js";
 import { EdgePeftError } from "./files.js";
 import { Model } from "./model.js";
@@ -142,7 +142,10 @@ export class Generator extends Model {
 
   async #run(ids, adapter) {
     const tensor = (...about) => this.engine.tensor(...about);
-    const total = columns(adapter) + this.seen.length + ids.length;
+    const start = columns(adapter) + this.seen.length;
+    const total = start + ids.length;
+    const { feeds, fetches } = this.cache.bind(total);
+    const { capacity } = this.cache;
     const counted = {
       input_ids: tensor("int64", [1, ids.length], ids),
       attention_mask: tensor("int64", [1, total], new Array(total).fill(1)),
@@ -151,10 +154,13 @@ export class Generator extends Model {
       seqlens_k: tensor("int32", [1], [total - 1]),
       total_sequence_length: tensor("int32", [], [total]),
       logits_index: tensor("int64", [1, 1, 1], [ids.length - 1]),
+      positions: tensor("int64", [1, ids.length], ids.map((_, place) => start + place)),
     };
+    for (const [name, values] of Object.entries(hidden(this.engine.graph, start, ids.length, capacity))) {
+      counted[name] = tensor("float32", [1, 1, ids.length, capacity], values);
+    }
     let out;
     try {
-      const { feeds, fetches } = this.cache.bind(total);
       out = await this.engine.run({ ...adapter.feeds, ...feeds, ...this.engine.taken(counted) }, fetches);
     } catch (error) {
       this.seenBy = null; // what is there may be half of something
