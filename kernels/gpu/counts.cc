@@ -205,3 +205,60 @@ Failure run_range(Run& run, const Step& s) {
   for (int64_t i = 0; i < dims.d[0]; i++) reinterpret_cast<int64_t*>(y)[i] = start + i * by;
   return nullptr;
 }
+
+Failure set_concat(const Node& node, Step* step) {
+  step->whole[0] = node.whole("axis", 0);
+  return nullptr;
+}
+
+Failure run_concat(Run& run, const Step& s) {
+  GPU_TRY(check(run, s, s.inputs));
+  const Value& first = run.in(s, 0);
+  const int64_t axis = s.whole[0] + (s.whole[0] < 0 ? first.dims.rank : 0);
+  Dims dims = first.dims;
+  if (axis < 0 || axis >= dims.rank) return run.refuse(s, "its axis is beyond the shape");
+  for (int i = 1; i < s.inputs; i++) {
+    const Dims& other = run.in(s, i).dims;
+    for (int d = 0; d < dims.rank; d++)
+      if (other.rank != dims.rank || (d != axis && other.d[d] != dims.d[d])) return run.refuse(s, "its operands' shapes do not go together");
+    dims.d[axis] += other.d[axis];
+  }
+  int64_t inner = 1, before = 0;
+  for (int i = static_cast<int>(axis) + 1; i < dims.rank; i++) inner *= dims.d[i];
+  char* y = run.make_host(s, 0, dims, first.type);
+  for (int i = 0; i < s.inputs; i++) {
+    const Value& x = run.in(s, i);
+    const int64_t own = x.dims.d[axis] * inner;
+    for (int64_t j = 0; j < x.dims.count(); j++) put(y, first.type, j / own * dims.d[axis] * inner + before + j % own, get(x, j));
+    before += own;
+  }
+  return nullptr;
+}
+
+Failure set_pad(const Node& node, Step* step) {
+  (void)step;
+  return node.inputs == 3 && node.is("mode", "constant", true) ? nullptr : "only a constant before and behind each axis is put there";
+}
+
+Failure run_pad(Run& run, const Step& s) {
+  GPU_TRY(check(run, s, 3));
+  const Value &x = run.in(s, 0), &pads = run.in(s, 1), &fill = run.in(s, 2);
+  Dims dims = x.dims;
+  if (pads.dims.count() != 2 * dims.rank) return run.refuse(s, "expected two numbers for each axis");
+  for (int i = 0; i < dims.rank; i++) {
+    dims.d[i] += pads.whole(i) + pads.whole(i + dims.rank);
+    if (pads.whole(i) < 0 || pads.whole(i + dims.rank) < 0) return run.refuse(s, "nothing is cut off");
+  }
+  char* y = run.make_host(s, 0, dims, x.type);
+  for (int64_t i = 0; i < dims.count(); i++) put(y, x.type, i, get(fill, 0));
+  for (int64_t i = 0; i < x.dims.count(); i++) {
+    int64_t at = 0, step = 1, rest = i;
+    for (int d = dims.rank - 1; d >= 0; d--) {
+      at += (rest % x.dims.d[d] + pads.whole(d)) * step;
+      rest /= x.dims.d[d];
+      step *= dims.d[d];
+    }
+    put(y, x.type, at, get(x, i));
+  }
+  return nullptr;
+}

@@ -106,20 +106,24 @@ Failure run_each(Run& run, const Step& s) {
   if (!repeats(a->dims, dims) || (b && !repeats(b->dims, dims))) return run.refuse(s, "such a broadcast has no shader");
   GPU_TRY(run.to_gpu(*a));
   if (b) GPU_TRY(run.to_gpu(*b));
-  const int64_t n = dims.count();
   GPU_TRY(run.make(s, 0, dims));
+  return each(run, static_cast<Each>(s.whole[0]), *a, b, run.out(s, 0));
+}
+
+Failure each(Run& run, Each op, const Value& a, const Value* b, const Value& y) {
+  const int64_t n = y.dims.count();
   Dispatch d;
   d.shader = Shader::each;
-  d.constant(static_cast<uint32_t>(s.whole[0]));
-  d.buffers[0] = a->buffer;
+  d.constant(static_cast<uint32_t>(op));
+  d.buffers[0] = a.buffer;
   d.buffers[1] = b ? b->buffer : nullptr;
-  d.buffers[2] = run.out(s, 0).buffer;
+  d.buffers[2] = y.buffer;
   word(&d, n);
-  d.word(a->element());
-  word(&d, a->dims.count());
+  d.word(a.element());
+  word(&d, a.dims.count());
   d.word(b ? b->element() : 0);
   word(&d, b ? b->dims.count() : 0);
-  d.word(run.out(s, 0).element());
+  d.word(y.element());
   spread(&d, n);
   return n ? run.record(d) : nullptr;
 }
@@ -188,27 +192,29 @@ Failure set_dense(const Node& node, Step* step) {
 }
 
 Failure run_dense(Run& run, const Step& s) {
-  Value &a = run.in(s, 0), &b = run.in(s, 1);
-  Value* c = run.has(s, 2) ? &run.in(s, 2) : nullptr;
-  const bool turned = s.whole[0];
+  Value& b = run.in(s, 1);
+  Dims dims = run.in(s, 0).dims;
+  if (b.dims.rank == 2 && dims.rank) dims.d[dims.rank - 1] = b.dims.d[s.whole[0] ? 0 : 1];
+  GPU_TRY(run.make(s, 0, dims));
+  return multiply(run, s, run.in(s, 0), b, run.has(s, 2) ? &run.in(s, 2) : nullptr, s.whole[0], run.out(s, 0));
+}
+
+Failure multiply(Run& run, const Step& s, Value& a, Value& b, Value* c, bool turned, const Value& y) {
   if (b.dims.rank != 2 || a.type != kFloat || b.type != kFloat || a.dims.last() != b.dims.d[turned ? 1 : 0])
     return run.refuse(s, "expected float32 a [.., K] and b of two dimensions");
-  const int64_t k = a.dims.last(), n = b.dims.d[turned ? 0 : 1], m = k ? a.dims.count() / k : 0;
+  const int64_t k = a.dims.last(), n = b.dims.d[turned ? 0 : 1], m = n ? y.dims.count() / n : 0;
   if (c && c->dims.count() != n) return run.refuse(s, "expected c [N]");
   for (Value* value : {&a, &b, c})
     if (value) GPU_TRY(run.to_gpu(*value));
-  Dims dims = a.dims;
-  dims.d[dims.rank - 1] = n;
-  GPU_TRY(run.make(s, 0, dims));
   Dispatch d;
   d.shader = Shader::dense;
   d.constant(turned);
   d.buffers[0] = a.buffer;
   d.buffers[1] = b.buffer;
   d.buffers[2] = c ? c->buffer : nullptr;
-  d.buffers[3] = run.out(s, 0).buffer;
+  d.buffers[3] = y.buffer;
   for (int64_t size : {m, n, k}) word(&d, size);
-  for (uint64_t at : {a.element(), b.element(), c ? c->element() : kNeutral, run.out(s, 0).element()}) d.word(at);
+  for (uint64_t at : {a.element(), b.element(), c ? c->element() : kNeutral, y.element()}) d.word(at);
   d.groups[0] = static_cast<uint32_t>((m * n + kThreads - 1) / kThreads);
   return d.groups[0] ? run.record(d) : nullptr;
 }

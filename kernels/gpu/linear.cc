@@ -7,10 +7,11 @@
 
 namespace {
 
-enum Whole { kFormat, kGroups, kK, kN, kRows };  // kRows and two more: of the groups
+enum Whole { kFormat, kGroups, kK, kN, kOffsets, kRows };  // kRows and two more: of the groups
 enum Input { kX, kW, kScale, kSIn, kFirst };
 enum Own { kA, kB, kGate, kSOut, kBias, kPerGroup };
 constexpr uint32_t kHalfFlag = 1, kGateNumber = 2, kGateRows = 4, kSOutNumber = 8, kBiasNumber = 16;
+constexpr int kFlagsWord = 6, kGroupWords = 8;  // where flags and the first group are among the words
 constexpr uint32_t kProductThreads = 128;
 constexpr int64_t kFewRows = 8;  // of x, that the first shader takes
 // Up to how many ranks of a linear, and numbers of its A, each workgroup computes A x for itself: measured on an H200.
@@ -21,14 +22,16 @@ struct Part {
   uint32_t rank, flags;
 };
 
-// Reads "i4b32_g3" behind the operator's name.
+// Reads "i4b32_g3" or "i4b32_g3_offset" behind the operator's name.
 Failure parse(const char* name, Step* step) {
   for (int f = 0; f < static_cast<int>(Format::count); f++) {
     const char* tag = kFormats[f].tag;
     const size_t length = strlen(tag);
     if (strncmp(name, tag, length) || name[length] != '_') continue;
     const char* end = name + length;
-    if (strlen(end) != 3 || end[1] != 'g' || end[2] < '1' || end[2] > '3') return "weights with offsets have no shader";
+    if (end[1] != 'g' || end[2] < '1' || end[2] > '3') break;
+    step->whole[kOffsets] = !strcmp(end + 3, "_offset");
+    if (end[3] && !step->whole[kOffsets]) break;
     step->whole[kFormat] = f;
     step->whole[kGroups] = end[2] - '0';
     return nullptr;
@@ -64,6 +67,22 @@ Failure read_part(Run& run, const Step& s, int g, int64_t rows, Part* part) {
 }
 
 uint32_t place(const Value* value) { return value ? static_cast<uint32_t>(value->element()) : kNeutral; }
+
+// Puts the weights' offsets where the adapter would be, as group 0's a and b.
+Failure read_offsets(Run& run, const Step& s, const Part* parts, Dispatch* d) {
+  Value& c = run.in(s, kFirst + static_cast<int>(s.whole[kGroups]) * kPerGroup);
+  const int64_t blocks = c.dims.rank == 2 ? c.dims.d[1] : 0;
+  if (c.dims.d[0] != s.whole[kN] || blocks <= 0 || s.whole[kK] % (blocks * kUnit) || (c.type != kHalf && c.type != kFloat))
+    return run.refuse(s, "expected w_offset [N, J], float16 or float32, K / J a multiple of 32");
+  for (int g = 0; g < s.whole[kGroups]; g++)
+    if (parts[g].rank) return run.refuse(s, "weights with offsets and an adapter at once have no shader");
+  GPU_TRY(run.to_gpu(c));
+  d->buffers[4] = c.buffer;
+  d->words[kGroupWords + 2] = static_cast<uint32_t>(c.element());
+  d->words[kGroupWords + 3] = static_cast<uint32_t>(blocks);
+  d->words[kFlagsWord] = (d->words[kFlagsWord] & ~kHalfFlag) | (c.type == kHalf ? kHalfFlag : 0);
+  return nullptr;
+}
 
 // What all three shaders read.
 Failure describe(Run& run, const Step& s, int64_t rows, Dispatch* d, uint32_t* ranks) {
@@ -110,7 +129,7 @@ Failure describe(Run& run, const Step& s, int64_t rows, Dispatch* d, uint32_t* r
                               real ? place(parts[g].bias) : kNeutral, real ? run.out(s, g).element() : 0};
     for (uint64_t word : words) d->word(word);
   }
-  return nullptr;
+  return s.whole[kOffsets] ? read_offsets(run, s, parts, d) : nullptr;
 }
 
 // How a tile's workgroup is made up. A GPU has few tiles for its many threads, so many share a tile; a driver that
@@ -126,10 +145,10 @@ Shape shape_for(const Device& device, int64_t k, uint32_t ranks) {
   return {threads, 1};
 }
 
-void specialise(const FormatInfo& f, uint32_t threads, bool inside, uint32_t tiles, Dispatch* d) {
+void specialise(const FormatInfo& f, uint32_t threads, bool inside, uint32_t tiles, bool offsets, Dispatch* d) {
   d->constant_count = 0;
   for (uint32_t value : {threads, static_cast<uint32_t>(f.bits), static_cast<uint32_t>(f.block), uint32_t{f.nf4},
-                         uint32_t{f.half_scale}, uint32_t{inside}, tiles})
+                         uint32_t{f.half_scale}, uint32_t{inside}, tiles, uint32_t{offsets}})
     d->constant(value);
 }
 
@@ -162,14 +181,14 @@ Failure run_linear(Run& run, const Step& s) {
   const Shape shape = shape_for(run.device, s.whole[kK], inside ? ranks : 0);
   if (ranks && !inside) {
     d.shader = Shader::low;
-    specialise(f, shape.threads, false, 1, &d);
+    specialise(f, shape.threads, false, 1, false, &d);
     d.groups[0] = ranks;
     d.groups[1] = m;
     GPU_TRY(run.record(d));
   }
   d.shader = few ? Shader::linear : Shader::product;
   if (run.program.float16) d.features |= kFloat16;
-  specialise(f, few ? shape.threads : kProductThreads, inside, few ? shape.tiles : 1, &d);
+  specialise(f, few ? shape.threads : kProductThreads, inside, few ? shape.tiles : 1, s.whole[kOffsets], &d);
   d.groups[0] = few ? (tiles + shape.tiles - 1) / shape.tiles : (tiles + 3) / 4;
   d.groups[1] = few ? m : (m + 31) / 32;
   return run.record(d);

@@ -36,7 +36,8 @@ float Node::number(const char* attribute, float otherwise) const {
   size_t got;
   return read(node, attribute, kOrtAttributeFloat, &value, sizeof(value), &got) ? value : otherwise;
 }
-bool Node::is(const char* attribute, const char* text) const {
+bool Node::is(const char* attribute, const char* text, bool otherwise) const {
+  if (!attribute_of(node, attribute)) return otherwise;
   char value[32];
   size_t got = 0;
   return read(node, attribute, kOrtAttributeString, value, sizeof(value), &got) && got <= sizeof(value) &&

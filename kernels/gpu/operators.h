@@ -26,6 +26,16 @@ Failure set_row_embedding(const Node& node, Step* step);
 Failure run_embedding(Run& run, const Step& step);
 Failure set_dense(const Node& node, Step* step);
 Failure run_dense(Run& run, const Step& step);
+enum class Each : int64_t { add = 0, gelu = 5 };  // some of each.comp's
+// y = op(a, b), the shorter one repeated; all lie on the GPU.
+Failure each(Run& run, Each op, const Value& a, const Value* b, const Value& y);
+// y [.., N] = a [.., K] b + c, b [K, N] or, turned, [N, K]; c [N] or null.
+Failure multiply(Run& run, const Step& step, Value& a, Value& b, Value* c, bool turned, const Value& y);
+
+// branches.cc
+Failure run_router_gate(Run& run, const Step& step);
+Failure run_bottleneck(Run& run, const Step& step);
+Failure run_before(Run& run, const Step& step);
 
 // shapes.cc: what picks, cuts and renames
 Failure set_gather(const Node& node, Step* step);
@@ -50,6 +60,10 @@ Failure set_sum(const Node& node, Step* step);
 Failure run_sum(Run& run, const Step& step);
 Failure run_where(Run& run, const Step& step);
 Failure run_range(Run& run, const Step& step);
+Failure set_concat(const Node& node, Step* step);
+Failure run_concat(Run& run, const Step& step);
+Failure set_pad(const Node& node, Step* step);
+Failure run_pad(Run& run, const Step& step);
 Failure set_count(const Node& node, Step* step);
 Failure run_count(Run& run, const Step& step);
 // Computes a step of `set_each` or `set_count` there; the operands are on the CPU.

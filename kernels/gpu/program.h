@@ -71,7 +71,7 @@ struct Node {
 
   int64_t whole(const char* attribute, int64_t otherwise) const;
   float number(const char* attribute, float otherwise) const;
-  bool is(const char* attribute, const char* text) const;
+  bool is(const char* attribute, const char* text, bool otherwise = false) const;
   bool is_wholes(const char* attribute, int64_t first, int64_t second) const;
 };
 

@@ -9,7 +9,7 @@ struct ShaderCode {
 };
 
 // X(name)
-#define EP_SHADERS(X) X(linear) X(product) X(low) X(norm) X(rotate) X(attend) X(each) X(rows) X(embed) X(dense)
+#define EP_SHADERS(X) X(linear) X(product) X(low) X(norm) X(rotate) X(attend) X(each) X(rows) X(embed) X(dense) X(share)
 
 enum class Shader : int {
 #define EP_SHADER_NAME(name) name,

@@ -18,8 +18,8 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def run(name, inputs):
-    """The output of one node, every input fed."""
+def model(name, inputs):
+    """A model of one node, every input fed, and what to feed."""
     function = BRANCHES[name]
     arrays = dict(zip(function.inputs, inputs, strict=True))
     fed = [
@@ -32,9 +32,14 @@ def run(name, inputs):
     out = helper.make_tensor_value_info(function.outputs[0], FLOAT32, None)
     graph = helper.make_graph([node], "one", fed, [out])
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
-    model = helper.make_model(graph, functions=[function.proto()], opset_imports=opsets, ir_version=IR_VERSION)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, arrays)[0]
+    made = helper.make_model(graph, functions=[function.proto()], opset_imports=opsets, ir_version=IR_VERSION)
+    return made.SerializeToString(), arrays
+
+
+def run(name, inputs):
+    """The output of one node, every input fed."""
+    made, arrays = model(name, inputs)
+    return ort.InferenceSession(made, providers=["CPUExecutionProvider"]).run(None, arrays)[0]
 
 
 def check(name, inputs):

@@ -14,9 +14,11 @@ from edgepeft.deploy import shaders, softgpu
 from edgepeft.deploy.compile import host_vulkan_library
 from edgepeft.errors import TargetError
 from edgepeft.export import ops
+from edgepeft.export.branches import BRANCHES
 from edgepeft.export.functions import FUNCTIONS
 from edgepeft.quant.formats import FORMATS
 from edgepeft.runtime import vulkan
+from tests.export import test_branches as one_branch
 from tests.kernels import small_functions
 from tests.kernels.test_ort_op import ELEMENT, GROUPS, agree, inputs
 
@@ -48,10 +50,16 @@ def features(gpu, request):
 
 def linear(format: str, k: int, rows: Sequence[int], values, fed: Sequence[str] = ("x",)) -> bytes:
     """Return a model of one adapted linear with its body; inputs named in `fed` are the graph's, others constants."""
-    names, outs = ops.input_names(len(rows)), ops.output_names(len(rows))
+    offset = len(values) > len(ops.input_names(len(rows)))
+    names, outs = ops.input_names(len(rows), offset), ops.output_names(len(rows))
     pairs = dict(zip(names, values, strict=True))
     node = helper.make_node(
-        ops.op_type(format, len(rows)), names, outs, "node", domain=ops.DOMAIN, **ops.attributes(k, rows, "float")
+        ops.op_type(format, len(rows), offset),
+        names,
+        outs,
+        "node",
+        domain=ops.DOMAIN,
+        **ops.attributes(k, rows, "float"),
     )
     shapes = {name: [f"{name}{i}" for i in range(value.ndim)] for name, value in pairs.items()}
     graph = helper.make_graph(
@@ -62,14 +70,15 @@ def linear(format: str, k: int, rows: Sequence[int], values, fed: Sequence[str] 
     )  # fmt: skip
     domains = (("", ops.OPSET), (ops.DOMAIN, ops.VERSION), ("com.microsoft", 1))
     imports = [helper.make_opsetid(*domain) for domain in domains]
-    functions = [ops.function_proto(format, len(rows))]
+    functions = [ops.function_proto(format, len(rows), offset)]
     made = helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=ops.IR_VERSION)
     return made.SerializeToString()
 
 
 def run_linear(gpu, format: str, k: int, rows, values, fed=("x",), precision="float32") -> list[np.ndarray]:
     session = vulkan.open_session(gpu, linear(format, k, rows, values, fed), precision)
-    return session.run(None, {n: v for n, v in zip(ops.input_names(len(rows)), values, strict=True) if n in fed})
+    pairs = zip(ops.input_names(len(rows)), values, strict=False)  # w_offset, which comes last, is a constant
+    return session.run(None, {name: value for name, value in pairs if name in fed})
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -78,6 +87,22 @@ def test_formats_and_groups(features, format: str) -> None:
         rows = GROUPS[groups]
         values = inputs(format, 384, rows, leading, rank)
         agree(format, "float", rows, values, run_linear(features, format, 384, rows, values))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_weights_with_offsets(gpu, format: str) -> None:
+    for m, blocks, dtype in (2, 6, np.float16), (40, 12, np.float32), (33, 1, np.float16):
+        values = inputs(format, 384, [48, 16], (m,), 0, dtype, scaled=True, offset=blocks)
+        found, rounded = (run_linear(gpu, format, 384, [48, 16], values, precision=kind) for kind in vulkan.PRECISIONS)
+        agree(format, "float", [48, 16], values, found)
+        for y, wanted in zip(rounded, found, strict=True):
+            assert np.abs(y - wanted).max() <= ROUNDED * np.abs(wanted).max()
+
+
+def test_weights_with_offsets_and_an_adapter_are_refused_by_name(gpu) -> None:
+    values = inputs("i4b32", 384, [48], (2,), 4, offset=6)
+    with pytest.raises(Exception, match="'node': weights with offsets and an adapter at once have no shader"):
+        run_linear(gpu, "i4b32", 384, [48], values)
 
 
 @pytest.mark.parametrize("m", [1, 40])
@@ -121,6 +146,27 @@ def test_small_functions(features, name: str) -> None:
             size = np.abs(values["x"]) if name == "ErfGelu" else size
             size = small_functions.size(name, values, want) if size is None else size
             assert np.all(np.abs(y - want) <= (0 if packed else RELATIVE) * size)
+
+
+def branch_inputs(name: str, leading: tuple[int, ...], size: int) -> list[np.ndarray]:
+    """Return inputs of a branch: `size` experts, rows, or numbers between down and up."""
+    x = one_branch.normal(*leading, 48)
+    if name == "Before":
+        return [x, one_branch.normal(size, 48, seed=1)]
+    if name == "RouterGate":
+        return [x, one_branch.normal(max(size, 1), 48, seed=1), np.zeros((3 * size, 48), np.float16)]
+    shapes = (*leading, 40), (*leading, 48), (size, 48), (size,), (40, size), (40,)
+    return [one_branch.normal(*shape, seed=i) for i, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_branches(gpu, name: str) -> None:
+    for leading, size in ((1, 1), 1), ((3, 5), 4), ((2, 9), 0):
+        values = branch_inputs(name, leading, size)
+        model, fed = one_branch.model(name, values)
+        found, wanted = vulkan.open_session(gpu, model).run(None, fed)[0], BRANCHES[name].reference(*values)[0]
+        assert found.shape == wanted.shape
+        assert np.abs(found - wanted).max(initial=0) <= 2 * one_branch.TIGHT * np.abs(wanted).max(initial=0)
 
 
 def test_a_driver_that_does_not_compile_a_variant_gets_the_plain_shader(gpu) -> None:

@@ -15,6 +15,8 @@ from edgepeft.deploy import softgpu
 from edgepeft.deploy.compile import host_vulkan_library
 from edgepeft.errors import ConfigError, TargetError
 from edgepeft.runtime import load, vulkan
+from edgepeft.runtime.adapters import slots
+from tests.adapt.conformance import Subject
 from tests.runtime.gpus import sealed_bundle, stock_session, writing
 
 TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order
@@ -62,6 +64,24 @@ def test_every_node_of_the_cpus_graph_runs_there_in_one_submit(gpu, exported, ki
             assert took.dispatches <= DISPATCHES.get(kind, took.dispatches)
         for y, wanted in zip(found, stock.run(names, feeds), strict=True):
             assert np.abs(y - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+
+
+BRANCHES = [("llama", "experts"), ("bert", "houlsby"), ("bert", "prompt")]
+BRANCHES += [pytest.param(*pair, marks=pytest.mark.slow) for pair in (("bert", "experts"), ("llama", "parallel"))]
+
+
+@pytest.mark.parametrize(("kind", "name"), BRANCHES)
+def test_routers_bottlenecks_and_rows_before_a_text_run_there(gpu, tmp_path: Path, kind: str, name: str) -> None:
+    subject = Subject(tmp_path, kind)
+    folder = subject.export(subject.made(name))
+    stock, session = stock_session(folder), vulkan.open_session(gpu, folder / "model.onnx")
+    taken = {item.name for item in stock.get_inputs() + stock.get_overridable_initializers()}
+    neutral = {name: slot.empty() for name, slot in slots(stock).items() if slot.neutral}
+    for given in _runs(kind, stock):
+        for more in {}, neutral:
+            feeds = {name: array for name, array in {**given, **more}.items() if name in taken}
+            wanted = stock.run(["logits"], feeds)[0]
+            assert np.abs(session.run(["logits"], feeds)[0] - wanted).max() <= TOLERANCE * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

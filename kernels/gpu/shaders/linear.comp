@@ -83,19 +83,28 @@ vec4 unit_sum(uvec4 v, uint unit, uint vector, uint m) {
               product(nibbles(v.w, 4u), second));
 }
 
+// What offsets add to the sums of four rows, of the same columns.
+vec4 offset_sum(uint tile, uint unit, uint vector, uint m) {
+  vec4 x = scaled_x(m, unit * 8u + vector / 4u);
+  if (BITS == 4u) x += scaled_x(m, unit * 8u + 4u + vector / 4u);
+  return offsets(tile, unit, vector % 4u) * dot(x, vec4(1.0));
+}
+
 // The sums of four rows of a tile over every so many-th unit, two of them read before either is used.
 vec4 part(uint tile, uint vector, uint m) {
   const uint units = p.k / 32u, step_size = THREADS / LANES;
   const uint base = tile * units;
-  vec4 sum = vec4(0.0);
+  vec4 sum = vec4(0.0), moved = vec4(0.0);
   uint unit = gl_LocalInvocationID.x / LANES;
+  if (OFFSETS)
+    for (uint i = unit; i < units; i += step_size) moved += offset_sum(tile, i, vector, m);
   for (; unit + step_size < units; unit += 2u * step_size) {
     const uvec4 v = w4[(base + unit) * LANES + vector], w = w4[(base + unit + step_size) * LANES + vector];
     const vec4 s = scales(tile, unit, vector % 4u), t = scales(tile, unit + step_size, vector % 4u);
     sum += unit_sum(v, unit, vector, m) * s + unit_sum(w, unit + step_size, vector, m) * t;
   }
   if (unit < units) sum += unit_sum(w4[(base + unit) * LANES + vector], unit, vector, m) * scales(tile, unit, vector % 4u);
-  return UP * sum;
+  return UP * sum + moved;
 }
 
 void main() {

@@ -48,6 +48,13 @@ void load_x(uint m, uint unit, uint k4) {  // four rows of x from m on, turned
   x_km[4u * k4 + 3u][place] = number4(a.w, b.w, c.w, d.w);
 }
 
+// Four rows of x, each added up along the unit.
+vec4 x_total(uint m4) {
+  vec4 sum = vec4(0.0);
+  for (uint k = 0u; k < 32u; k++) sum += vec4(x_km[k][m4]);
+  return sum;
+}
+
 // Ends four outputs from n on, of one row of x.
 void finish4(uint m, uint n, uint g, uint rank, vec4 v) {
   if (m >= p.m) return;
@@ -97,6 +104,13 @@ void main() {
       sum3 += w * v.w;
     }
 #endif
+    if (OFFSETS && own < p.tiles) {
+      const vec4 moved = UP * offsets(own, unit, n4 % 4u), x = x_total(m4);
+      sum0 += moved * x.x;
+      sum1 += moved * x.y;
+      sum2 += moved * x.z;
+      sum3 += moved * x.w;
+    }
   }
   if (own >= p.tiles) return;
   uint first, rank;
