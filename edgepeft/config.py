@@ -124,7 +124,10 @@ class Config:
     batch_size: int = _field(0, "Examples, or packed rows of them, per forward pass.", low=1, group="train")
     accumulation: int = _field(1, "Forward passes per training step, their gradients summed.", low=1, group="train")
     learning_rate: float = _field(0.0, "Peak learning rate.", low=1e-9, group="train")
-    max_length: int = _field(0, "Longest text or packed row in tokens; longer ones are cut.", low=4, group="train")
+    max_length: int = _field(
+        0, "Longest text or packed row in tokens; longer ones are cut. The default yields to a model with fewer "
+        "positions.", low=4, group="train",
+    )  # fmt: skip
     packing: bool = _field(True, "text-generation: put several examples into one row.", group="train")
     checkpointing: bool = _field(
         False, "Compute activations twice instead of keeping them: less memory.", group="train"
@@ -168,7 +171,7 @@ class Config:
     output: str = _field("edgepeft-out", "Folder for all that is made: new, empty or of an earlier build.", group="run")
 
     def __post_init__(self) -> None:
-        for name, value in _own_settings(self.task).items():
+        for name, value in own_settings(self.task).items():
             if not getattr(self, name):
                 object.__setattr__(self, name, value)
         problems = [p for f in dataclasses.fields(self) if (p := _problem(f, getattr(self, f.name)))]
@@ -205,7 +208,7 @@ def bytes_of(size: str) -> int | None:
     return int(float(found[1]) * UNITS[found[2]]) if found else None
 
 
-def _own_settings(task: str) -> Mapping[str, Any]:
+def own_settings(task: str) -> Mapping[str, Any]:
     """Return the settings that a task has of its own; 0 stands for them."""
     from edgepeft.train.tasks import TASKS
 
@@ -214,7 +217,7 @@ def _own_settings(task: str) -> Mapping[str, Any]:
 
 def default_text(field: dataclasses.Field) -> str:
     """Return the default of a field in words; of one that tasks have of their own, each task's."""
-    own = {task: found[field.name] for task in _tasks() if field.name in (found := _own_settings(task))}
+    own = {task: found[field.name] for task in _tasks() if field.name in (found := own_settings(task))}
     return ", ".join(f"{value} for {task}" for task, value in own.items()) or str(field.default)
 
 

@@ -32,7 +32,7 @@ HALF_BYTES, FLOAT_BYTES = 2, 4
 
 def plan_text(config: Config) -> str:
     """Return the plan of a build. Raises EdgePeftError when model, data or target cannot be used."""
-    from edgepeft.backbone.check import check_model
+    from edgepeft.backbone.check import check_length, check_model
     from edgepeft.backbone.families import check_task
     from edgepeft.backbone.load import resolve_model
     from edgepeft.deploy.targets import load_target
@@ -41,11 +41,12 @@ def plan_text(config: Config) -> str:
     source, target = resolve_model(config), load_target(config.target)
     family = check_model(source)
     check_task(family, config.task, str(source.path))
+    shown = config.replace(max_length=check_length(config, source))
     data = load_splits(config)
     counts = ", ".join(f"{len(getattr(data, name))} {name}" for name in ("train", "validation", "test"))
     lines = [
         "settings",
-        table([{"setting": name, "value": str(value)} for name, value in dataclasses.asdict(config).items()]),
+        table([{"setting": name, "value": str(value)} for name, value in dataclasses.asdict(shown).items()]),
         f"\nmodel   {source.path} ({family.tag}, {source.settings[family.layers_setting]} layers)",
         f"data    {counts}" + (f"; {len(data.labels)} labels" if data.labels else ""),
         f"target  {target.name}: {target.description}",

@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from edgepeft.adapt.methods import METHODS
 from edgepeft.backbone.checkpoint import backbone_names, same_tensor, tensor_shapes
 from edgepeft.backbone.families import Family, family_of
 from edgepeft.backbone.load import ModelSource, model_json
-from edgepeft.errors import ModelError, blaming
+from edgepeft.config import Config, own_settings
+from edgepeft.errors import ConfigError, ModelError, blaming
 
-SHOWN = 4
+SHOWN, LEAST_TOKENS = 4, 4
 SAVE_TOKENIZER = "Save the model's tokenizer there again, as a fast one: tokenizer.save_pretrained(FOLDER)."
 
 
@@ -36,6 +38,26 @@ def check_model(source: ModelSource) -> Family:
     _check_tied(source, family)
     _check_tokenizer(source, shapes[f"{family.prefix}.{family.embeddings['word']}.weight"][0])
     return family
+
+
+def text_limit(config: Config, positions: int | None, prompt: int) -> int:
+    """Return the most tokens of a text: max_length, or what a model has where that is less than the task's default.
+
+    positions: the model's, None where it has no limit, of which a prompt takes some. Raises ConfigError for a
+    max_length of the user's own that is more.
+    """
+    if not positions or config.max_length <= (limit := positions - prompt):
+        return config.max_length
+    if config.max_length == own_settings(config.task).get("max_length") and limit >= LEAST_TOKENS:
+        return limit
+    what = "the model's positions" + (f" less {prompt} of the prompt" if prompt else "")
+    raise ConfigError(f"--max-length: expected at most {limit}, {what}; found {config.max_length}.")
+
+
+def check_length(config: Config, source: ModelSource) -> int:
+    """Return `text_limit` for a model folder, before there is a model."""
+    prompt = config.prompt_tokens if METHODS[config.method].prompt else 0
+    return text_limit(config, source.settings.get("max_position_embeddings"), prompt)
 
 
 def _check_tensors(source: ModelSource, family: Family, shapes: dict[str, tuple[int, ...]]) -> None:

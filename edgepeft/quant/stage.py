@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgepeft.artifact import Run, key_of, write_json, write_tensors
-from edgepeft.backbone.check import check_model, fast_tokenizer
+from edgepeft.backbone.check import check_length, check_model, fast_tokenizer
 from edgepeft.backbone.checkpoint import backbone_names, iter_tensors
 from edgepeft.backbone.families import Family, check_task
 from edgepeft.backbone.load import ModelSource, resolve_model
@@ -57,6 +57,7 @@ def quantize(config: Config, run: Run, out: Path) -> dict[str, Any]:
     source = resolve_model(config)
     family = check_model(source)
     check_task(family, config.task, str(source.path))
+    config = config.replace(max_length=check_length(config, source))
     kinds = family.tensors(source.settings)
     work = Work(config, family, family.tied(source.settings))
     if calibrated(config):

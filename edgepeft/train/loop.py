@@ -36,6 +36,7 @@ from edgepeft import ranks
 from edgepeft.adapt import peft_files
 from edgepeft.adapt.methods import METHODS
 from edgepeft.artifact import Run, read_json, read_tensors, write_json
+from edgepeft.backbone.check import text_limit
 from edgepeft.backbone.families import Family, family_of
 from edgepeft.console import say
 from edgepeft.errors import ConfigError, blaming
@@ -199,15 +200,10 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def token_limit(model: Any, config: Config) -> int:
-    """Return max_length. Raises ConfigError when the model has fewer positions, a prompt's tokens among them."""
+    """Return the most tokens of a text, those of a prompt not among them. Raises ConfigError; see `text_limit`."""
     from edgepeft.adapt.prompts import columns
 
-    positions, prompt = getattr(model.config, "max_position_embeddings", None), columns(model)
-    if positions and config.max_length > positions - prompt:
-        what = "the model's positions" + (f" less {prompt} of the prompt" if prompt else "")
-        found = config.max_length
-        raise ConfigError(f"--max-length: expected at most {positions - prompt}, {what}; found {found}.")
-    return config.max_length
+    return text_limit(config, getattr(model.config, "max_position_embeddings", None), columns(model))
 
 
 def _packed_model(quantized: Path, splits: Splits, config: Config) -> Any:

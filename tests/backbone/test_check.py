@@ -1,6 +1,7 @@
 """What does not fit within a model folder is named before anything is made, by a build and by a dry run."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from edgepeft.artifact import Run, read_tensors
 from edgepeft.backbone.check import check_model
 from edgepeft.backbone.load import open_folder
 from edgepeft.config import Config
-from edgepeft.errors import ModelError
+from edgepeft.errors import ConfigError, ModelError
 from edgepeft.plan import plan_text
 from edgepeft.quant.stage import quantize
 
@@ -134,6 +135,22 @@ def test_what_does_not_fit_is_named_before_anything_is_written(model, tmp_path, 
         plan_text(config) if dry else quantize(config, Run(out), out)
     assert str(model) in str(caught.value)
     assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("dry", [False, True], ids=["quantize", "dry run"])
+@pytest.mark.parametrize(
+    ("method", "most"), [("lora", "48, the model's pos"), ("prompt", "28, the model's positions less 20")]
+)
+def test_longer_texts_than_a_model_takes_are_refused_unless_nobody_asked_for_them(model, tmp_path, dry, method, most):
+    settings(model, max_position_embeddings=48)
+    tensors(model, lambda found: {**found, "embeddings.position_embeddings.weight": np.ones((48, 64), np.float32)})
+    config, out = Config(model=str(model), output=str(tmp_path / "out"), method=method), tmp_path / "quantized"
+    out.mkdir()
+    longer = config.replace(max_length=65)
+    with pytest.raises(ConfigError, match=f"--max-length: expected at most {most}"):
+        plan_text(longer) if dry else quantize(longer, Run(out), out)
+    said = plan_text(config) if dry else quantize(config, Run(out), out)
+    assert not dry or re.search(rf"max_length +\| {most[:2]} ", said)
 
 
 def test_a_row_knows_the_shape_of_every_tensor(bert):
