@@ -14,7 +14,13 @@ from edgepeft.artifact import Run
 from edgepeft.config import Config
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "transformers", "peft", "edgepeft.train.loop", "edgepeft.train.watch"])
+CONTEXT.set_forkserver_preload(
+    [  # what a training imports, once for all children
+        "torch", "transformers.trainer", "transformers.models.bert.modeling_bert", "datasets", "peft", "accelerate",
+        "matplotlib.pyplot", "edgepeft.train.loop", "edgepeft.train.starts", "edgepeft.train.teacher",
+        "edgepeft.train.watch", "edgepeft.backbone.load", "edgepeft.quant.linear", "edgepeft.adapt.fused",
+    ]
+)  # fmt: skip
 
 
 def die() -> None:
