@@ -33,12 +33,13 @@ class _Adapted(torch.autograd.Function):
         layer: QuantLinear,
     ) -> Tensor:  # fmt: skip
         """Return y [..., N] of x and h [..., K]."""
+        dtype = multiply.product_dtype(x)
+        source = multiply.cast(x if h is None else h, dtype)
         y = multiply.forward(x, layer, bias_n)
-        dtype = y.dtype
-        source = x if h is None else h
-        z_mr = source.reshape(-1, layer.in_features).to(dtype) @ a_rk.to(dtype).T
+        z_mr = source.reshape(-1, layer.in_features) @ a_rk.to(dtype).T
         y.view(-1, layer.out_features).addmm_(z_mr, b_nr.to(dtype).T, alpha=scale)
-        ctx.layer, ctx.scale, ctx.x_dtype, ctx.dropped = layer, scale, x.dtype, h is not None
+        ctx.layer, ctx.scale, ctx.x_dtype = layer, scale, x.dtype
+        ctx.h_dtype = None if h is None else h.dtype
         ctx.save_for_backward(source, z_mr, a_rk, b_nr)
         return y
 
@@ -50,13 +51,13 @@ class _Adapted(torch.autograd.Function):
         needs_x, needs_h, needs_a, needs_b, needs_bias = ctx.needs_input_grad[:5]
         dtype, shape, dy_mn = dy.dtype, source.shape, dy.reshape(-1, ctx.layer.out_features)
         dz_mr = (dy_mn @ b_nr.to(dtype)).mul_(ctx.scale)
-        da = dz_mr.T @ source.reshape(-1, ctx.layer.in_features).to(dtype) if needs_a else None
+        da = dz_mr.T @ source.reshape(-1, ctx.layer.in_features) if needs_a else None
         db = (z_mr.T @ dy_mn).mul_(ctx.scale).T if needs_b else None
         dx = multiply.backward(dy_mn, ctx.layer) if needs_x else None
         dh = None
-        if ctx.dropped and needs_h:
-            dh = (dz_mr @ a_rk.to(dtype)).view(shape).to(source.dtype)
-        elif dx is not None and not ctx.dropped:
+        if ctx.h_dtype is not None and needs_h:
+            dh = (dz_mr @ a_rk.to(dtype)).view(shape).to(ctx.h_dtype)
+        elif dx is not None and ctx.h_dtype is None:
             dx.addmm_(dz_mr, a_rk.to(dtype))
         return (
             None if dx is None else dx.view(shape).to(ctx.x_dtype), dh, None if da is None else da.to(a_rk.dtype),

@@ -10,6 +10,7 @@ dequantizing into them does. The product is made in the dtype of x, or in that o
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +47,24 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return x in a dtype; what several layers in turn ask of one x, as q, k and v do, is made once while it lives."""
+    if x.dtype == dtype or x.is_inference():
+        return x.to(dtype)
+    source, version, made = _rooms.__dict__.get("cast", (None, 0, None))
+    found = made() if source is not None and source() is x and version == x._version else None
+    if found is None or found.dtype != dtype:
+        found = x.to(dtype)
+        _rooms.cast = weakref.ref(x), x._version, weakref.ref(found)
+    return found
+
+
 def forward(x: torch.Tensor, layer: QuantLinear, bias_n: torch.Tensor | None) -> torch.Tensor:
     """Return y [..., N] of x [..., K]; without a gradient."""
     dtype = product_dtype(x)
     if layer.activation == "int8" and x.device.type == "cpu" and x.numel():
         return layer.int8_product(x).to(dtype)
-    x_mk = x.reshape(-1, layer.in_features).to(dtype)
+    x_mk = cast(x, dtype).reshape(-1, layer.in_features)
     y = x_mk.new_empty(*x.shape[:-1], layer.out_features)
     y_mn = y.view(-1, layer.out_features)
     for rows, w_nk in layer.pieces(dtype):

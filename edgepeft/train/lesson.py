@@ -135,6 +135,7 @@ def taught_score(lesson: Lesson, answers_tk: torch.Tensor) -> Score:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logp_tv, _ = head_logits(answers_tk[part].float(), lesson.head, lesson.softcap)
         logp_tv.div_(lesson.temperature).sub_(logp_tv.logsumexp(-1, keepdim=True))
+        z_tv = z_tv.float()
         q_tv = z_tv / lesson.temperature
         q_tv -= q_tv.logsumexp(-1, keepdim=True)
         p_tv = logp_tv.exp()

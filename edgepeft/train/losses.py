@@ -5,7 +5,8 @@
 Only positions that have a target pass the head, CHUNK_BYTES of logits at a time. The head is frozen, so all that
 backward needs is dh, which is as small as h: it is computed while the logits of a chunk are there, and nothing is
 computed twice. A packed head is dequantized piece by piece, twice per chunk. Products are made in autocast's dtype
-where it is on, what follows in float32. What is asked of a chunk of logits is a `Score`: their labels here, a teacher
+where it is on, and logits and their gradients kept in it, as the products leave and take them; what is between is
+float32. What is asked of a chunk of logits is a `Score`: their labels here, a teacher
 in `lesson`. Labels ask a few rows after the other, which stay in the cache meanwhile.
 
 `without_logits` lets a model answer with three figures per row in place of its logits: the sum of the losses, the
@@ -64,7 +65,7 @@ class _TokenLosses(torch.autograd.Function):
         hit_t = torch.empty_like(target_t, dtype=torch.bool)
         dh_tk = torch.empty_like(h_tk) if ctx.needs_input_grad[0] else None
         z_tv: torch.Tensor | None = None
-        for part in chunks(len(h_tk), head.out_features):
+        for part in chunks(len(h_tk), head.out_features, each_bytes=_logits_dtype(h_tk, softcap).itemsize):
             z_tv, slope_tv = head_logits(h_tk[part], head, softcap, dh_tk is not None, z_tv)
             loss_t[part], hit_t[part], dz_tv = score(z_tv, target_t[part], part)
             if dh_tk is not None:
@@ -80,9 +81,11 @@ class _TokenLosses(torch.autograd.Function):
         return dh_tk * dloss_t[:, None].to(dh_tk.dtype), None, None, None, None
 
 
-def chunks(tokens: int, vocabulary: int, most_bytes: int | None = None) -> Iterator[slice]:
+def chunks(
+    tokens: int, vocabulary: int, most_bytes: int | None = None, each_bytes: int = FLOAT_BYTES
+) -> Iterator[slice]:
     """Yield the positions whose logits are used at a time: CHUNK_BYTES of them unless told otherwise."""
-    most = max(1, (most_bytes or CHUNK_BYTES) // (FLOAT_BYTES * vocabulary))
+    most = max(1, (most_bytes or CHUNK_BYTES) // (each_bytes * vocabulary))
     step = -(-tokens // max(1, -(-tokens // most))) or 1
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
@@ -90,7 +93,7 @@ def chunks(tokens: int, vocabulary: int, most_bytes: int | None = None) -> Itera
 def head_logits(
     h_tk: torch.Tensor, head: Any, softcap: float, slope: bool = False, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return float32 logits [T, V], and the slope of their softcap where one is asked for.
+    """Return logits [T, V], and the slope of their softcap where one is asked for.
 
     out: logits of as many positions or more that are done with; their memory is taken.
     """
@@ -98,7 +101,7 @@ def head_logits(
         z_tv = head.int8_product(h_tk).float()
     else:
         if out is None or len(out) < len(h_tk):
-            out = h_tk.new_empty(len(h_tk), head.out_features, dtype=torch.float32)
+            out = h_tk.new_empty(len(h_tk), head.out_features, dtype=_logits_dtype(h_tk, softcap))
         z_tv = out[: len(h_tk)]
         _multiply(h_tk, head, z_tv)
     if not softcap:
@@ -108,12 +111,17 @@ def head_logits(
     return tanh_tv.mul_(softcap), slope_tv
 
 
+def _logits_dtype(h_tk: torch.Tensor, softcap: float) -> torch.dtype:
+    """Return the dtype in which logits are kept: the product's, unless a softcap bends them."""
+    return torch.float32 if softcap else product_dtype(h_tk)
+
+
 def _multiply(h_tk: torch.Tensor, head: Any, z_tv: torch.Tensor) -> None:
-    """Write h Wᵀ into float32 z [T, V]."""
+    """Write h Wᵀ into z [T, V]."""
     dtype = product_dtype(h_tk)
     h_tk = h_tk.to(dtype)
     for rows, w_vk in _pieces(head, dtype):
-        if dtype == torch.float32:
+        if dtype == z_tv.dtype:
             torch.mm(h_tk, w_vk.T, out=z_tv[:, rows])
         else:
             z_tv[:, rows] = h_tk @ w_vk.T
@@ -123,22 +131,26 @@ def label_score(
     z_tv: torch.Tensor, target_t: torch.Tensor, part: slice
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross-entropy of the targets: loss [T], hits [T] and the gradient, which takes the place of the logits."""
-    loss_t, hit_t = z_tv.new_empty(len(z_tv)), torch.empty_like(target_t, dtype=torch.bool)
+    loss_t, hit_t = z_tv.new_empty(len(z_tv), dtype=torch.float32), torch.empty_like(target_t, dtype=torch.bool)
     for rows in chunks(len(z_tv), z_tv.shape[1], CACHED_BYTES):
-        z, at = z_tv[rows], target_t[rows, None]
-        hit_t[rows] = _likeliest(z, at)
-        z -= z.amax(-1, keepdim=True)
-        chosen = z.gather(1, at)
+        z, at = z_tv[rows].float(), target_t[rows, None]
+        top, chosen = z.amax(-1, keepdim=True), z.gather(1, at)
+        hit_t[rows] = _likeliest(z, at, (chosen == top)[:, 0])
+        z -= top
         total = z.exp_().sum(-1, keepdim=True)
-        loss_t[rows] = (total.log() - chosen)[:, 0]
+        loss_t[rows] = (total.log() - (chosen - top))[:, 0]
         z /= total
         z.scatter_add_(1, at, torch.full_like(chosen, -1))
+        if z_tv.dtype != z.dtype:
+            z_tv[rows] = z
     return loss_t, hit_t, z_tv
 
 
-def _likeliest(z: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """Tell of each row [T, V] whether the token `at` [T, 1] is its likeliest, the first of several that are."""
-    hit_t = z.gather(1, at)[:, 0] == z.amax(-1)
+def _likeliest(z: torch.Tensor, at: torch.Tensor, hit_t: torch.Tensor) -> torch.Tensor:
+    """Tell of each row of z [T, V] whether the token `at` [T, 1] is its likeliest, the first of several that are.
+
+    hit_t: whether it is as likely as any.
+    """
     if hit_t.any():  # finding where a largest value is takes far longer than finding it
         hit_t[hit_t.clone()] = z[hit_t].argmax(-1) == at[hit_t, 0]
     return hit_t
@@ -148,7 +160,7 @@ def _gradient(dz_tv: torch.Tensor, slope_tv: torch.Tensor | None, head: Any, dty
     """Return float32 dh [T, K] of dz [T, V], which is used up, by products in `dtype`."""
     if slope_tv is not None:
         dz_tv *= slope_tv
-    dh_tk = dz_tv.new_zeros(len(dz_tv), head.in_features)
+    dh_tk = dz_tv.new_zeros(len(dz_tv), head.in_features, dtype=torch.float32)
     for rows, w_vk in _pieces(head, dtype):
         dz = dz_tv[:, rows]
         if dtype == torch.float32:

@@ -76,6 +76,21 @@ def test_autocast_multiplies_as_peft_does(dropout):
     same(ours, peft, torch.randn(2, 7, K), rtol=2e-2, autocast=True)
 
 
+def test_what_layers_share_is_cast_once_and_anew_when_it_changed():
+    x, casts = torch.randn(3, K), []
+    ours, _ = pair(Net())
+    with torch.autocast("cpu", torch.bfloat16):
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: casts.append(t) or t, lambda t: t)
+        with hooks:
+            kept = [ours(x), ours(x)]
+            before = kept[0].clone()
+            x.mul_(2)
+            after = ours(x)
+    sources = {t.data_ptr() for t in casts if t.shape == (3, K)}
+    assert (len(sources), {t.dtype for t in casts if t.shape == (3, K)}) == (2, {torch.bfloat16})
+    assert not torch.equal(after, before)
+
+
 def test_int8_activations_reach_the_linear_alone():
     ours, peft = pair(Net())
     plain = results(ours, torch.ones(3, K))["y"]

@@ -46,6 +46,24 @@ def test_it_is_the_cross_entropy_of_the_logits(chunks: None, softcap: float, tag
     assert torch.equal(hits, z.argmax(-1) == target)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_autocast_multiplies_in_bfloat16_and_sums_in_float(chunks: None, softcap: float) -> None:
+    torch.manual_seed(0)
+    head = QuantLinear.from_float(torch.nn.Linear(HIDDEN, VOCABULARY, bias=False), "nf4b64")
+    h = torch.randn(TOKENS, HIDDEN).mul_(4).requires_grad_(True)
+    target = torch.randint(VOCABULARY, (TOKENS,))
+    z = h.bfloat16().float() @ head.get_weight().bfloat16().float().T
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    wanted = torch.nn.functional.cross_entropy(z, target, reduction="none")
+    (slope,) = torch.autograd.grad(wanted.sum(), h)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = losses.token_losses(h, head, target, softcap)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=2e-2)
+    difference = torch.autograd.grad(found.sum(), h)[0] - slope
+    assert difference.norm() <= 0.01 * slope.norm()
+
+
 def test_a_head_on_int8_activations_gives_the_logits_that_ship(chunks: None) -> None:
     torch.manual_seed(0)
     head = QuantLinear.from_float(torch.nn.Linear(HIDDEN, VOCABULARY, bias=False), "i4b32")
