@@ -122,6 +122,8 @@ struct Device {
   Array<BoundSet> sets;
   Array<vk::Handle> pools;
   uint64_t submits = 0, dispatches = 0, copied = 0;  // copied: bytes of runs, in and out
+  // After so many products a command buffer ends, as phones take a GPU that is busy for seconds for one that hangs.
+  uint64_t most_products = 8ull << 30;
   bool lost = false;
   pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;  // of whoever records: there is one command buffer
 

@@ -191,5 +191,6 @@ Failure run_linear(Run& run, const Step& s) {
   specialise(f, few ? shape.threads : kProductThreads, inside, few ? shape.tiles : 1, s.whole[kOffsets], &d);
   d.groups[0] = few ? (tiles + shape.tiles - 1) / shape.tiles : (tiles + 3) / 4;
   d.groups[1] = few ? m : (m + 31) / 32;
+  run.products += static_cast<uint64_t>(rows * s.whole[kK] * s.whole[kN]);
   return run.record(d);
 }

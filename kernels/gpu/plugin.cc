@@ -196,6 +196,11 @@ EP_EXPORT void edgepeft_vulkan_plant(int fault) {
   }
   if (fault == 2) own->api.QueueSubmit = [](vk::Queue, uint32_t, const vk::SubmitInfo*, vk::Handle) { return vk::kDeviceLost; };
 }
+// Ends a command buffer after so many products from now on, for tests.
+EP_EXPORT void edgepeft_vulkan_split(uint64_t products) {
+  Failure reason;
+  if (Device* own = device(&reason)) own->most_products = products;
+}
 // Uses no other features than these from now on (bits of enum Feature), for tests and comparisons; returns those in use.
 EP_EXPORT uint32_t edgepeft_vulkan_use(uint32_t features) {
   Failure reason;

@@ -131,6 +131,7 @@ struct Run {
   Array<Block> blocks;   // of scratch, by offset
   Array<char*> numbers;  // of the CPU
   uint64_t scratch_used = 0, scratch_peak = 0, upload_used = 0, download_used = 0;
+  uint64_t products = 0;  // recorded and not submitted yet
   int step = 0;
   bool short_of_room = false;
 

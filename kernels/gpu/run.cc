@@ -186,6 +186,10 @@ Failure Program::attempt(Run& run) {
     const Step& s = steps[static_cast<size_t>(run.step)];
     failure = s.op->run(run, s);
     run.end_step();
+    if (failure || run.short_of_room || run.products < device->most_products) continue;
+    run.products = 0;
+    failure = device->finish();
+    if (!failure) failure = device->begin();
   }
   if (!failure) failure = write_outputs(run, &fetches);
   if (failure || run.short_of_room) device->drop();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
@@ -98,6 +99,18 @@ def test_a_loaded_bundle_answers_there_as_on_the_cpu(gpu, exported, tmp_path: Pa
         asked = {"prompt": ["turn on the lamp", "a"], "max_new_tokens": 6, "adapter": ["default", "none"]}
         words = [[answer.text for answer in model.generate(**asked)] for model in (cpu, found)]
         assert words[0] == words[1]
+
+
+def test_a_long_run_is_several_submits_of_the_same_numbers(gpu, exported) -> None:
+    folder, code = exported("llama", "i4b32"), vulkan.load_library(gpu)
+    session = vulkan.open_session(gpu, folder / "model.onnx")
+    feeds = writing(session, 7, 0, 1)
+    whole, before = session.run(None, feeds), vulkan.counts(gpu)
+    code.edgepeft_vulkan_split(ctypes.c_uint64(1))
+    parts, took = session.run(None, feeds), vulkan.counts(gpu).since(before)
+    code.edgepeft_vulkan_split(ctypes.c_uint64(8 << 30))
+    assert took.submits == 10  # one for each linear, and one for what comes last
+    assert all(np.array_equal(part, one) for part, one in zip(parts, whole, strict=True))
 
 
 def test_float16_halves_the_cache_and_stays_near(gpu, exported, tmp_path: Path) -> None:
