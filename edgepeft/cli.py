@@ -287,10 +287,10 @@ def adapters_add(bundle: Path, folder: Path, **options: Any) -> None:
     FOLDER is a build's output, its adapter, an adapter of another bundle (adapters/NAME) or a folder that Hugging Face
     PEFT saved. Those of other tools are converted by `edgepeft doctor --convert` first.
     """
-    from edgepeft.deploy.adapters import add
+    from edgepeft.deploy.adapters import add, size_text
 
     found = add(bundle, folder, **options)
-    say(f"added: {found['method']}, rank {found['rank']}, {found['bytes'] / 1e6:.2f} MB")
+    say(f"added: {size_text(found)}")
     click.echo(found["name"])
 
 
@@ -306,10 +306,11 @@ def adapters_mix(bundle: Path, parts: tuple[str, ...], name: str, replace: bool)
     Example:
       edgepeft adapters mix edgepeft-out/bundle support=0.7 billing=0.3 --name both
     """
+    from edgepeft.deploy.adapters import size_text
     from edgepeft.deploy.mix import mix, parsed
 
     found = mix(bundle, parsed(parts), name, replace)
-    say(f"added: {found['method']}, rank {found['rank']}, {found['bytes'] / 1e6:.2f} MB")
+    say(f"added: {size_text(found)}")
     click.echo(found["name"])
 
 

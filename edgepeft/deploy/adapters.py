@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from edgepeft.deploy.adapter_source import (
     FORMAT_KEY,
     PREFIX,
     SETTINGS,
+    columns,
     find,
     folders,
     proof,
@@ -74,14 +75,21 @@ def _entry(manifest: mf.Manifest, name: str, folder: Path) -> dict[str, Any]:
     method = about.get("method") or (manifest.values.get("method") if default else None)
     return {
         "name": name, "default": default, "method": method or str(settings.get("peft_type", "")).lower(),
-        "rank": max(module_ranks(folder).values(), default=0), "labels": len(_labels(manifest, folder)),
-        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+        "rank": max(module_ranks(folder).values(), default=0), "prompt_tokens": columns(folder),
+        "labels": len(_labels(manifest, folder)), "bytes": sum(path.stat().st_size for path in folder.iterdir()),
         "trained_on": about.get("data") or settings.get("base_model_name_or_path") or "",
     }  # fmt: skip
 
 
 def _labels(manifest: mf.Manifest, folder: Path) -> tuple[str, ...]:
     return ad.read_labels(folder, list(manifest.values.get("labels", ())))
+
+
+def size_text(entry: Mapping[str, Any]) -> str:
+    """Return an adapter's method and size in words."""
+    tokens = entry["prompt_tokens"]
+    parts = [entry["method"], f"{tokens} prompt tokens" if tokens else f"rank {entry['rank']}"]
+    return ", ".join([*parts, f"{entry['bytes'] / 1e6:.2f} MB"])
 
 
 def module_ranks(folder: Path) -> dict[str, int]:
@@ -297,7 +305,8 @@ def list_cli(bundle: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
-    rows = [{**entry, "default": "*" if entry["default"] else ""} for entry in found]
+    blanks: dict[str, dict[Any, str]] = {"default": {False: "", True: "*"}, "rank": {0: ""}, "prompt_tokens": {0: ""}}
+    rows = [{key: blanks.get(key, {}).get(value, value) for key, value in entry.items()} for entry in found]
     click.echo(table([{key.replace("_", " "): value for key, value in row.items()} for row in rows]))
 
 

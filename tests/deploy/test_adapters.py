@@ -377,7 +377,7 @@ def test_the_commands_show_what_is_there(second, bundle):
     assert run_cli("adapters", "add", bundle, second.folder).strip() == "support"
     listed = run_cli("adapters", "list", bundle).splitlines()
     assert [cell.strip() for cell in listed[0].split("|")[1:-1]] == [
-        "name", "default", "method", "rank", "labels", "bytes", "trained on",
+        "name", "default", "method", "rank", "prompt tokens", "labels", "bytes", "trained on",
     ]  # fmt: skip
     assert [line.split("|")[2].strip() for line in listed[2:]] == ["*", ""]
     found = json.loads(run_cli("adapters", "list", bundle, "--json"))

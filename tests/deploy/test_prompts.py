@@ -179,7 +179,9 @@ def test_prompts_of_any_kind_share_a_bundle(writers: Build, tmp_path: Path) -> N
     write_tensors(
         bare / "adapter_model.safetensors", dict(read_tensors(other.path("adapter") / peft_files.TENSORS)), {}
     )
-    da.add(bundle, bare, "bare", trust_base=True)
+    added = da.add(bundle, bare, "bare", trust_base=True)
+    assert da.size_text(added).startswith("prefix_tuning, 9 prompt tokens, ")
+    assert [(entry["rank"], entry["prompt_tokens"] > 0) for entry in da.entries(bundle)] == [(0, True)] * 3
     model = load(bundle, threads=1)
     wanted = load(other.path("bundle"), threads=1).generate(PROMPT, max_new_tokens=9).tokens
     rows = model.generate([PROMPT] * 4, adapter=["default", "prefix", "none", "bare"], max_new_tokens=9)
