@@ -182,7 +182,8 @@ def _describes_tensor(entry: Any) -> bool:
         (start, end), shape, kind = entry["data_offsets"], list(entry["shape"]), entry["dtype"]
     except (KeyError, TypeError, ValueError):
         return False
-    if not isinstance(kind, str) or not all(type(number) is int and number >= 0 for number in [*shape, start, end]):
+    numbers = [*shape, start, end]
+    if not isinstance(kind, str) or {*map(type, numbers)} != {int} or min(numbers) < 0:
         return False
     width = 2 if kind == "BF16" else int(DTYPES[kind][2:]) if kind in DTYPES else None
     return width is None or end - start == width * math.prod(shape)

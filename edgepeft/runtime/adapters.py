@@ -26,7 +26,7 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,43 +62,46 @@ def _filled(value: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndar
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A place for an adapter tensor in the graph; a dimension is an int, or a name where any size goes."""
+    """A place for an adapter tensor in the graph; a dimension is an int, or a name where any size goes.
+
+    A session has hundreds, of which every adapter that it loads asks the same, so the answers are kept.
+    """
 
     name: str
     shape: tuple[int | str | None, ...]
     dtype: np.dtype[Any]
 
-    @property
+    @functools.cached_property
     def low_rank(self) -> bool:
         """Tell whether rank 0 is allowed here."""
         return self.name.endswith((DOWN, UP))
 
-    @property
+    @functools.cached_property
     def gate(self) -> bool:
         """Tell whether this is a gate, which is 1 where an adapter has none; in a file it is [R], here [.., R]."""
         return self.name.endswith(f".{GATE}")
 
-    @property
+    @functools.cached_property
     def scale(self) -> bool:
         """Tell whether this is a scale of inputs or outputs, which are 1 where an adapter has none."""
         return self.name.endswith((".s_in", ".s_out"))
 
-    @property
+    @functools.cached_property
     def branch(self) -> bool:
         """Tell whether this is part of what stands beside a linear: a router of experts, a bottleneck, or a prompt."""
         return self.name.endswith((ROUTER, *BEFORE)) or any(part in self.name for part in BOTTLENECKS)
 
-    @property
+    @functools.cached_property
     def neutral(self) -> bool:
         """Tell whether an adapter may leave this out without the base's own."""
         return self.low_rank or self.gate or self.scale or self.branch
 
-    @property
+    @functools.cached_property
     def head(self) -> bool:
         """Tell whether this is part of a head: it has a row for every label."""
         return self.shape[:1] == (LABELS,)
 
-    @property
+    @functools.cached_property
     def stacks(self) -> int | None:
         """Return the axis along which adapters stack, or None where they cannot."""
         return 1 if self.name.endswith(UP) else 0 if self.name.endswith(DOWN) or self.head else None
@@ -125,9 +128,14 @@ class Slot:
         """Tell whether an array has this slot's type and fixed dimensions."""
         if self.gate:
             return array.dtype == self.dtype and array.ndim == 1
-        known = zip(self.shape, array.shape, strict=False)
-        same = all(want == found for want, found in known if isinstance(want, int))
-        return array.dtype == self.dtype and array.ndim == len(self.shape) and same
+        if array.dtype != self.dtype or array.ndim != len(self.shape):
+            return False
+        return all(array.shape[axis] == size for axis, size in self._sizes)
+
+    @functools.cached_property
+    def _sizes(self) -> list[tuple[int, int]]:
+        """Which dimensions are fixed, and how long they are."""
+        return [(axis, size) for axis, size in enumerate(self.shape) if isinstance(size, int)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +176,8 @@ def adapter_folders(bundle: Path) -> dict[str, Path]:
     return {path.parent.name: path.parent for path in found}
 
 
-def check_base(path: Path, base_digest: str, weight_format: str) -> None:
+def check_base(path: Path, metadata: Mapping[str, str], base_digest: str, weight_format: str) -> None:
     """Raise ArtifactError unless an adapter file names this base, packed in this format: the bits it was trained on."""
-    metadata = tensor_header(path)[1]
     for what, key, wanted in (("base", "edgepeft.base", base_digest), ("--format", "edgepeft.format", weight_format)):
         if (found := metadata.get(key)) != wanted:
             raise ArtifactError(
@@ -179,8 +186,8 @@ def check_base(path: Path, base_digest: str, weight_format: str) -> None:
             )
 
 
-def _map(path: Path) -> dict[str, np.ndarray]:
-    """Map a file once and return a view per tensor; names of one stored tensor have the same view."""
+def _map(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Map a file once; return a view per tensor, one for all names of a stored tensor, and the metadata."""
     header, metadata, base = tensor_header(path)
     raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # views of a plain array are a third as large
     views = {}
@@ -188,7 +195,7 @@ def _map(path: Path) -> dict[str, np.ndarray]:
         start, end = entry["data_offsets"]
         kind = DTYPES.get(entry["dtype"], "|u1")
         views[name] = raw[base + start : base + end].view(kind).reshape(entry["shape"])
-    return {**views, **{name: views[stored] for name, stored in _aliases(path, metadata, views).items()}}
+    return {**views, **{name: views[stored] for name, stored in _aliases(path, metadata, views).items()}}, metadata
 
 
 def _aliases(path: Path, metadata: Mapping[str, str], stored: Mapping[str, Any]) -> dict[str, str]:
@@ -223,11 +230,19 @@ def _check_config(folder: Path) -> None:
         )
 
 
-def _is_finite(array: np.ndarray) -> bool:
-    """Tell whether no value is infinite or NaN; for float16 by its exponent, which numpy asks 30 times as slowly."""
-    if array.dtype != np.float16:
-        return bool(np.isfinite(array).all())
-    return int((array.view(np.uint16) & 0x7FFF).max(initial=0)) < 0x7C00
+def _not_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """Return the names of tensors that hold infinite values or NaN.
+
+    float16 is asked for its exponents, 30 times as fast as by numpy, and all of it at once: tensors are many and small.
+    """
+    halves = {name: a.reshape(-1).view(np.uint16) for name, a in arrays.items() if a.dtype == np.float16}
+    fine = _finite_halves(np.concatenate([np.zeros(0, np.uint16), *halves.values()]))
+    bad = [] if fine else [name for name, bits in halves.items() if not _finite_halves(bits)]
+    return bad + [name for name, a in arrays.items() if name not in halves and not np.isfinite(a).all()]
+
+
+def _finite_halves(bits: np.ndarray) -> bool:
+    return int((bits & 0x7FFF).max(initial=0)) < 0x7C00
 
 
 def _check_tensors(
@@ -235,6 +250,7 @@ def _check_tensors(
 ) -> None:
     """Raise ArtifactError, naming the tensors, unless each has a place and each place that must be filled is."""
     problems = [unknown("tensor", n, places) for n in arrays if n not in places][:1]
+    infinite = _not_finite(arrays)
     for name, slot in places.items():
         array = arrays.get(name)
         if array is None:
@@ -242,7 +258,7 @@ def _check_tensors(
                 problems.append(f"{name} is missing")
         elif not slot.fits(array):
             problems.append(f"{name} is {array.dtype}{list(array.shape)}, expected {slot.dtype}{list(slot.shape)}")
-        elif not _is_finite(array):
+        elif name in infinite:
             problems.append(f"{name} holds values that are not finite")
         if name.endswith(DOWN):
             other = arrays.get(name.removesuffix(DOWN) + UP)
@@ -309,17 +325,18 @@ def load_adapter(
     Raises ArtifactError when it does not belong to this model.
     """
     file = folder / (TERMS if (folder / TERMS).is_file() else TENSORS)
-    check_base(file, base_digest, weight_format)
+    arrays, metadata = _map(file)
+    check_base(file, metadata, base_digest, weight_format)
     if file.name == TENSORS:
         _check_config(folder)
-    arrays, own = _map(file), _own(folder.parent, places)
+    own = _own(folder.parent, places)
     prompt = prompts.taken(arrays, pasts, folder)
     _check_tensors(folder, arrays, places, own)
     rank = max((a.shape[0] for n, a in arrays.items() if n.endswith(DOWN)), default=0)
     fed = {
         n: a.reshape((1,) * (len(places[n].shape) - 1) + a.shape) if places[n].gate else a for n, a in arrays.items()
     }
-    feeds = _feeds({**_neutral(places, own), **fed})
+    feeds = _feeds({**_neutral(places, own, fed), **fed})
     widths = [*(a.shape[2] for a in prompt.values()), *(len(a) for n, a in arrays.items() if n.endswith(BEFORE))]
     return Adapter(folder.name, read_labels(folder, labels), rank, feeds, prompt, max(widths, default=0))
 
@@ -327,15 +344,17 @@ def load_adapter(
 def _own(folder: Path, places: Mapping[str, Slot]) -> dict[str, np.ndarray]:
     """Return the base's own of what the default adapter replaces; `folder` holds the adapters."""
     path = folder / OWN
-    own = _map(path) if path.is_file() else {}
+    own = _map(path)[0] if path.is_file() else {}
     if wrong := [name for name, array in own.items() if name not in places or not places[name].fits(array)]:
         raise ArtifactError(f"{path}: {wrong[0]} does not fit the model. Copy the bundle again.")
     return own
 
 
-def _neutral(places: Mapping[str, Slot], own: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return what leaves the base as it is, by name; nothing for heads."""
-    found = {name: slot.empty() for name, slot in places.items() if slot.neutral}
+def _neutral(
+    places: Mapping[str, Slot], own: Mapping[str, np.ndarray], fed: Collection[str] = ()
+) -> dict[str, np.ndarray]:
+    """Return what leaves the base as it is, by name, where nothing else is fed; nothing for heads."""
+    found = {name: slot.empty() for name, slot in places.items() if name not in fed and slot.neutral}
     return {**found, **own}
 
 

@@ -202,6 +202,7 @@ class Bundle:
         self.memory = vulkan.memory(session)
         self._slots = webgpu.slots(session, ad.slots(session)) if self.gpu else ad.slots(session)
         self._folders = ad.adapter_folders(manifest.folder) if self._slots else {}
+        self._pasts = prompts.pasts(session)
         self._loaded: dict[str, ad.Adapter] = {}
         self._active = self._get(ad.DEFAULT)
         self._mixes = Mixes(self._slots, lambda: self._get(ad.DEFAULT))
@@ -261,7 +262,7 @@ class Bundle:
         if name not in self._folders:
             raise ArtifactError(f"{self.manifest.folder}: " + unknown("adapter", name, [*self._folders, ad.BASE]))
         base = self.manifest["base_digest"], self.manifest["format"]
-        return ad.load_adapter(self._folders[name], self._slots, *base, labels, prompts.pasts(self.session))
+        return ad.load_adapter(self._folders[name], self._slots, *base, labels, self._pasts)
 
     def use(self, name: str | Mapping[str, float]) -> None:
         """Take another adapter, or {name: weight} as one, for the calls that name none; only the first use costs."""
