@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgepeft.artifact import write_json, write_tensors
 from edgepeft.deploy import softgpu
 from edgepeft.deploy.compile import host_vulkan_library
 from edgepeft.errors import ConfigError, TargetError
 from edgepeft.runtime import load, vulkan
 from edgepeft.runtime.adapters import slots
 from tests.adapt.conformance import Subject
+from tests.runtime import writer
 from tests.runtime.gpus import sealed_bundle, stock_session, writing
 
 TOLERANCE = 1e-5  # of the largest logit: float32 sums in another order
@@ -127,6 +129,35 @@ def test_float16_halves_the_cache_and_stays_near(gpu, exported, tmp_path: Path) 
         load(bundle, precision="float16")
     with pytest.raises(ConfigError, match="precision: unknown precision 'half'"):
         load(bundle, device="vulkan", precision="half")
+
+
+def with_prompt(bundle: Path) -> Path:
+    """Give a bundle an adapter "polite": what the base keeps of five tokens, before every text."""
+    model = load(bundle, library="none")
+    cache, about = model._cache(model._get("none"), 1), model.manifest
+    model._run(cache, 0, np.arange(20, 25)[None])
+    kept = [view[:, :, :5].copy() for view in cache.views(0, 1)]
+    names = [f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}" for i in range(len(kept))]
+    same = {"base_digest": about["base_digest"], "format": about["format"], "activation": "float"}
+    metadata = {"format": "pt", "edgepeft.base": same["base_digest"], "edgepeft.format": same["format"]}
+    folder = bundle / "adapters" / "polite"
+    folder.mkdir()
+    write_json(folder / "adapter_config.json", {"peft_type": "PREFIX_TUNING"})
+    write_tensors(folder / "adapter_model.safetensors", {"prompt_embeddings": np.ones((1, 2), np.float32)}, metadata)
+    write_tensors(folder / "terms.safetensors", dict(zip(names, kept, strict=True)), metadata)
+    writer.reseal(bundle, context=64, **same)
+    return bundle
+
+
+@pytest.mark.parametrize("precision", vulkan.PRECISIONS)
+def test_a_prompt_of_keys_and_values_stands_before_a_text_there(gpu, exported, tmp_path: Path, precision: str) -> None:
+    bundle = with_prompt(sealed_bundle(exported("llama", "i4b32"), tmp_path / "bundle", "llama"))
+    cpu, found = load(bundle, library="none"), load(bundle, device="vulkan", library=gpu, precision=precision)
+    ids = list(range(5, 12))
+    wanted, plain = cpu.logits(ids, "polite"), cpu.logits(ids, "none")
+    allowed = TOLERANCE if precision == "float32" else FLOAT16_TOLERANCE
+    assert np.abs(wanted - plain).max() > 10 * FLOAT16_TOLERANCE * np.abs(wanted).max()
+    assert np.abs(found.logits(ids, "polite") - wanted).max() <= allowed * np.abs(wanted).max()
 
 
 def test_adapters_and_the_cache_are_not_copied(gpu, exported, tmp_path: Path) -> None:
