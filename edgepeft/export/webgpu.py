@@ -5,6 +5,7 @@
 | in model.onnx | in model.webgpu.onnx | why |
 |---|---|---|
 | AdapterMatMul_<format>_g<G> | MatMulNBits + (x A) B, the groups' A and B packed | A side by side: one product, not G |
+| offsets C | + (x S) C, S the sums over C's blocks | |
 | q, k, v of one node into attention | one value | attention takes them packed: no split |
 | SkipRMSNorm, RMSNorm | Skip-/SimplifiedLayerNormalization | one shader |
 | SkipLayerNorm | SkipLayerNormalization | |
@@ -17,7 +18,7 @@ Counting whole numbers is the CPU's in ONNX Runtime, so the device runtime does 
 A packed adapter is A [K, S] and B [S, N] in float32, S the ranks of all groups, B zero outside of its group's block;
 the metadata "edgepeft.packed" says of what. Weights stay in tiles on disk and become MatMulNBits' layout when the graph
 is loaded, nf4's MatMulBnb4's. Routers' shares of a token multiply x A.
-Left out, and refused: offsets and prompts of encoders.
+Left out, and refused: prompts of encoders.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgepeft.artifact import write_bytes
 from edgepeft.errors import ModelError
 from edgepeft.export.body import Body
-from edgepeft.export.ops import DOMAIN, GROUP_INPUTS, NAME, OPSET, SHARED_INPUTS, int4_rows
+from edgepeft.export.ops import DOMAIN, GROUP_INPUTS, NAME, OFFSET, OPSET, SHARED_INPUTS, int4_rows
 from edgepeft.export.webgpu_attention import capped, padded
 from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, TILE_COLUMNS, TILE_ROWS
 from edgepeft.runtime.webgpu import DIGITS, FILE, PACKED, pack, pack_routers, widened
@@ -221,8 +222,6 @@ class Pass:
     def linear(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> None:
         """Add one fused node as MatMulNBits and its packed adapter."""
         tag = node.op_type.removeprefix(f"{NAME}_").rsplit("_g", 1)[0]
-        if node.op_type.endswith("_offset"):
-            raise ModelError(f"{node.name}: weights with offsets have no product on GPUs. Keep the adapter separate.")
         groups = len(node.output)
         x, w, scale, s_in = node.input[: len(SHARED_INPUTS)]
         sizes = [int(attrs[f"n{g}"]) for g in range(groups)]
@@ -232,10 +231,11 @@ class Pass:
         parts = [list(part) for part in parts]
         parts, bias = (parts, "") if tag.startswith("nf4") else self.bias(name, parts, sizes, n)
         base = self.base(tag, name, [scaled, w, scale, bias], k, n)
+        if node.op_type.endswith(f"_{OFFSET}"):
+            base = self.offsets(name, scaled, node.input[-1], base, k)
         if n != sum(sizes):  # rows that fill a tile
             cut = self.constant(f"{name}:gpu_rows", np.array([sum(sizes), n - sum(sizes)], np.int64))
-            base = f"{name}:gpu_real"
-            self.add("Split", [f"{name}:gpu_base", cut], [base, f"{name}:gpu_filling"], axis=-1)
+            base = self.add("Split", [base, cut], [f"{name}:gpu_real", f"{name}:gpu_filling"], axis=-1)
         self.ends(node, name, self.adapter(name, x, base, parts, sizes, k), parts, sizes)
 
     def bias(self, name: str, parts: list[list[str]], sizes: list[int], n: int) -> tuple[list[list[str]], str]:
@@ -330,10 +330,26 @@ class Pass:
         low, out = self.add("MatMul", [x, names[0]], [f"{name}:gpu_low"]), f"{name}:gpu_adapted"
         if any("router" in group for group in about):
             low = self.routed(name, x, low, about, values)
+        return self.plus(base, low, names[1], out)
+
+    def plus(self, base: str, low: str, up: str, out: str) -> str:
+        """Add base + low up."""
         if not self.one_row:
-            return self.add("Add", [base, self.add("MatMul", [low, names[1]], [f"{name}:gpu_up"])], [out])
+            return self.add("Add", [base, self.add("MatMul", [low, up], [f"{out}_up"])], [out])
         low, flat = (self.axes("Squeeze", value) for value in (low, base))
-        return self.axes("Unsqueeze", self.add("Gemm", [low, names[1], flat], [f"{name}:gpu_sum"]), out)
+        return self.axes("Unsqueeze", self.add("Gemm", [low, up, flat], [f"{out}_sum"]), out)
+
+    def offsets(self, name: str, x: str, offset: str, base: str, k: int) -> str:
+        """Add base + C s for the offsets C [N, J] of a weight, s the sums of x over J blocks."""
+        blocks = int(self.constants[offset].dims[1])
+        ones = np.repeat(np.eye(blocks, dtype=np.float32), k // blocks, axis=0)
+        sums = self.add("MatMul", [x, self.constant(f"gpu_ones_{k}_{blocks}", ones)], [f"{name}:gpu_sums"])
+        if (turned := f"{offset}:gpu_turned") not in self.laid_out:
+            self.laid_out.add(turned)
+            wide = f"{offset}:gpu_float32"
+            self.layout.append(helper.make_node("Cast", [offset], [wide], name=wide, to=TensorProto.FLOAT))
+            self.layout.append(helper.make_node("Transpose", [wide], [turned], name=turned, perm=[1, 0]))
+        return self.plus(base, sums, turned, f"{name}:gpu_offset")
 
     def about_groups(
         self, parts: list[list[str]], sizes: list[int]

@@ -18,6 +18,7 @@ from edgepeft.artifact import tensor_header, write_json, write_tensors
 from edgepeft.backbone.decoder import Decoder
 from edgepeft.deploy import serve, web
 from edgepeft.export import webgpu as export
+from tests.adapt.conformance import SIZE, Subject
 from tests.export import tiny_decoder, tiny_run
 from tests.runtime import standin, writer
 
@@ -73,8 +74,8 @@ def _classifier(place: Path) -> Path:
     return _sealed(place / "bundle", standin.reseal, exported, run.path("quantized"), **labels)
 
 
-def _writer(place: Path, family: str = "llama", **settings: Any) -> Path:
-    exported = tiny_decoder.export_decoder(place, family, "i4b32", context=CONTEXT, **settings)
+def _writer(place: Path, family: str = "llama", tag: str = "i4b32", **settings: Any) -> Path:
+    exported = tiny_decoder.export_decoder(place, family, tag, context=CONTEXT, **settings)
     other = tiny_decoder.random_adapter(exported.run.path("quantized"), place / "second", rank=6, seed=5)
     shutil.copytree(other, exported.folder / "adapters" / "other")
     default = exported.folder / "adapters" / "default"
@@ -96,8 +97,19 @@ def _before(folder: Path, other: Path, about: Decoder) -> None:
     write_json(folder / "adapter_config.json", {"peft_type": "PREFIX_TUNING"})
 
 
+def _beside(place: Path, method: str) -> Path:
+    """A language model whose adapter has what stands beside its linears."""
+    subject = Subject(place, "llama")
+    exported, quantized = subject.export(subject.made(method)), subject.run.path("quantized")
+    shutil.copy(quantized / "tokenizer.json", exported)
+    sizes = {"context": 64, "decoder": {"head_dim": SIZE // subject.settings["num_attention_heads"]}}
+    return _sealed(place / "bundle", writer.reseal, exported, quantized, **sizes)
+
+
 MAKE = {
     "classifier": _classifier,
     "writer": _writer,
+    "nf4": functools.partial(_writer, tag="nf4b64"),
+    **{name: functools.partial(_beside, method=name) for name in ("experts", "houlsby")},
     "capped": functools.partial(_writer, family="gemma2", attn_logit_softcapping=0.5),
 }

@@ -73,6 +73,19 @@ def test_a_language_model_writes_as_python_does_under_every_adapter(bundles, pag
     assert "".join(pieces) == model.generate("Hello", max_new_tokens=STREAMED).text
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["nf4", "experts", "houlsby"])
+def test_every_kind_of_adapter_and_format_is_read(bundles, browsers, kind: str, device: str) -> None:
+    page, model = browsers(device).open(bundles(kind).url), load(bundles(kind).folder, library="none")
+    ids = list(range(5, 12))
+    for adapter in ("default", "none"):
+        wanted = model.logits(ids, adapter, 1)[0]
+        tolerance = DIGITS_TOLERANCE if (device, adapter) == ("webgpu", "default") else TOLERANCE
+        _same(page.run(f"model.logits({ids}, {{adapter: '{adapter}'}}).then(row => [...row])"), wanted, tolerance)
+    page.close()
+
+
 def test_keys_and_values_stay_on_the_gpu_where_they_are(pages) -> None:
     page = pages("writer", "webgpu")
     page.run("model.generate('Hello', {maxNewTokens: 2})")

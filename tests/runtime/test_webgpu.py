@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from edgepeft.artifact import read_tensors, write_tensors
@@ -15,6 +16,7 @@ from edgepeft.errors import ArtifactError, ConfigError, ModelError, TargetError
 from edgepeft.export import webgpu as export
 from edgepeft.runtime import webgpu
 from edgepeft.runtime.adapters import DOWN, TENSORS
+from tests.adapt import test_qalora as qalora
 from tests.adapt.conformance import Subject
 from tests.export.tiny_decoder import export_decoder
 from tests.export.tiny_run import export_run, make_run
@@ -186,6 +188,20 @@ def test_experts_and_bottlenecks_run_and_can_be_left_out(gpu, tmp_path: Path, ki
         found = session.run(["logits"], {**gpu_feeds, **gpu_more})[0]
         tolerance = DIGITS_TOLERANCE if webgpu.in_digits(session) else TOLERANCE
         assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("kind", [pytest.param("bert", marks=pytest.mark.slow), "llama"])
+def test_weights_with_offsets_run(gpu, tmp_path: Path, kind: str) -> None:
+    subject = Subject(tmp_path, kind, "i4b64")
+    folder = qalora.graph_of(subject, qalora.merged(subject)[0], tmp_path / "export")
+    export.write(folder)
+    stock, session = stock_session(folder), webgpu.open_session(folder)
+    assert any(node.op_type.endswith("_offset") for node in onnx.load(folder / "model.onnx").graph.node)
+    for cpu_feeds, gpu_feeds in _runs(kind, session)[-2:]:
+        taken = {item.name for item in stock.get_inputs() + stock.get_overridable_initializers()}
+        wanted = stock.run(["logits"], {name: array for name, array in cpu_feeds.items() if name in taken})[0]
+        found = session.run(["logits"], gpu_feeds)[0]
+        assert np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
 
 
 def test_a_tensor_that_no_shader_can_bind_is_refused(exported) -> None:

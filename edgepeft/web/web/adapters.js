@@ -118,9 +118,9 @@ function packed(node, groups, tensors, k) {
 /** Return {input: tensor [experts, S]} of each group with a router: which of the packed ranks are an expert's. */
 function routers(node, groups, tensors, width) {
   const out = {};
-  const routed = groups.flatMap(({ router }, g) => (tensors.has(router) ? [g] : []));
+  const routed = groups.flatMap(({ router }, g) => (router ? [g] : []));
   for (const g of routed) {
-    const experts = tensors.get(groups[g].router).dims[0];
+    const experts = tensors.get(groups[g].router)?.dims[0] ?? 1;
     const data = new Float32Array(experts * width);
     groups.reduce((first, group, other) => {
       const rank = ranks([group], tensors);
@@ -209,11 +209,12 @@ export class Places {
 
 /** Return what leaves the base as it is, or null where there is none. A and B are never of rank 0 here. */
 function neutral(name, kind, dims) {
-  const low = /\.lora_[AB]\.weight$/.test(name);
-  if (!low && !/\.(gate|s_in|s_out)$/.test(name)) return null;
+  const low = /\.lora_([AB]|(beside_)?(down|up))\./.test(name);
+  const router = name.endsWith(".lora_router.weight"); // of one expert
+  if (!low && !router && !/\.(gate|s_in|s_out)$/.test(name)) return null;
   const sizes = dims.map((size) => (typeof size === "number" ? size : low ? RANKS : 1));
   const data = new ARRAYS[kind](sizes.reduce((a, b) => a * b, 1));
-  return { kind, dims: sizes, data: low ? data : data.fill(1) };
+  return { kind, dims: sizes, data: low || router ? data : data.fill(1) };
 }
 
 /** Take the keys and values out of an adapter's tensors that stand before the text: Map input -> tensor. */
