@@ -31,6 +31,7 @@ SOFTWARE = "software"  # how `about` begins where a driver computes on the CPU
 PROVIDER = "EdgePeftVulkanExecutionProvider"
 SEVERITY = 4  # of ONNX Runtime's log: fatal errors alone
 ALIGNMENT = 64  # bytes, of tensors in one block
+HALF_NEEDS = "(precision='float16' keeps keys and values so, which ONNX Runtime 1.32 can)"
 PRECISIONS = ("float32", "float16")  # of products where the GPU has it, and of keys and values
 
 
@@ -176,7 +177,8 @@ def open_session(path: Path, model: Path | bytes, precision: str = PRECISIONS[0]
     try:
         session = onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), options)
     except Exception as error:  # ORT's own exceptions share no base
-        why = load_library(path).edgepeft_vulkan_refused().decode() or str(error)
+        newer = f" {HALF_NEEDS}" if precision == "float16" else ""
+        why = load_library(path).edgepeft_vulkan_refused().decode() or f"{error}{newer}"
         raise TargetError(f"device 'vulkan': this model does not run there: {why}. device='cpu' works.") from None
     session.disable_fallback()
     session.edgepeft_memory = Memory(path)
