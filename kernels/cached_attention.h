@@ -3,7 +3,8 @@
 //
 // A block is some tokens of a text, each with all heads that share the same keys: its rows, which are rotated once. They
 // pass over the keys that any of them sees, square by square. Where they are few, as those of a single token, the keys are
-// read as they lie and each score is a sum along the columns; turning them first would take as long.
+// read as they lie and each score is a sum along the columns; turning them first would take as long. A single token's
+// keys are shared out in parts, and whoever is done last joins what these have come to.
 #pragma once
 
 template <class V>
@@ -58,7 +59,7 @@ struct CachedAttention : Square<V> {
   const CachedCall& call;
   const int group;
   int64_t place;                                    // of the block's first token
-  float* y;                                         // of that token and the first head of the group
+  float* y;                                         // of that token and the first head of the group, or the part's
   alignas(64) float q[kSquare * kHeadColumns];      // [rows,columns], rotated
 
   explicit CachedAttention(const CachedCall& c) : Square<V>(c.columns, c.scale), call(c), group(static_cast<int>(c.group())) {
@@ -66,25 +67,55 @@ struct CachedAttention : Square<V> {
   }
 
   void block(int64_t text, int64_t kv_head, int64_t first) {
-    const int tokens = this->at_most(call.tokens - first, call.together()), rows = tokens * group;
-    const int64_t at = (text * call.tokens + first) * call.heads + kv_head * group;
+    const int tokens = this->at_most(call.tokens - first, call.together());
+    y = y_of(text, kv_head, first);
+    attend(text, kv_head, first, tokens, 0, call.capacity);
+    for (int r = 0; r < tokens * group; r++) this->finish(r, y_row(r));
+  }
+  void part(int64_t text, int64_t kv_head, int64_t number) {
+    const int64_t head = text * call.kv_heads + kv_head, floats = group * (columns + 2);
+    float* all = call.shares + head * call.parts() * floats;  // a part: y of each row, their top, their total
+    y = all + number * floats;
+    attend(text, kv_head, 0, 1, number * call.part_keys(), (number + 1) * call.part_keys());
+    for (int r = 0; r < group; r++) y[group * columns + r] = this->top[r], y[group * (columns + 1) + r] = this->total[r];
+    if (__atomic_sub_fetch(call.left + head, 1, __ATOMIC_ACQ_REL)) return;
+    y = y_of(text, kv_head, 0);
+    for (int r = 0; r < group; r++) join(all + r * columns, all + group * columns + r, floats, y_row(r));
+  }
+
+ private:
+  float* y_of(int64_t text, int64_t kv_head, int64_t token) const {
+    return call.y + ((text * call.tokens + token) * call.heads + kv_head * group) * columns;
+  }
+  float* y_row(int r) const { return y + (r / group * call.heads + r % group) * columns; }
+
+  // Rows of some tokens over those of the keys from .. to that they see.
+  void attend(int64_t text, int64_t kv_head, int64_t first, int tokens, int64_t from, int64_t to) {
+    const int rows = tokens * group;
     place = call.before(text) + first;
-    y = call.y + at * columns;
     for (int r = 0; r < rows; r++) {
       const int64_t token = text * call.tokens + first + r / group, head = kv_head * group + r % group;
       rotate<V>(call, call.q + token * call.q_stride + head * columns, place + r / group, q + r * columns);
       this->start(r, y_row(r));
     }
-    const int64_t end = place + tokens, begin = place < call.window ? 0 : place + 1 - call.window;
-    const int64_t cache = (text * call.kv_heads + kv_head) * call.capacity * columns;
-    for (int64_t j = begin; j < end; j += kSquare)
+    const int64_t seen = place + tokens, hidden = place < call.window ? 0 : place + 1 - call.window;
+    const int64_t end = seen < to ? seen : to, cache = (text * call.kv_heads + kv_head) * call.capacity * columns;
+    for (int64_t j = hidden > from ? hidden : from; j < end; j += kSquare)
       square(j, this->at_most(end - j, kSquare), call.key + cache + j * columns, call.value + cache + j * columns, rows);
-    for (int r = 0; r < rows; r++) this->finish(r, y_row(r));
   }
-
- private:
-  float* y_row(int r) const { return y + (r / group * call.heads + r % group) * columns; }
-
+  // One row of the parts, whose y, top and (behind all tops) total stand there and every `floats` on.
+  void join(const float* shares, const float* tops, int64_t floats, float* out) const {
+    float high = tops[0], total = 0, factors[V::lanes];
+    for (int64_t p = 1; p < call.parts(); p++) high = tops[p * floats] > high ? tops[p * floats] : high;
+    for (int64_t c = 0; c < columns; c++) out[c] = 0.0f;
+    for (int64_t p = 0; p < call.parts(); p++) {
+      V::store(factors, this->exponential(V::set1(tops[p * floats] - high)));
+      total += factors[0] * tops[p * floats + group];
+      for (int64_t c = 0; c < columns; c += V::lanes)
+        V::store(out + c, V::fma(V::load(shares + p * floats + c), V::set1(factors[0]), V::load(out + c)));
+    }
+    for (int64_t c = 0; c < columns; c++) out[c] /= total;
+  }
   void square(int64_t j, int keys, const float* k, const float* v, int rows) {
     const bool few = rows <= kFew;
     if (!few) this->turn(k, columns, keys);
@@ -170,8 +201,10 @@ template <class V>
 void cached_attention_of(const FunctionJob& job) {
   const CachedCall& call = *job.call;
   CachedAttention<V> one(call);
+  const int64_t blocks = call.blocks(), parts = call.parts();
   for (int64_t row = job.first; row < job.first + job.rows; row++) {
-    const int64_t block = call.blocks() - 1 - row % call.blocks(), head = row / call.blocks();
-    one.block(head / call.kv_heads, head % call.kv_heads, block * call.together());
+    const int64_t head = row / (blocks * parts), text = head / call.kv_heads, kv_head = head % call.kv_heads;
+    if (parts > 1) one.part(text, kv_head, row % parts);
+    else one.block(text, kv_head, (blocks - 1 - row % blocks) * call.together());
   }
 }

@@ -11,7 +11,8 @@ namespace {
 
 constexpr float kUnit24 = 1.0f / 16777216.0f;
 constexpr int64_t kTexts = 2, kHeads = 3, kMoreKeys = 5;  // of attention
-constexpr int64_t kGroup = 3, kWindow = 6, kMostTokens = 70;  // of attention on a cache
+constexpr int64_t kGroup = 3, kWindow = 6, kMostTokens = 70;  // of attention on a cache, with
+constexpr int64_t kManyKeys = 400;  //   before a single token
 constexpr int64_t kTiles = 3;  // of a weight
 
 enum class Values { plain, wide, special };
@@ -33,7 +34,7 @@ struct Case {
     return is(Function::attention) ? kTexts * rows * kHeads * columns
          : caches() ? kTexts * rows * kHeads * kGroup * columns : rows * columns / (rounded ? 2 : 1);
   }
-  int64_t keys() const { return rows + kMoreKeys; }
+  int64_t keys() const { return rows + (caches() && rows == 1 ? kManyKeys : kMoreKeys); }
   int64_t cache() const { return kTexts * kHeads * keys() * columns; }
   int64_t others() const { return is(Function::attention) || caches() ? cache() : rows * columns; }
 };
@@ -45,16 +46,16 @@ struct Data {
   Case c;
   bool attends;
   int64_t keys, others, count, floats;
-  Buffer<float> x, other, values, past_key, past_value, angles, weight, bias, out;
+  Buffer<float> x, other, values, past_key, past_value, angles, shares, weight, bias, out;
   Buffer<int64_t> ids, mask;
-  Buffer<int32_t> last;
+  Buffer<int32_t> last, left;
   Buffer<uint8_t> w, w_scale;
   CachedCall call = {};
 
   explicit Data(const Case& from)
       : c(from), attends(c.is(Function::attention)), keys(c.keys()), others(c.others()), count(c.count()),
         floats(2 * count + 3 * kGuardFloats), x(count), other(others), values(others), past_key(others), past_value(others),
-        angles(keys * c.columns), weight(c.columns), bias(c.columns), out(floats), ids(c.rows), mask(kTexts * keys), last(kTexts),
+        angles(keys * c.columns), shares(others), weight(c.columns), bias(c.columns), out(floats), ids(c.rows), mask(kTexts * keys), last(kTexts), left(kTexts * kHeads),
         w(kTiles * tile_bytes(info(c.format), c.columns)), w_scale(kTiles * tile_scale_bytes(info(Format::i4b32), c.columns)) {
     for (int64_t i = 0; i < others; i++) past_key[i] = 2 * random_float(), past_value[i] = random_float();
     for (int64_t i = 0; i < keys * c.columns; i++) angles[i] = random_float();
@@ -108,17 +109,19 @@ struct Data {
     call = {kTexts, c.rows, kHeads * kGroup, kHeads, c.columns, x.p, other.p, values.p, kHeads * kGroup * c.columns,
             kHeads * c.columns, angles.p, angles.p + keys * c.columns / 2, c.columns / 2, false, last.p, past_key.p,
             past_value.p, past_key.p, past_value.p, keys, keys, keys, c.variant == 1 ? kWindow : int64_t{1} << 60,
-            1 / sqrtf(static_cast<float>(c.columns)), c.variant == 2 ? 2.0f : 0.0f, job.y};
+            1 / sqrtf(static_cast<float>(c.columns)), c.variant == 2 ? 2.0f : 0.0f, job.y, shares.p, left.p};
+    for (int64_t i = 0; i < kTexts * kHeads; i++) left[i] = static_cast<int32_t>(call.parts());
     if (c.is(Function::extend_cache)) call.key = job.y, call.value = job.sum;
     if (c.variant == 1) call.half = 8;  // not all columns are rotated
     job.call = &call;
-    job.rows = kTexts * kHeads * (c.is(Function::extend_cache) ? 1 : call.blocks());
+    job.rows = kTexts * kHeads * (c.is(Function::extend_cache) ? 1 : call.blocks() * call.parts());
     job.cost = 1 + 20 * c.columns;
     return job;
   }
   void compute(const FunctionRow& row) {
     for (int64_t i = 0; i < floats; i++) out[i] = bits_float(kGuard);
-    for (int64_t task = 0; task < function_tasks(job()); task++) row.ops->run(function_task(job(), task));
+    const FunctionJob whole = job();
+    for (int64_t task = 0; task < function_tasks(whole); task++) row.ops->run(function_task(whole, task));
   }
   bool is_output(int64_t i) const {
     const int64_t at = i - kGuardFloats, in_sum = at - count - kGuardFloats;

@@ -47,13 +47,21 @@ struct CachedCall {
   int64_t window;                             // keys that a token sees, its own the last of them
   float scale, softcap;
   float* y;                                   // [texts,tokens,heads,columns]
+  float* shares;                              // where keys are shared out: [texts * kv_heads,parts,heads / kv_heads,columns + 2]
+  int32_t* left;                              //   [texts * kv_heads]: parts that are not done
 
   int64_t before(int64_t text) const { return fresh ? 0 : last[text] + 1 - tokens; }
   int64_t group() const { return heads / kv_heads; }
   int64_t together() const { return group() < kGroup ? kGroup / group() : 1; }  // tokens of a block
   int64_t blocks() const { return (tokens + together() - 1) / together(); }
 
+  // Keys of a part, which other threads may attend to: a single token has no blocks to share out. Where a text's parts
+  // begin is the same whatever runs beside it.
+  int64_t part_keys() const { return (kPartProducts / (group() * columns) + kPartStep - 1) / kPartStep * kPartStep; }
+  int64_t parts() const { return tokens > 1 ? 1 : (total + part_keys() - 1) / part_keys(); }
+
   static constexpr int64_t kGroup = 64;       // most heads of queries in a group; rows of a block
+  static constexpr int64_t kPartProducts = 48 * 1024, kPartStep = 64;
 };
 
 struct FunctionJob {
@@ -76,7 +84,7 @@ struct FunctionJob {
   const float *q, *k, *v; //   [texts,queries or keys,heads*columns], as y
   const int64_t* mask;    //   [texts,keys], 0 where there is padding
   const CachedCall* call; // extend_cache: its rows are the kv_heads of text 0, of text 1, ..; cached_attention: likewise,
-                          //   the blocks of each, the last first
+                          //   the blocks of each, the last first, or the parts
   int64_t cost;           // these three: what a row takes, in floats
 };
 constexpr float kHidden = -10000.0f;  // what padding adds to a score

@@ -192,7 +192,9 @@ void cached_attention(const FunctionJob& job) {
   const CachedCall& call = *job.call;
   const int64_t d = call.columns;
   for (int64_t row = job.first; row < job.first + job.rows; row++) {
-    const int64_t block = call.blocks() - 1 - row % call.blocks(), kv_head = row / call.blocks(), text = kv_head / call.kv_heads;
+    if (row % call.parts()) continue;  // the first of a head's parts is all of it here
+    const int64_t head = row / call.parts(), block = call.blocks() - 1 - head % call.blocks();
+    const int64_t kv_head = head / call.blocks(), text = kv_head / call.kv_heads;
     const int64_t cache = kv_head * call.capacity * d, first = block * call.together();
     for (int64_t t = first; t < call.tokens && t < first + call.together(); t++)
       for (int64_t g = 0; g < call.group(); g++) {

@@ -143,6 +143,17 @@ OrtStatus* run(OrtKernelContext* context, Function function, const CachedCall& c
   return parallel(context, run_task, function_tasks(work.job), &work, true);
 }
 
+// What the parts of a single token's keys come to, in memory of its own; rows and cost are those of a part.
+OrtStatus* run_parts(OrtKernelContext* context, const Node& node, CachedCall& call, int64_t heads, int64_t cost) {
+  const int64_t floats = heads * call.parts() * call.group() * (call.columns + 2);
+  call.shares = static_cast<float*>(node.allocator->Alloc(node.allocator, static_cast<size_t>(floats + heads) * 4));
+  call.left = reinterpret_cast<int32_t*>(call.shares + floats);
+  for (int64_t head = 0; head < heads; head++) call.left[head] = static_cast<int32_t>(call.parts());
+  OrtStatus* status = run(context, Function::cached_attention, call, heads * call.parts(), cost);
+  node.allocator->Free(node.allocator, call.shares);
+  return status;
+}
+
 OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   const Node& node = *static_cast<Node*>(kernel);
   Tensor now[kInputs];
@@ -155,6 +166,7 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   EP_TRY(allocate_outputs(context, &call));
   const int64_t heads = call.texts * call.kv_heads, rows = call.together() * call.group();
   EP_TRY(run(context, Function::extend_cache, call, heads, 1 + 2 * call.tokens * call.columns));
+  if (call.parts() > 1) return run_parts(context, node, call, heads, attention_cost(rows, call.part_keys(), call.columns));
   return run(context, Function::cached_attention, call, heads * call.blocks(), attention_cost(rows, call.total, call.columns));
 }
 
