@@ -153,6 +153,7 @@ struct AmxTile : Tile<Avx512, AmxChunk<F>, kJobRows> {
       for (int64_t m = 0; m < job.m; m += kRows) {
         const int64_t left = job.m - m < kRows ? job.m - m : kRows;
         if (left != rows) configure(static_cast<int>(rows = left), AmxChunk<F>::step);
+        if (k1 == job.k) fetch_y(m, left);
         chunk.add(job, m, k0, k1, acc + m);
       }
     }
@@ -160,6 +161,11 @@ struct AmxTile : Tile<Avx512, AmxChunk<F>, kJobRows> {
     int64_t m = 0;
     for (; m + 4 <= job.m; m += 4) write<4>(m);
     for (; m < job.m; m++) write<1>(m);
+  }
+  // Stores that miss would be waited for by all that comes after them.
+  void fetch_y(int64_t m, int64_t rows) {
+    for (int64_t i = m; i < m + rows; i++)
+      for (int n = 0; n < job.columns; n += 16) __builtin_prefetch(job.y + i * job.y_stride + n, 1);
   }
   template <int R>
   void write(int64_t m) {
