@@ -3,7 +3,11 @@
     model.onnx ─► ONNX Runtime ─► libedgepeft_vulkan.so ─► one command buffer, one submit for each run
 
 It takes what the CPU takes, adapters included, and computes in float32 whatever activation the bundle names. A graph is
-on the GPU with every node or not at all: `open_session` says which node was in the way. Needs ONNX Runtime 1.23.
+on the GPU with every node or not at all: `open_session` says which node was in the way. Needs ONNX Runtime 1.23. Which
+GPU it is and what it can, the library sees when it is first used (`about`); see `edgepeft.deploy.gpus`.
+
+precision "float16" keeps keys and values in float16 on any GPU, in words that plain shaders pack, and rounds products
+of weights and activations to it where the GPU multiplies so; sums, norms and attention stay float32.
 
 Memory is what the CPU and the GPU both see: adapters are put there once, keys and values live there, and a run copies
 neither. Arrays of it are ordinary ones to numpy and to ONNX Runtime.
