@@ -20,11 +20,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from edgepeft.deploy.compile import kernel_folder
 from edgepeft.errors import TargetError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TARGET = "vulkan1.1"
 WORDS_A_LINE = 12
@@ -56,6 +58,8 @@ def digest() -> str:
 
 def words() -> dict[str, np.ndarray]:
     """Return the SPIR-V that is kept, uint32 words by shader."""
+    import numpy as np
+
     text = (folder() / "shaders.inc").read_text()
     arrays = re.findall(r"(\w+)_words\[\] = \{([^}]*)\}", text)
     return {
@@ -90,6 +94,8 @@ def validate(file: Path) -> None:
 
 def write() -> Path:
     """Compile every shader and write shaders.inc; return it."""
+    import numpy as np
+
     lines = [
         "// SPIR-V of shaders/*.comp, written by python -m edgepeft.deploy.shaders write.",
         f"// sources: {digest()}",
