@@ -50,12 +50,12 @@ struct Square {
         for (int j = j0; j < j0 + V::lanes; j++) turned[c * kSquare + j] = j < keys ? k[j * stride + c] : 0.0f;
     }
   }
-  // Of the turned keys up to `keys`, and what is left of a vector.
+  // Of the turned keys up to `keys`, and what is left of two vectors.
   template <int R>
   EP_INLINE void scores(const float* const (&q)[R], int keys) {
     int j = 0;
     for (; j + (kWide<V> - 1) * V::lanes < keys; j += kWide<V> * V::lanes) scores_of<R, kWide<V>>(q, j);
-    for (; j < keys; j += V::lanes) scores_of<R, 1>(q, j);
+    for (; j < keys; j += 2 * V::lanes) scores_of<R, 2>(q, j);
   }
   template <int R, int C>
   EP_INLINE void scores_of(const float* const (&q)[R], int j) {
@@ -79,19 +79,18 @@ struct Square {
   float weigh(float* row, int keys, int r) {
     F most = V::load(row);
     for (int j = V::lanes; j < keys; j += V::lanes) most = V::max(most, V::load(row + j));
-    float lanes[V::lanes], high = top[r];
-    V::store(lanes, most);
-    for (int i = 0; i < V::lanes; i++) high = lanes[i] > high ? lanes[i] : high;
+    const float before = top[r], now = V::top(most), high = now > before ? now : before;
     F sum = V::set1(0.0f);
     for (int j = 0; j < keys; j += V::lanes) {
       const F weight = exponential(V::sub(V::load(row + j), V::set1(high)));
       V::store(row + j, weight);
       sum = V::add(sum, weight);
     }
-    float factor[V::lanes];
-    V::store(factor, exponential(V::set1(top[r] - high)));
-    total[r] = total[r] * factor[0] + V::sum(sum);
     top[r] = high;
+    if (high == before) return total[r] += V::sum(sum), 1.0f;
+    float factor[V::lanes];
+    V::store(factor, exponential(V::set1(before - high)));
+    total[r] = total[r] * factor[0] + V::sum(sum);
     return factor[0];
   }
   // e^t for t <= 0; 0 below -88, so that what is hidden weighs nothing. max returns its second where that is NaN.

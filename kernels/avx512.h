@@ -37,6 +37,12 @@ struct Avx512 {
   static EP_INLINE F round(F v) { return _mm512_cvtepi32_ps(_mm512_cvtps_epi32(v)); }
   static EP_INLINE F power(F n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtps_epi32(add(n, set1(127.0f))), 23)); }
   static EP_INLINE __m256 halves(F v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+  static EP_INLINE float top(F v) {
+    const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    __m128 t = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    t = _mm_max_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_max_ss(t, _mm_movehdup_ps(t)));
+  }
   static EP_INLINE float sum(F v) {
     const __m256 h = halves(v);
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));

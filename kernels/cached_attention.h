@@ -58,8 +58,9 @@ struct CachedAttention : Square<V> {
   using Square<V>::columns, Square<V>::weights, Square<V>::scale;
   const CachedCall& call;
   const int group;
-  int64_t place;                                    // of the block's first token
-  float* y;                                         // of that token and the first head of the group, or the part's
+  float* y;                                         // of the block's first token and the group's first head, or the part's
+  int64_t places[kSquare];                          // of each row's token
+  float* outs[kSquare];                             // of each row
   alignas(64) float q[kSquare * kHeadColumns];      // [rows,columns], rotated
 
   explicit CachedAttention(const CachedCall& c) : Square<V>(c.columns, c.scale), call(c), group(static_cast<int>(c.group())) {
@@ -70,7 +71,7 @@ struct CachedAttention : Square<V> {
     const int tokens = this->at_most(call.tokens - first, call.together());
     y = y_of(text, kv_head, first);
     attend(text, kv_head, first, tokens, 0, call.capacity);
-    for (int r = 0; r < tokens * group; r++) this->finish(r, y_row(r));
+    for (int r = 0; r < tokens * group; r++) this->finish(r, outs[r]);
   }
   void part(int64_t text, int64_t kv_head, int64_t number) {
     const int64_t head = text * call.kv_heads + kv_head, floats = group * (columns + 2);
@@ -80,23 +81,24 @@ struct CachedAttention : Square<V> {
     for (int r = 0; r < group; r++) y[group * columns + r] = this->top[r], y[group * (columns + 1) + r] = this->total[r];
     if (__atomic_sub_fetch(call.left + head, 1, __ATOMIC_ACQ_REL)) return;
     y = y_of(text, kv_head, 0);
-    for (int r = 0; r < group; r++) join(all + r * columns, all + group * columns + r, floats, y_row(r));
+    for (int r = 0; r < group; r++) join(all + r * columns, all + group * columns + r, floats, y + r * columns);
   }
 
  private:
   float* y_of(int64_t text, int64_t kv_head, int64_t token) const {
     return call.y + ((text * call.tokens + token) * call.heads + kv_head * group) * columns;
   }
-  float* y_row(int r) const { return y + (r / group * call.heads + r % group) * columns; }
-
   // Rows of some tokens over those of the keys from .. to that they see.
   void attend(int64_t text, int64_t kv_head, int64_t first, int tokens, int64_t from, int64_t to) {
     const int rows = tokens * group;
-    place = call.before(text) + first;
+    const int64_t place = call.before(text) + first;
     for (int r = 0; r < rows; r++) {
-      const int64_t token = text * call.tokens + first + r / group, head = kv_head * group + r % group;
-      rotate<V>(call, call.q + token * call.q_stride + head * columns, place + r / group, q + r * columns);
-      this->start(r, y_row(r));
+      const int64_t token = r / group, head = r % group;
+      const float* from_q = call.q + (text * call.tokens + first + token) * call.q_stride + (kv_head * group + head) * columns;
+      places[r] = place + token;
+      outs[r] = y + (token * call.heads + head) * columns;
+      rotate<V>(call, from_q, places[r], q + r * columns);
+      this->start(r, outs[r]);
     }
     const int64_t seen = place + tokens, hidden = place < call.window ? 0 : place + 1 - call.window;
     const int64_t end = seen < to ? seen : to, cache = (text * call.kv_heads + kv_head) * call.capacity * columns;
@@ -120,7 +122,7 @@ struct CachedAttention : Square<V> {
     const bool few = rows <= kFew;
     if (!few) this->turn(k, columns, keys);
     for (int r = 0; r < rows; r += kTogether) {
-      const int seen = this->at_most(place + (r + 3 < rows ? r + 3 : rows - 1) / group + 1 - j, keys);  // by any of them
+      const int seen = this->at_most(places[r + 3 < rows ? r + 3 : rows - 1] + 1 - j, keys);  // by any of them
       if (seen <= 0) continue;
       switch (rows - r) {
         case 1: one<1>(r, j, seen, k, v, few); break;
@@ -134,12 +136,13 @@ struct CachedAttention : Square<V> {
   void one(int first, int64_t j, int seen, const float* k, const float* v, bool few) {
     const float* q_rows[R];
     float *y_rows[R], before[R];
-    for (int r = 0; r < R; r++) q_rows[r] = q + (first + r) * columns, y_rows[r] = y_row(first + r);
+    for (int r = 0; r < R; r++) q_rows[r] = q + (first + r) * columns, y_rows[r] = outs[first + r];
     if (few) dots<R>(q_rows, k, seen);
     else this->template scores<R>(q_rows, seen);
     for (int r = 0; r < R; r++) {
-      const int64_t own = place + (first + r) / group - j;  // key of this square
-      before[r] = visible(weights + r * kSquare, own < call.window ? 0 : static_cast<int>(own + 1 - call.window), this->at_most(own + 1, seen), seen, first + r);
+      const int64_t own = places[first + r] - j;  // key of this square
+      const int from = own < call.window ? 0 : static_cast<int>(own + 1 - call.window);
+      before[r] = visible(weights + r * kSquare, from, this->at_most(own + 1, seen), seen, first + r);
     }
     this->template mix_whole<R>(v, columns, seen, before, y_rows);
   }

@@ -1,5 +1,5 @@
 // The functions of functions.h, once for every SIMD shape. Include it after tile.h, whose vocabulary V it takes, with
-//   sub div min max round(F): to even   F
+//   sub div min max round(F): to even   F;   top(F) -> float: the largest, any where one is NaN
 //   power(F n) -> 2^n for whole n in -126..127, and 0 for -127
 //
 // Both activations are v / (1 + e^t). e^t = 2^n p(r), with n = round(t / ln 2), |r| <= ln(2)/2 and p a polynomial that

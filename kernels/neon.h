@@ -21,6 +21,7 @@ struct NeonBase {
   static EP_INLINE F round(F v) { return vrndnq_f32(v); }
   static EP_INLINE F power(F n) { return vreinterpretq_f32_s32(vshlq_n_s32(vcvtq_s32_f32(add(n, set1(127.0f))), 23)); }
   static EP_INLINE float sum(F v) { return vaddvq_f32(v); }
+  static EP_INLINE float top(F v) { return vmaxvq_f32(v); }
   static EP_INLINE F sum_each(const F (&v)[4]) { return vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3])); }
   static EP_INLINE void transpose(F (&v)[4]) {
     const float32x4x2_t even = vtrnq_f32(v[0], v[1]), odd = vtrnq_f32(v[2], v[3]);
