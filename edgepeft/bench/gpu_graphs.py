@@ -11,7 +11,8 @@ import onnx
 from onnx import helper
 
 from edgepeft.export.ops import GROUP_INPUTS, NAME, SHARED_INPUTS
-from edgepeft.export.webgpu import MICROSOFT, Pass, block_of
+from edgepeft.export.webgpu import MICROSOFT, Pass
+from edgepeft.export.webgpu_weights import block_of
 from edgepeft.quant.formats import FORMATS
 from edgepeft.runtime.webgpu import FILE
 

@@ -5,6 +5,7 @@
       loader/         libvulkan.so.1, used where the system has none
       swiftshader/    Google's driver, as Debian's chromium carries it: float32 alone
       lavapipe/       Mesa's driver 25 or newer, from the backports where the release is older: float16 too
+      shaders/        what Mesa compiled, for the next process
 
 Both take what a GPU takes and compute what it computes; their times mean nothing. Everything comes by package name
 through apt-get; setting up again costs nothing when all is there.
@@ -96,7 +97,10 @@ def missing() -> str:
 def settings(name: str) -> dict[str, str]:
     """Return the variables by which Vulkan's loader takes this driver and no other, and WebGPU takes it at all."""
     file = str(_manifest(name, library_path(name)))
-    return {"VK_ICD_FILENAMES": file, "VK_DRIVER_FILES": file, ALLOW: "1"}
+    return {
+        "VK_ICD_FILENAMES": file, "VK_DRIVER_FILES": file, "MESA_SHADER_CACHE_DIR": str(folder() / "shaders"),
+        ALLOW: "1",
+    }  # fmt: skip
 
 
 def environment(name: str) -> dict[str, str]:

@@ -34,15 +34,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgepeft.artifact import write_bytes
 from edgepeft.errors import ModelError
-from edgepeft.export.body import Body
-from edgepeft.export.ops import DOMAIN, GROUP_INPUTS, NAME, OFFSET, OPSET, SHARED_INPUTS, int4_rows
+from edgepeft.export.ops import DOMAIN, GROUP_INPUTS, NAME, OFFSET, OPSET, SHARED_INPUTS
 from edgepeft.export.webgpu_attention import capped, padded
-from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, TILE_COLUMNS, TILE_ROWS
+from edgepeft.export.webgpu_weights import block_of, embedding, row_embedding, unpacked
+from edgepeft.quant.formats import FORMATS
 from edgepeft.runtime.webgpu import DIGITS, FILE, PACKED, pack, pack_routers, widened
 
 MICROSOFT = "com.microsoft"
 NF4 = 1  # MatMulBnb4's quant_type
-EIGHT_BIT_BLOCK = 32
 FED = {  # values of model.onnx that become inputs, under which name, type and shape
     "seqlens_k": ("seqlens_k", TensorProto.INT32, ("batch",)),
     "total_sequence_length": ("total_sequence_length", TensorProto.INT32, ()),
@@ -198,9 +197,9 @@ class Pass:
             node.domain = MICROSOFT
             self.nodes.append(node)
         elif node.op_type.startswith("PackedEmbedding_"):
-            self.embedding(node)
+            embedding(self, node)
         elif node.op_type.startswith("RowEmbedding_"):
-            self.row_embedding(node)
+            row_embedding(self, node)
         elif node.op_type == "Before":
             raise ModelError(f"{node.name}: prompts of encoders have no form for GPUs. Take another method or target.")
         elif node.op_type == "RouterGate":
@@ -280,37 +279,6 @@ class Pass:
             self.functions.setdefault(kind, unpacked(tag, kind))
             self.layout.append(helper.make_node(kind, weight, rows, name=rows[0], domain=DOMAIN, K=k, N=n))
         return rows
-
-    def embedding(self, node: onnx.NodeProto) -> None:
-        """Add rows of a table in tiles, by the operator that picks and multiplies in one."""
-        ids, w, scale = node.input
-        tag = node.op_type.removeprefix("PackedEmbedding_")
-        if tag.startswith("nf4"):
-            raise ModelError(f"{node.name}: {tag} has no embedding on GPUs. Take --embedding-format i4b32.")
-        tiles, units = self.constants[w].dims[:2]
-        n, k = tiles * TILE_ROWS, units * TILE_COLUMNS
-        codes, scales = self.unpacked(tag, [w, scale], k, n)
-        flat = self.constant(f"{w}:gpu_shape", np.array([n, k * FORMATS[tag].bits // 8], np.int64))
-        if (rows := f"{w}:gpu_rows") not in self.laid_out:
-            self.laid_out.add(rows)
-            self.layout.append(helper.make_node("Reshape", [codes, flat], [rows], name=rows))
-        self.gather(node, FORMATS[tag].bits, block_of(tag), [ids, rows, scales])
-
-    def gather(self, node: onnx.NodeProto, bits: int, block: int, table: list[str]) -> None:
-        """Add rows of a table of codes and scales in rows: ids, codes, float32 scales."""
-        ids, codes, scales = table
-        attrs = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
-        self.add("GatherBlockQuantized", [codes, ids, scales], list(node.output), MICROSOFT, **attrs)
-
-    def row_embedding(self, node: onnx.NodeProto) -> None:
-        """Add rows of a table that lies in rows."""
-        ids, w, scale = node.input
-        wide = f"{scale}:gpu_float32"
-        if wide not in self.laid_out:
-            self.laid_out.add(wide)
-            self.layout.append(helper.make_node("Cast", [scale], [wide], name=wide, to=TensorProto.FLOAT))
-        spec = EMBEDDING_FORMATS[node.op_type.removeprefix("RowEmbedding_")]
-        self.gather(node, spec.bits, spec.block, [ids, w, wide])
 
     def adapter(self, name: str, x: str, base: str, parts: list[list[str]], sizes: list[int], k: int) -> str:
         """Add base + (x A) B of the packed adapters, where there are any."""
@@ -427,35 +395,3 @@ def _read(nodes: list[onnx.NodeProto], wanted: set[str]) -> list[onnx.NodeProto]
             wanted |= set(node.input)
             kept.append(node)
     return kept[::-1]
-
-
-def block_of(tag: str) -> int:
-    """Return how many weights share a scale in MatMulNBits' layout."""
-    return FORMATS[tag].block if FORMATS[tag].bits == 4 else EIGHT_BIT_BLOCK
-
-
-def unpacked(tag: str, name: str) -> onnx.FunctionProto:
-    """Return the function (w, w_scale) -> MatMulNBits' (codes [N, B, bytes], scales [N, B]); folded at load."""
-    body, spec = Body(), FORMATS[tag]
-    if spec.bits == 4:
-        nf4 = tag.startswith("nf4")
-        rows = int4_rows(body, spec.block, out="" if nf4 else "codes")
-        if nf4:  # the first of two in a byte is the high one, and all is flat
-            turned = body("BitwiseOr", body.shifted(rows, "LEFT"), body.shifted(rows, "RIGHT"))
-            body("Reshape", turned, body.ints(-1), out="codes")
-        scales = body.rows_then(body("Transpose", body.float32("w_scale"), perm=[0, 2, 1]), -1)
-    else:
-        tiles = body("Reshape", "w", body.ints(0, 0, 8, TILE_ROWS, 4))  # [T, U, j, n, i]
-        codes = body.rows_then(body("Transpose", tiles, perm=[0, 3, 1, 2, 4]), -1, EIGHT_BIT_BLOCK)
-        body("Identity", codes, out="codes")
-        blocks = body("Div", body.attribute("K"), body.ints(EIGHT_BIT_BLOCK))
-        scales = body(
-            "Expand", body.rows_then(body.float32("w_scale"), 1), body("Concat", body.ints(1), blocks, axis=0)
-        )
-    body("Identity", scales, out="scales")
-    return _function(name, body)
-
-
-def _function(name: str, body: Body) -> onnx.FunctionProto:
-    opsets = [helper.make_opsetid("", OPSET)]
-    return helper.make_function(DOMAIN, name, ["w", "w_scale"], ["codes", "scales"], body.nodes, opsets, ["K", "N"])
