@@ -95,8 +95,26 @@ int64_t mark_live(const Group& g, int64_t m, uint8_t* live) {
   return count;
 }
 
+// Takes what is live from a group before that has the same gates, as linears of one layout have. False: there is none.
+bool chosen_before(Call& call, int g) {
+  const Group& group = call.group[g];
+  const auto size = [&](int64_t rows) { return static_cast<size_t>(rows * live_stride(group)); };
+  for (int i = 0; group.gate && i < g; i++) {
+    const Group& other = call.group[i];
+    if (other.gate != group.gate || other.gate_step != group.gate_step || other.rank != group.rank) continue;
+    if (!call.live[i]) call.live[g] = nullptr;
+    if (call.live[g]) __builtin_memcpy(call.live[g], call.live[i], size(call.m));
+    if (call.live[g]) __builtin_memcpy(call.live_any[g], call.live_any[i], size(call.row_tasks));
+    __builtin_memcpy(call.alone[g], call.alone[i], static_cast<size_t>(call.row_tasks));
+    call.live_ranks[g] = call.live_ranks[i];
+    return true;
+  }
+  return false;
+}
+
 // Tells rows with few live ranks from the others, and forgets what is live where that is all.
 void choose_adapter_path(Call& call, int g) {
+  if (chosen_before(call, g)) return;
   const Group& group = call.group[g];
   const int64_t stride = live_stride(group), blocks = ceil_div(group.rank, kRankBlock);
   const bool gated = group.gate && group.rank;
@@ -117,6 +135,7 @@ void choose_adapter_path(Call& call, int g) {
     all += in_job;
   }
   if (all == call.m * blocks) call.live[g] = nullptr;
+  call.live_ranks[g] = all * kRankBlock;
 }
 
 void multiply(float* v, const float* by, int64_t step, int64_t n) {
@@ -124,19 +143,28 @@ void multiply(float* v, const float* by, int64_t step, int64_t n) {
   else for (int64_t i = 0; i < n; i++) v[i] *= by[i * step];
 }
 
-// Ranks r0..r1 of t = gate . (A.x) for rows m0..m1 that have the same live blocks; zero where none is live.
+// Whether kernels read a block that is not live: one beside it in a vector is, or ranks end in it.
+bool is_read(const uint8_t* live, int64_t block, int64_t rank) {
+  return live[block ^ 1] || block / (kRankPad / kRankBlock) == (rank - 1) / kRankPad;
+}
+
+// Ranks r0..r1 of t = gate . (A.x) for rows m0..m1 that have the same live blocks; zero in others that are read.
 void project_alike(const Call& call, int g, int64_t m0, int64_t m1, int64_t r0, int64_t r1) {
   const Group& group = call.group[g];
   const uint8_t* live = call.live[g] ? call.live[g] + m0 * live_stride(group) : nullptr;
-  const int64_t stride = rank_stride(group), row_bytes = call.k * (group.half ? 2 : 4), last = r1 == group.rank ? stride : r1;
+  const int64_t stride = rank_stride(group), row_bytes = call.k * (group.half ? 2 : 4);
   float* t = call.t[g] + m0 * stride;
-  if (live && last - r0 == stride) __builtin_memset(t, 0, static_cast<size_t>((m1 - m0) * stride) * sizeof(float));
-  else for (int64_t m = m0; m < m1; m++)
-    for (int64_t r = live ? r0 : r1; r < last; r++) t[(m - m0) * stride + r] = 0;
+  const auto clear = [=](int64_t from, int64_t to) {
+    for (int64_t m = 0; from < to && m < m1 - m0; m++)
+      for (int64_t r = from; r < to; r++) t[m * stride + r] = 0;
+  };
+  if (r1 == group.rank) clear(r1, stride);
   for (int64_t r = r0, end; r < r1; r = end) {
     const bool on = !live || live[r / kRankBlock];
     for (end = r; end < r1 && on == (!live || live[end / kRankBlock]);) end += kRankBlock;
     if (end > r1) end = r1;
+    for (int64_t i = r; !on && i < end; i += kRankBlock)
+      if (is_read(live, i / kRankBlock, group.rank)) clear(i, i + kRankBlock < end ? i + kRankBlock : end);
     if (!on) continue;
     call.ops->project(static_cast<const char*>(group.a) + r * row_bytes, group.half, end - r, call.k, call.x + m0 * call.k,
                       m1 - m0, t + r, stride);
@@ -197,14 +225,15 @@ void prepare(const Call& call, int64_t unit) {
 }
 
 void plan_preparation(Call& call) {
-  int64_t ranks = 4, most = 1;  // quantizing costs about as much as 4
+  int64_t ranks = 4, live = 4, most = 1;  // quantizing costs about as much as 4
   for (int g = 0; g < call.groups; g++) {
     ranks += call.group[g].rank;
+    live += call.live_ranks[g] / call.m;
     if (call.group[g].rank > most) most = call.group[g].rank;
   }
-  const int64_t rows = kUnitMacs / (ranks * call.k) & ~int64_t{3};
+  const int64_t rows = kUnitMacs / (live * call.k) & ~int64_t{3};
   call.rows_per_unit = rows < 4 ? 4 : rows;
-  call.ranks_per_unit = call.m <= call.rows_per_unit ? kRankBlock : most;
+  call.ranks_per_unit = call.m <= 4 || call.m * ranks * call.k <= kUnitMacs ? kRankBlock : most;
   call.prepare_units = 1;
   for (int g = 0; g < call.groups; g++) call.prepare_units += rank_units(call, g);
   call.prepare_units *= ceil_div(call.m, call.rows_per_unit);
@@ -283,7 +312,6 @@ int64_t plan(Call& call) {
   call.tile_tasks = ceil_div(job_count(call), call.jobs_per_task);
   call.row_tasks = ceil_div(call.m, call.rows_per_job);
   call.tasks = call.tile_tasks * call.row_tasks;
-  plan_preparation(call);
   return lay_out(call, nullptr);
 }
 
@@ -291,6 +319,7 @@ void place(Call& call, void* scratch) {
   lay_out(call, scratch);
   *call.progress = {};
   for (int g = 0; g < call.groups; g++) choose_adapter_path(call, g);
+  plan_preparation(call);
 }
 
 void run(const Call& call, int64_t task) {

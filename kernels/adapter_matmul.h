@@ -35,9 +35,9 @@ struct TileJob {
   const int32_t* q_fix;    //   the same: -zero * sum(q), zero being the row's, in the row's own form
   int64_t q_rows;
   int64_t rank;            // 0: no adapter, and t, b are not read
-  const float* t;          // [m,t_stride] gate . (A.x), zero from rank on
+  const float* t;          // [m,t_stride] gate . (A.x); zero from rank on, and in what shares kRankPad floats with a live block
   int64_t t_stride;        // rank rounded up to kRankPad
-  const uint8_t* live;     // [m,live_stride] whether t of this row has more than zeros in this block; null: all have
+  const uint8_t* live;     // [m,live_stride] whether t of this row has this block, else it counts as zero; null: all have
   const uint8_t* live_any; // [live_stride] the same of any row
   int64_t live_stride;     // blocks, in whole panels
   bool alone;              // the adapter is cheaper row by row, see tile.h
@@ -197,6 +197,7 @@ struct Call {
   float* t[kMaxGroups];
   uint8_t *live[kMaxGroups], *live_any[kMaxGroups];  // see TileJob; live_any [row_tasks,live_stride]
   bool* alone[kMaxGroups];                           // [row_tasks]
+  int64_t live_ranks[kMaxGroups];                    // of all rows
 };
 
 int64_t plan(Call& call);                       // returns the scratch it needs, in bytes

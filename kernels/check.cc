@@ -65,7 +65,9 @@ struct Case {
   double compute(const Row& row, bool keep = false) {
     if (!keep) for (int64_t i = 0; i < y_floats; i++) y[i] = bits_float(kGuard);
     Call call = this->call(row);
-    Buffer<char> scratch(plan(call));
+    const int64_t bytes_needed = plan(call);
+    Buffer<char> scratch(bytes_needed);
+    memset(scratch.p, 0xff, static_cast<size_t>(bytes_needed));  // NaN, for whoever reads what nobody wrote
     place(call, scratch.p);
     const double start = cpu_seconds();
     for (int64_t i = 0; i < call.tasks; i++) run(call, i);
@@ -109,7 +111,9 @@ struct Case {
       g.b = own_b.p;
       g.gate += m * s.rank + r0;
       g.y = alone.p;
-      Buffer<char> scratch(plan(call));
+      const int64_t bytes_needed = plan(call);
+      Buffer<char> scratch(bytes_needed);
+      memset(scratch.p, 0xff, static_cast<size_t>(bytes_needed));  // NaN, for whoever reads what nobody wrote
       place(call, scratch.p);
       for (int64_t i = 0; i < call.tasks; i++) run(call, i);
       if (!memcmp(alone.p, y.p + kGuardFloats + m * s.n, static_cast<size_t>(s.n) * 4)) continue;

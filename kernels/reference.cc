@@ -74,7 +74,9 @@ void tile(const TileJob& job) {
   for (int64_t m = 0; m < job.m; m++)
     for (int n = 0; n < job.columns; n++) {
       float v = A == Act::int8 ? dot_int8(job, f, m, n) : dot_float(job, f, m, n);
-      for (int64_t r = 0; r < job.rank; r++) v += element(job.b, job.b_half, n * job.rank + r) * job.t[m * job.t_stride + r];
+      for (int64_t r = 0; r < job.rank; r++)
+        if (!job.live || job.live[m * job.live_stride + r / kRankBlock])
+          v += element(job.b, job.b_half, n * job.rank + r) * job.t[m * job.t_stride + r];
       for (int64_t b = 0; b < job.blocks; b++)
         v += element(job.offset, job.offset_half, n * job.blocks + b) * job.sums[m * job.sums_stride + b];
       if (job.s_out) v *= job.s_out[n * job.s_out_step];
