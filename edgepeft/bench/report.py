@@ -66,9 +66,10 @@ def _ratio(rows: list[Mapping[str, Any]]) -> str:
 def _mixed(rows: list[Mapping[str, Any]]) -> Iterator[str]:
     """Yield what adapters of their own cost the rows of a run, for each number of threads."""
     for row in rows:
+        by_bytes = f"; {row['by_bytes']:.2f} if bytes alone took time" if row["by_bytes"] else ""
         yield (
             f"{row['rows']} rows under an adapter each run at {row['speed']:.2f} of the speed of as many under one "
-            f"({row['each_ms']:.2f} and {row['one_ms']:.2f} ms, threads {row['threads']})"
+            f"({row['each_ms']:.2f} and {row['one_ms']:.2f} ms, threads {row['threads']}{by_bytes})"
         )
 
 
