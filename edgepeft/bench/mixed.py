@@ -59,7 +59,8 @@ def _by_bytes(model: Bundle, name: str) -> float | None:
     if not isinstance(model, Generator):
         return None
     adapter = sum(value.numpy().nbytes for value in model.feeds(name).values())
-    weights = (model.manifest.folder / "model.onnx.data").stat().st_size
+    files = (model.manifest.folder / name for name in ("model.onnx", "model.onnx.data"))
+    weights = sum(file.stat().st_size for file in files if file.exists())  # small ones lie in the graph
     return (weights + adapter) / (weights + ROWS * adapter)
 
 

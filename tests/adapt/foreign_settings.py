@@ -63,11 +63,13 @@ def randomize(peft: Any, seed: int = 0) -> None:
 
 def setting(name: str, kind: str, model: Any, heads: list[str], config: Config) -> Any:
     """Return a PEFT model of a packed one with a setting's random adapter; a name of METHODS is that method."""
+    import torch
     from peft import get_peft_model
 
     from edgepeft.adapt.training import free_biases
     from edgepeft.train.loop import adapted
 
+    torch.manual_seed(0)
     if name in METHODS:
         peft = adapted(model, config.replace(method=name, rank=4, alpha=8.0, dropout=0.0))
     else:

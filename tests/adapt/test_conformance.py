@@ -199,7 +199,7 @@ def test_a_cell_is_the_worst_of_all_formats_or_tells_them_apart(tmp_path: Path) 
 def test_every_method_in_every_format(tmp_path: Path, kind: str, tag: str) -> None:
     subject = Subject(tmp_path, kind, tag)
     odd = {name: found for name in METHODS if (found := cell(subject, name, "separate")) != "exact"}
-    assert set(odd) <= {"bitfit"}
+    assert set(odd) <= {"bitfit"}, odd
 
 
 def test_terms_and_rounding_are_not_lost_in_numpy(subjects: Callable) -> None:

@@ -145,8 +145,7 @@ def see_a_window(run):
 
 def forget_a_past(run):
     def change(proto):
-        node = next(n for n in proto.graph.node if n.name == f"{LAYER}.1.self_attn")
-        other = next(n for n in proto.graph.node if n.name == f"{LAYER}.0.self_attn")
+        other, node = (n for n in proto.graph.node if n.op_type == "GroupQueryAttention")
         node.input[3] = other.input[3]
 
     edit_graph(run, change)

@@ -214,7 +214,7 @@ WRONG = {
     "a type": (
         4,
         np.zeros((16, 64), np.int32),
-        r"input 4 \(a0\): expected float16 or float32 \[R,64\], found another type",
+        r"input 4 \(a0\): expected float16 or float32 \[R,64\], found int32 \[16,64\]",
     ),
     "rank": (
         5,
