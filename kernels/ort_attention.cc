@@ -9,8 +9,7 @@
 // rotary_interleaved (0). Where S is the total there is no past, and a text may be padded on the right; else seqlens_k is
 // the place of a text's last token. Bound to the memory of the past, the present is written in place. A window has the
 // keys that it has in the ONNX Runtime at hand: before 1.24 one more than its size.
-#include "functions.h"
-#include "ort_node.h"
+#include "ort_function.h"
 
 int ort::release = 0;
 
@@ -127,20 +126,12 @@ OrtStatus* allocate_outputs(OrtKernelContext* context, CachedCall* call) {
   return allocate_output(context, 2, cache, 4, &call->value);
 }
 
-struct Work {
-  const FunctionRow* row;
-  FunctionJob job;
-};
-void run_task(void* work, size_t task) {
-  const Work& w = *static_cast<const Work*>(work);
-  w.row->ops->run(function_task(w.job, static_cast<int64_t>(task)));
-}
 OrtStatus* run(OrtKernelContext* context, Function function, const CachedCall& call, int64_t rows, int64_t cost) {
-  Work work = {select_function(function), {}};
-  work.job.call = &call;
-  work.job.rows = rows;
-  work.job.cost = cost;
-  return parallel(context, run_task, function_tasks(work.job), &work, true);
+  FunctionJob job = {};
+  job.call = &call;
+  job.rows = rows;
+  job.cost = cost;
+  return run_function(context, function, job, true);
 }
 
 // What the parts of a single token's keys come to, in memory of its own; rows and cost are those of a part.

@@ -11,8 +11,7 @@
 //
 // The norms have an attribute epsilon (float), attention one of num_heads (int); _one is the same with a body for Q = 1.
 // Any input may change from run to run. An id that names no row of w, from either end, is refused.
-#include "functions.h"
-#include "ort_node.h"
+#include "ort_function.h"
 
 namespace {
 
@@ -175,24 +174,15 @@ OrtStatus* allocate_outputs(OrtKernelContext* context, const Op& op, const Tenso
   return op.outputs == 2 ? allocate_output(context, 1, dims, rank, &job->sum) : nullptr;
 }
 
-struct Work {
-  const FunctionRow* row;
-  FunctionJob job;
-};
-void run_task(void* work, size_t task) {
-  const Work& w = *static_cast<const Work*>(work);
-  w.row->ops->run(function_task(w.job, static_cast<int64_t>(task)));
-}
-
 OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   const Node& node = *static_cast<Node*>(kernel);
   Tensor now[kMostInputs];
   const Tensor* in[kMostInputs];
   EP_TRY(node.inputs.read(context, now, in));
-  Work work = {select_function(op_of(node).function), {}};
-  EP_TRY(read_job(node, in, &work.job));
-  EP_TRY(allocate_outputs(context, op_of(node), *in[0], &work.job));
-  return parallel(context, run_task, function_tasks(work.job), &work);
+  FunctionJob job = {};
+  EP_TRY(read_job(node, in, &job));
+  EP_TRY(allocate_outputs(context, op_of(node), *in[0], &job));
+  return run_function(context, op_of(node).function, job);
 }
 
 OrtStatus* infer_shapes(const OrtCustomOp* op, OrtShapeInferContext* context) {
