@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ FILE = "model.webgpu.onnx"
 PACKED = "edgepeft.packed"
 DIGITS = "edgepeft.digits"
 ONE_TOKEN, POSITIONS, SEEN_BIAS = "one_token", "positions", "attention_bias."
+_COUNTED: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
 PROVIDER = "WebGpuExecutionProvider"
 HIDDEN = np.float32(-1e4)  # far below any score of attention
 CHUNK = 31  # tokens a run: from 32 on the provider's attention is wrong on GPUs with subgroups of fewer than 16
@@ -271,6 +273,14 @@ def _hidden(positions: np.ndarray, window: int, capacity: int) -> np.ndarray:
     return np.where(seen, np.float32(0), HIDDEN)
 
 
+def _counted(session: Any) -> tuple[str, ...]:
+    """Return which inputs a decoder's graph has for its tokens' places; asked once, as every token needs them."""
+    if session not in _COUNTED:
+        names = (item.name for item in session.get_inputs())
+        _COUNTED[session] = tuple(n for n in names if n in (ONE_TOKEN, POSITIONS) or n.startswith(SEEN_BIAS))
+    return _COUNTED[session]
+
+
 def decoder_inputs(session: Any, mask: np.ndarray, columns: int, keep: int, capacity: int = 0) -> dict[str, np.ndarray]:
     """Return what attention counts for `columns` new tokens, the last `keep` kept; mask is int64 [batch, total].
 
@@ -281,12 +291,12 @@ def decoder_inputs(session: Any, mask: np.ndarray, columns: int, keep: int, capa
     place = np.arange(columns - count, columns, dtype=np.int64)
     positions = lengths[:, None] - columns + np.arange(columns)
     more: dict[str, np.ndarray] = {}
-    for name in (item.name for item in session.get_inputs()):
+    for name in _counted(session):
         if name == ONE_TOKEN:
             more[name] = np.array(columns == 1)
         elif name == POSITIONS:
             more[name] = positions
-        elif name.startswith(SEEN_BIAS):
+        else:
             window = int(name.removeprefix(SEEN_BIAS))
             more[name] = _hidden(positions, window, max(capacity, mask.shape[1]))
     return {
