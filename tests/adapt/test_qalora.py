@@ -110,12 +110,17 @@ def test_a_merge_loses_nothing(subjects: Callable, tmp_path: Path, kind: str, ta
 def test_a_merged_linear_multiplies_by_the_kernel_that_ships(subjects: Callable) -> None:
     from edgepeft.quant.linear import multiply_int8
 
-    subject = subjects("bert", "i4b64")
-    model = torch_merged(subject, merged(subject)[0])
-    with parity.int8_activations(model):
-        wanted = subject.logits(model)
+    subject, chance = subjects("bert", "i4b64"), np.random.default_rng(0)
+    folder, rows = merged(subject)
+    model = torch_merged(subject, folder)
+    linears = [model.get_submodule(row["name"]) for row in rows]
+    xs = [torch.from_numpy(chance.standard_normal((3, linear.in_features)).astype(np.float32)) for linear in linears]
+    with parity.int8_activations(model), torch.inference_mode():
+        wanted = [linear(x).numpy() for linear, x in zip(linears, xs, strict=True)]
     multiply_int8(model)
-    assert largest_error(subject.logits(model), wanted) < EXACT
+    with torch.inference_mode():
+        for linear, x, y in zip(linears, xs, wanted, strict=True):
+            assert largest_error(linear(x).numpy(), y) < EXACT
 
 
 def test_offsets_survive_a_cast_and_leave_with_the_weight(subjects: Callable) -> None:
