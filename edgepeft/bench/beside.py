@@ -1,7 +1,8 @@
 """The figures of a shape, ours and the peers', as one table and one drawing beside the machine's limit.
 
     decode limit    bandwidth / bytes that our bundle reads for a token: weights, adapter, and the cache half way
-    prefill limit   int8 peak / operations of a token: 2 for each weight of the layers; the head's, once a text
+    prefill limit   int8 peak of the instructions that read our prompts / operations of a token: 2 for each weight of
+                    the layers; the head's, once a text
 
 Both limits are measured just before and after a shape is, and the higher counts (see `edgepeft.bench.limit`). They are
 the same for everybody: what 4-bit weights and this processor allow. "% of limit" is with the adapter on. A star marks a
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from edgepeft.artifact import read_json
-from edgepeft.bench.limit import int8_peak, read_bandwidth
+from edgepeft.bench.limit import int8_peaks, read_bandwidth
 from edgepeft.bench.peers.protocol import ROOM
 from edgepeft.bench.turns import PROMPT
 from edgepeft.console import table
+from edgepeft.runtime.library import find_library, open_library
+from edgepeft.runtime.manifest import check_bundle
 
 FLOAT_BYTES = 4
 OURS = "edgepeft"
@@ -34,14 +37,22 @@ def token_bytes(folder: Path) -> int:
     return sizes["weights"] + sizes.get("adapters", 0) + cache
 
 
+def instructions(folder: Path) -> str:
+    """Return the set of instructions by which a bundle's linears read a prompt here; "" without our library."""
+    manifest = check_bundle(folder, "quick")
+    path = find_library(manifest, "auto")
+    row = f"{manifest['format']}_{manifest['activation']}_"
+    names = open_library(path).kernels if path else ()
+    return next((name.removeprefix(row) for name in names if name.startswith(row)), "")
+
+
 def limits(folder: Path, about: Mapping[str, Any], threads: int) -> dict[str, Any]:
     """Return what this machine allows at this moment; `about` holds the shape's `tensors` and `linears`."""
     size_bytes = token_bytes(folder)
-    bandwidth, (instructions, peak) = read_bandwidth(threads, size_bytes), int8_peak(threads)
-    settings = about["settings"]
+    bandwidth, settings = read_bandwidth(threads, size_bytes), about["settings"]
     return {
-        "token_bytes": size_bytes, "bandwidth_bytes_s": bandwidth, "instructions": instructions, "int8_ops_s": peak,
-        "decode_tok_s": bandwidth / size_bytes,
+        "token_bytes": size_bytes, "bandwidth_bytes_s": bandwidth,
+        "instructions": instructions(folder), "int8_ops_s": int8_peaks(threads), "decode_tok_s": bandwidth / size_bytes,
         "layer_ops": 2 * sum(math.prod(about["tensors"][name]) for name in about["linears"]),
         "head_ops": 2 * settings["hidden_size"] * settings["vocab_size"],
     }  # fmt: skip
@@ -49,12 +60,15 @@ def limits(folder: Path, about: Mapping[str, Any], threads: int) -> dict[str, An
 
 def higher(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Return the higher of two measured limits, figure by figure: others can only lower one."""
-    return {name: max(value, second[name]) for name, value in first.items()}
+    return {
+        name: higher(value, second[name]) if isinstance(value, Mapping) else max(value, second[name])
+        for name, value in first.items()
+    }
 
 
 def prefill_limit(limit: Mapping[str, Any], tokens: int) -> float:
-    """Return tokens a second of a text of that length at the int8 peak; 0 where none was measured."""
-    return limit["int8_ops_s"] / (limit["layer_ops"] + limit["head_ops"] / tokens)
+    """Return tokens a second of a text of that length at the int8 peak of our instructions; 0 where there is none."""
+    return limit["int8_ops_s"].get(limit["instructions"], 0.0) / (limit["layer_ops"] + limit["head_ops"] / tokens)
 
 
 def _best(rows: Sequence[Mapping[str, Any]], figure: str) -> float:
@@ -77,14 +91,15 @@ def lines(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "adapter costs decode %": round(row["decode_cost_pct"], 1),
             "prefill %": round(row["prefill_cost_pct"], 1),
             "decode % of limit": round(100 * row["decode_on_tok_s"] / limit["decode_tok_s"]),
-            "prefill % of limit": round(100 * row["prefill_on_tok_s"] / top) if top else None,
+            "prefill % of peak": round(100 * row["prefill_on_tok_s"] / top) if top else None,
             "anonymous MB": round(row["anonymous_bytes"] / 1e6), "load s": round(row["load_s"], 2),
         }  # fmt: skip
     own = next(row for row in rows if row["who"] == OURS)
     if len(rows) > 1:
         ratios = {_head(f): f"{own[f'{f}_tok_s'] / _best(rows, f):.2f}x" for f in FIGURES}
         yield {**place, "who": f"{OURS} / best peer", **ratios}
-    yield {**place, "who": "limit", _head("decode_on"): _number(limit["decode_tok_s"]), _head("prefill_on"): round(top)}
+    name = f"limit, {limit['instructions']}" if top else "limit"
+    yield {**place, "who": name, _head("decode_on"): _number(limit["decode_tok_s"]), _head("prefill_on"): round(top)}
 
 
 def _head(figure: str) -> str:
@@ -110,11 +125,11 @@ def text(host: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
 
 def _note(result: Mapping[str, Any]) -> str:
     limit, row = result["limit"], result["rows"][0]
+    peaks = ", ".join(f"{name} {speed / 1e9:.0f}" for name, speed in limit["int8_ops_s"].items())
     return (
         f"{result['shape']}, {result['threads']} threads: prompts of {row['prefill_tokens']} ({row['prefill_rounds']} "
         f"rounds), {row['decode_rounds']} rounds of decoding; a token reads {limit['token_bytes'] / 1e6:.0f} MB at "
-        f"{limit['bandwidth_bytes_s'] / 1e9:.1f} GB/s; {limit['instructions'] or 'no'} int8 peak "
-        f"{limit['int8_ops_s'] / 1e9:.0f} billion operations/s"
+        f"{limit['bandwidth_bytes_s'] / 1e9:.1f} GB/s; int8 peak, billion operations/s: {peaks or 'none'}"
     )
 
 

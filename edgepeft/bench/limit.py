@@ -1,10 +1,11 @@
 """What this machine can do at most at this moment, measured by loops of our own (kernels/limit/limit.cc).
 
     read_bandwidth   bytes a second of summing memory: what a step of decoding, which reads every weight once, waits for
-    int8_peak        products of 8-bit numbers with 4-bit ones, summed exactly, operations a second, on the best
-                     instruction set of this processor: AVX2 and NEON (in 16 bits over 8 steps, then widened),
-                     AVX-512 VNNI or dotprod; a product and a sum are two. Scales, adapters and attention are not in
-                     it, so no prompt can be read that fast.
+    int8_peaks       products of 8-bit numbers with 4-bit ones, summed exactly, operations a second, by each set of
+                     instructions that kernels are written for and this processor has: AVX2 and NEON (in 16 bits over
+                     8 steps, then widened), AVX-512 VNNI, AMX, dotprod and i8mm; a product and a sum are two. Scales,
+                     adapters and attention are not in it, nor that numbers must come from memory, so no prompt can be
+                     read that fast.
 
 Each is the best of RUNS, as others can only slow it down.
 """
@@ -24,7 +25,8 @@ from edgepeft.deploy.compile import kernel_folder, plugin_library
 
 RUNS = 21
 WORD_BYTES = 256
-STEPS = 500_000
+STEPS = 200_000
+INSTRUCTIONS = ("amx", "avx512vnni", "avx2", "i8mm", "dotprod", "neon")
 
 
 @functools.cache
@@ -33,8 +35,8 @@ def _library() -> ctypes.CDLL:
     made = plugin_library(kernel_folder() / "limit" / "limit.cc", cache_dir() / "bench" / "limit.so")
     library = ctypes.CDLL(str(made))
     library.ep_limit_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    library.ep_limit_int8.argtypes = [ctypes.c_long]
-    library.ep_limit_name.restype = ctypes.c_char_p
+    library.ep_limit_operations.argtypes = [ctypes.c_char_p]
+    library.ep_limit_int8.argtypes = [ctypes.c_char_p, ctypes.c_long]
     return library
 
 
@@ -57,8 +59,15 @@ def read_bandwidth(threads: int, size_bytes: int) -> float:
     return memory.size / _best_s(threads, lambda number: read(start + number * part, part))
 
 
-def int8_peak(threads: int, steps: int = 0) -> tuple[str, float]:
-    """Return the instruction set and operations a second; ("", 0.0) on a processor that has none of them."""
-    library, steps = _library(), steps or STEPS
-    seconds = _best_s(threads, lambda _: library.ep_limit_int8(steps))
-    return library.ep_limit_name().decode(), threads * steps * library.ep_limit_operations() / seconds
+def int8_peaks(threads: int, steps: int = 0) -> dict[str, float]:
+    """Return {instruction set: operations a second} of those of INSTRUCTIONS that this processor has."""
+    library, steps, peaks = _library(), steps or STEPS, {}
+    for name in INSTRUCTIONS:
+        if operations := library.ep_limit_operations(name.encode()):
+            seconds = _best_s(threads, functools.partial(_multiply, name.encode(), steps))
+            peaks[name] = threads * steps * operations / seconds
+    return peaks
+
+
+def _multiply(name: bytes, steps: int, _: int) -> None:
+    _library().ep_limit_int8(name, steps)

@@ -2,7 +2,7 @@
 // which calls it from as many threads as it likes (Python's ctypes lets go of its lock); nothing that ships uses it.
 //
 // Products are those of 4-bit weights, the cheapest there are: where no instruction sums four of them at once, a lane of 16
-// bits holds the sum of 8 steps, and only then is it widened.
+// bits holds the sum of 8 steps, and only then is it widened. Each instruction set that kernels are written for is measured.
 #include <stddef.h>
 #include <stdint.h>
 
@@ -11,6 +11,8 @@
 // Hides a value from the compiler: it neither takes a step for a repetition of the last nor sums in another order.
 #if defined(__x86_64__)
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #define EP_HIDE(x) __asm__ volatile("" : "+v"(x))
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -43,6 +45,7 @@ EP_EXPORT uint64_t ep_limit_read(const Words* data, size_t size_bytes) {
 struct Peak {
   const char* name;
   int operations;  // of a step: a product and a sum are two
+  bool (*here)();
   int (*run)(long steps);
 };
 
@@ -80,13 +83,71 @@ __attribute__((target("avx512f,avx512bw,avx512vnni"))) static int avx512vnni(lon
   return _mm512_reduce_add_epi32(sum[0]);
 }
 
-static const Peak* best() {
-  static const Peak kAvx2 = {"avx2", 2 * 32 * 8 * kNarrow, avx2}, kVnni = {"avx512vnni", 2 * 64 * kWide, avx512vnni};
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")) return &kVnni;
-  return __builtin_cpu_supports("avx2") ? &kAvx2 : nullptr;
+// Four sums of 16 x 16, by two tiles of 16 rows of x and two of 16 outputs, 64 columns each.
+#if defined(__clang__)  // its assembler looks at the function's features; GCC's takes every instruction
+__attribute__((target("amx-tile,amx-int8")))
+#endif
+static int amx(long steps) {
+  constexpr int kTiles = 8, kLines = 16, kLine = 64;
+  struct Config {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t line_bytes[16] = {};
+    uint8_t lines[16] = {};
+  } config;
+  for (int i = 0; i < kTiles; ++i) config.line_bytes[i] = kLine, config.lines[i] = kLines;
+  uint8_t ones[kLines * kLine];
+  for (uint8_t& one : ones) one = 1;
+  int32_t sums[kLines * kLine / 4];
+  const long line = kLine;
+  __asm__ volatile(
+      "ldtilecfg %0\n\ttilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3\n\t"
+      "tileloadd (%1,%2,1), %%tmm4\n\ttileloadd (%1,%2,1), %%tmm5\n\t"
+      "tileloadd (%1,%2,1), %%tmm6\n\ttileloadd (%1,%2,1), %%tmm7"
+      :
+      : "m"(config), "r"(ones), "r"(line)
+      : "memory");
+  for (long i = 0; i < steps; ++i)
+    __asm__ volatile(
+        "tdpbssd %tmm6, %tmm4, %tmm0\n\ttdpbssd %tmm7, %tmm4, %tmm1\n\t"
+        "tdpbssd %tmm6, %tmm5, %tmm2\n\ttdpbssd %tmm7, %tmm5, %tmm3");
+  __asm__ volatile("tilestored %%tmm3, (%0,%1,1)\n\ttilerelease" : : "r"(sums), "r"(line) : "memory");
+  return sums[0];
 }
+
+static bool has_avx2() { return __builtin_cpu_init(), __builtin_cpu_supports("avx2"); }
+static bool has_vnni() {
+  return __builtin_cpu_init(), __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw");
+}
+// Linux saves tiles only for a process that has asked for them.
+static bool has_amx() {
+  if (!has_vnni()) return false;
+  unsigned a = 7, b, c = 0, d;
+  __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  constexpr unsigned kTileAndInt8 = 3u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return (d & kTileAndInt8) == kTileAndInt8 && !syscall(SYS_arch_prctl, kRequestPermission, kTileData);
+}
+
+static const Peak kPeaks[] = {
+    {"amx", 2 * 16 * 16 * 64 * 4, has_amx, amx},
+    {"avx512vnni", 2 * 64 * kWide, has_vnni, avx512vnni},
+    {"avx2", 2 * 32 * 8 * kNarrow, has_avx2, avx2},
+};
 #elif defined(__aarch64__)
+__attribute__((target("arch=armv8.2-a+i8mm"))) static int i8mm(long steps) {
+  int8x16_t x = vdupq_n_s8(1), w = x;
+  int32x4_t sum[kWide] = {};
+  for (long i = 0; i < steps; ++i)
+#pragma GCC unroll 16
+    for (int c = 0; c < kWide; ++c) {
+      sum[c] = vmmlaq_s32(sum[c], x, w);
+      EP_HIDE(sum[c]);
+    }
+#pragma GCC unroll 16
+  for (int c = 1; c < kWide; ++c) sum[0] = vaddq_s32(sum[0], sum[c]);
+  return vaddvq_s32(sum[0]);
+}
+
 __attribute__((target("arch=armv8.2-a+dotprod"))) static int dotprod(long steps) {
   int8x16_t x = vdupq_n_s8(1), w = x;
   int32x4_t sum[kWide] = {};
@@ -123,19 +184,26 @@ static int neon(long steps) {
   return vaddvq_s32(sum[0]);
 }
 
-static const Peak* best() {
-  static const Peak kNeon = {"neon", 2 * 16 * 8 * kNarrow, neon}, kDot = {"dotprod", 2 * 16 * kWide, dotprod};
-  constexpr unsigned long kHasDot = 1ul << 20;  // HWCAP_ASIMDDP
-  return getauxval(AT_HWCAP) & kHasDot ? &kDot : &kNeon;
-}
+static bool has_neon() { return true; }
+static bool has_dotprod() { return getauxval(AT_HWCAP) & 1ul << 20; }  // HWCAP_ASIMDDP
+static bool has_i8mm() { return getauxval(AT_HWCAP2) & 1ul << 13; }    // HWCAP2_I8MM
+
+static const Peak kPeaks[] = {
+    {"i8mm", 2 * 32 * kWide, has_i8mm, i8mm},
+    {"dotprod", 2 * 16 * kWide, has_dotprod, dotprod},
+    {"neon", 2 * 16 * 8 * kNarrow, has_neon, neon},
+};
 #else
-static const Peak* best() { return nullptr; }
+static const Peak kPeaks[] = {{"", 0, [] { return false; }, nullptr}};
 #endif
 
-// The instruction set of ep_limit_int8, or "" where there is none.
-EP_EXPORT const char* ep_limit_name() { return best() ? best()->name : ""; }
+static const Peak* named(const char* name) {
+  for (const Peak& peak : kPeaks)
+    if (!__builtin_strcmp(peak.name, name) && peak.here()) return &peak;
+  return nullptr;
+}
 
-// Operations of one step.
-EP_EXPORT int ep_limit_operations() { return best() ? best()->operations : 0; }
+// Operations of one step of ep_limit_int8 by an instruction set; 0 where this processor has no such one.
+EP_EXPORT int ep_limit_operations(const char* name) { return named(name) ? named(name)->operations : 0; }
 
-EP_EXPORT int ep_limit_int8(long steps) { return best() ? best()->run(steps) : 0; }
+EP_EXPORT int ep_limit_int8(const char* name, long steps) { return named(name) ? named(name)->run(steps) : 0; }

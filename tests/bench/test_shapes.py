@@ -114,18 +114,21 @@ ROW = {
     "disturbed": False, "decode_cost_pct": 10.0, "prefill_cost_pct": 5.0, "anonymous_bytes": 15_000_000, "load_s": 0.1,
     "prefill_tokens": 512, "prefill_off_tok_s": 210.0, "decode_off_tok_s": 55.0,
 }  # fmt: skip
-LIMIT = {"decode_tok_s": 100.0, "int8_ops_s": 1e9, "layer_ops": 9e5, "head_ops": 5.12e7}
+LIMIT = {
+    "decode_tok_s": 100.0, "instructions": "amx", "int8_ops_s": {"amx": 1e9, "avx2": 1e8}, "layer_ops": 9e5,
+    "head_ops": 5.12e7,
+}  # fmt: skip
 
 
 def test_the_table_compares_with_the_best_peer_of_each_column() -> None:
     speeds = {"edgepeft": (200.0, 50.0), "a": (100.0, 20.0), "b": (80.0, 40.0)}
     rows = [{**ROW, "who": who, "prefill_on_tok_s": p, "decode_on_tok_s": d} for who, (p, d) in speeds.items()]
     lines = list(beside.lines({"shape": "s", "threads": 1, "rows": rows, "limit": LIMIT}))
-    assert [line["who"] for line in lines] == ["edgepeft", "a", "b", "edgepeft / best peer", "limit"]
-    assert beside.higher({"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 1.0}) == {"a": 3.0, "b": 2.0}
+    assert [line["who"] for line in lines] == ["edgepeft", "a", "b", "edgepeft / best peer", "limit, amx"]
+    assert beside.higher({"a": 1.0, "b": {"c": 2.0}}, {"a": 3.0, "b": {"c": 1.0}}) == {"a": 3.0, "b": {"c": 2.0}}
     ratio, top = lines[3], lines[4]
     assert (ratio["decode on"], ratio["prefill on"], ratio["decode off"]) == ("1.25x", "2.00x", "1.00x")
-    assert (lines[0]["decode % of limit"], lines[0]["prefill % of limit"]) == (50, 20)
+    assert (lines[0]["decode % of limit"], lines[0]["prefill % of peak"]) == (50, 20)
     assert (top["decode on"], top["prefill on"]) == (100, 1000)
 
 
@@ -152,11 +155,13 @@ def test_more_rounds_fit_into_more_time_and_long_prompts_give_way() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_limits_are_speeds_of_a_machine(threads: int) -> None:
+def test_the_limits_are_speeds_of_a_machine_by_all_that_kernels_are_written_for(tiny: Path, threads: int) -> None:
     assert 1e8 < limit.read_bandwidth(threads, 1 << 22) < 1e13
-    name, peak = limit.int8_peak(threads, 1000)
-    assert name in ("avx2", "avx512vnni", "neon", "dotprod")
-    assert 1e8 < peak < 1e14
+    peaks = limit.int8_peaks(threads, 1000)
+    kernels = [name.rpartition("_")[2] for name in load(tiny).library.kernels]
+    assert {*peaks} == {*kernels} - {"scalar"}
+    assert beside.instructions(tiny) == kernels[0]
+    assert all(1e8 < peak < 1e14 for peak in peaks.values())
 
 
 def test_a_profile_gives_each_group_its_share_of_the_last_runs() -> None:
