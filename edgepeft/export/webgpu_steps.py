@@ -12,6 +12,10 @@
       act(gate + ..)(up + ..)    1   MatMulNBitsMlp, whose biases are what it adds to
     down, A x;  + B (A x)        2
 
+MatMulNBitsQkv binds 13 buffers for a norm with a sum before it and 11 for one without; where a GPU grants a shader
+fewer, it runs that norm by itself: 13 shaders with 11 or 12 buffers, 15 with 10. No other operator multiplies one input
+by two weights without a gate between them, and none two inputs, so each of the four linears then takes three.
+
 These operators multiply 4-bit weights in blocks of 32 alone, so adapters come in 4-bit digits, see
 `edgepeft.runtime.digits`, and linears of other formats, or with scales of their input, are as in `webgpu`. Biases of
 products are for one row, hence two branches; both read the same weights and digits, "edgepeft.digits" says of what.

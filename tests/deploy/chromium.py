@@ -55,10 +55,11 @@ class Browser:
         message, self._rest = self._rest.split(b"\0", 1)
         return json.loads(message)
 
-    def open(self, url: str) -> Page:
-        """Open a page of ours and wait until it says that it is ready, or why not."""
+    def open(self, url: str, first: str = "") -> Page:
+        """Open a page of ours and wait until it says that it is ready, or why not; `first` runs before its scripts."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         page = Page(self, self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
+        self.call("Page.addScriptToEvaluateOnNewDocument", page._session, source=first)
         page.go(url)
         return page
 
