@@ -13,7 +13,8 @@ in `lesson`. Labels ask a few rows after the other, which stay in the cache mean
 number of targets and how many of them were the likeliest token. The method is replaced on the instance alone, so
 whatever wraps the model (PEFT, DDP) still calls it as ever.
 
-Left out: heads with a bias or of their own adapter, gradients of second order.
+A head with an adapter of its own, as other tools train them, is called as a whole: it can be judged and not be trained
+through. Left out: heads with a bias, gradients of second order.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ def head_logits(
 
     out: logits of as many positions or more that are done with; their memory is taken.
     """
-    if getattr(head, "activation", "float") == "int8" and h_tk.device.type == "cpu":
+    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):  # PEFT's wrappers
+        z_tv = head(h_tk).float()
+    elif getattr(head, "activation", "float") == "int8" and h_tk.device.type == "cpu":
         z_tv = head.int8_product(h_tk).float()
     else:
         if out is None or len(out) < len(h_tk):

@@ -193,6 +193,24 @@ def test_planted_fault_is_named(copy, fault):
     assert not run.path("verify").exists()
 
 
+class Scores:
+    """Plays a model whose keys have a bias, which a softmax takes away; it takes a tensor that nothing uses."""
+
+    def logits(self, batch, given):
+        bias, _ = given.get("bias", np.ones(1)), given.get("unused")
+        scores = batch["scores"] + bias
+        return np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+
+
+def test_a_tensor_whose_effect_cancels_is_in_use_and_one_that_is_zero_or_not_wired_is_not():
+    batch = {"scores": np.array([1.0, 2.0, 4.0])}
+    full = Scores().logits(batch, {})
+    assert np.array_equal(Scores().logits(batch, {"bias": np.zeros(1)}), full)
+    assert stage._arrives(Scores(), batch, "bias", np.ones(1))
+    assert not stage._arrives(Scores(), batch, "bias", np.zeros(1))
+    assert not stage._arrives(Scores(), batch, "unused", np.ones(1))
+
+
 def test_wrong_int8_kernel_is_found(tiny, monkeypatch):
     """With PyTorch's own rounding switched off nothing but the floor is allowed, so our int8 noise must miss."""
     config, run = tiny

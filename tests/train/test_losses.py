@@ -64,6 +64,21 @@ def test_autocast_multiplies_in_bfloat16_and_sums_in_float(chunks: None, softcap
     assert difference.norm() <= 0.01 * slope.norm()
 
 
+def test_a_head_with_an_adapter_of_its_own_is_judged_with_it(chunks: None) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(0)
+    whole = torch.nn.ModuleDict({"head": torch.nn.Linear(HIDDEN, VOCABULARY, bias=False)})
+    h, target = torch.randn(TOKENS, HIDDEN), torch.randint(VOCABULARY, (TOKENS,))
+    plain, _ = losses.token_losses(h, whole["head"], target)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["head"], init_lora_weights=False), whole)
+    with torch.inference_mode():
+        found, _ = losses.token_losses(h, whole["head"], target, softcap=3.0)
+        z = 3 * torch.tanh(whole["head"](h) / 3)
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(z, target, reduction="none"))
+    assert not torch.allclose(found, plain)
+
+
 def test_a_head_on_int8_activations_gives_the_logits_that_ship(chunks: None) -> None:
     torch.manual_seed(0)
     head = QuantLinear.from_float(torch.nn.Linear(HIDDEN, VOCABULARY, bias=False), "i4b32")
