@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import os
 import signal
 import sys
@@ -37,10 +38,17 @@ Examples:
 """
 
 
+@functools.cache  # every stage has every setting
+def _text(field: dataclasses.Field) -> str:
+    """Return the help of one field, with what it may be and what it is unless given."""
+    choices = field.metadata["choices"]
+    known = f" One of {', '.join(choices())}." if choices else ""
+    return f"{field.metadata['help']}{known}  [default: {default_text(field) or 'none'}]"
+
+
 def _option(field: dataclasses.Field) -> Callable:
     """Make the flag of one field; its default is shown, not set, so that a file may set it."""
-    kind: Any = type(field.default)
-    text = f"{field.metadata['help']}  [default: {default_text(field)}]"
+    kind, text = type(field.default), _text(field)
     if kind is bool:
         return click.option(f"{flag(field.name)}/--no-{flag(field.name)[2:]}", field.name, default=None, help=text)
     return click.option(flag(field.name), field.name, type=kind, default=None, help=text, metavar=kind.__name__.upper())

@@ -72,6 +72,7 @@ def _targets() -> Iterable[str]:
     return target_names()
 
 
+TEACHERS = ("none", "self", "tuned")  # or a folder
 # More than the cores only slows a machine down, and thousands of waiting threads take it away from its user.
 MOST_THREADS = 4 * (os.cpu_count() or 1)
 
@@ -174,9 +175,11 @@ class Config:
         for name, value in own_settings(self.task).items():
             if not getattr(self, name):
                 object.__setattr__(self, name, value)
-        problems = [p for f in dataclasses.fields(self) if (p := _problem(f, getattr(self, f.name)))]
+        unset = set() if own_settings(self.task) else tasks_own()  # which 0 each stands for, no task says
+        known = [field for field in dataclasses.fields(self) if field.name not in unset]
+        problems = [problem for field in known if (problem := _problem(field, getattr(self, field.name)))]
         if self.double_quant and not self.format.startswith("nf4"):
-            problems.append(f"double_quant needs format nf4b64; found {self.format!r}.")
+            problems.append(f"--double-quant needs --format nf4b64, found {self.format!r}.")
         if self.size and bytes_of(self.size) is None:
             problems.append(
                 f"--size: expected a number with kB, MB, GB, KiB, MiB or GiB such as 12MB, found {self.size!r}."
@@ -208,11 +211,27 @@ def bytes_of(size: str) -> int | None:
     return int(float(found[1]) * UNITS[found[2]]) if found else None
 
 
+def teacher_folder(config: Config) -> Path | None:
+    """Return the model folder that --teacher names, or None for a word. Raises ConfigError when it is neither."""
+    if config.teacher in TEACHERS:
+        return None
+    folder = Path(config.teacher).expanduser()
+    if not folder.is_dir():
+        expected = f"{', '.join(TEACHERS)} or a model folder"
+        raise ConfigError(f"--teacher: expected {expected}, found {config.teacher!r}.")
+    return folder
+
+
 def own_settings(task: str) -> Mapping[str, Any]:
     """Return the settings that a task has of its own; 0 stands for them."""
     from edgepeft.train.tasks import TASKS
 
     return TASKS[task].defaults if task in TASKS else {}
+
+
+def tasks_own() -> set[str]:
+    """Return the names of the settings that tasks have of their own."""
+    return {name for task in _tasks() for name in own_settings(task)}
 
 
 def default_text(field: dataclasses.Field) -> str:
@@ -246,7 +265,7 @@ def _coerce(field: dataclasses.Field, value: Any, where: str) -> Any:
         return float(value)
     if type(value) is kind:
         return value
-    raise ConfigError(f"{where}: {field.name} should be a {kind.__name__}, found {value!r}.")
+    raise ConfigError(f"{where}: {field.name}: expected {kind.__name__}, found {value!r}.")
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -276,9 +295,17 @@ def checked(table: Any, path: Path) -> dict[str, Any]:
 
 
 def settings(file: Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what file and flags say, flags winning; a flag that is None was not given."""
+    """Return what file and flags say, flags winning; a flag that is None was not given.
+
+    Raises ConfigError for a 0 that would stand for a task's own setting: whoever gives one means it.
+    """
     values = read_file(file) if file else {}
-    return {**values, **{key: value for key, value in flags.items() if value is not None}}
+    values |= {key: value for key, value in flags.items() if value is not None}
+    own = tasks_own()
+    zeros = [field for field in dataclasses.fields(Config) if field.name in own and values.get(field.name) == 0]
+    if zeros:
+        raise ConfigError("\n".join(str(_problem(field, values[field.name])) for field in zeros))
+    return values
 
 
 def resolve(file: Path | None, flags: Mapping[str, Any]) -> Config:

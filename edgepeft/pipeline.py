@@ -19,14 +19,20 @@ import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgepeft import __version__
 from edgepeft.artifact import Run, key_of, read_json, write_json
-from edgepeft.config import Config, checked
+from edgepeft.config import Config, checked, teacher_folder
 from edgepeft.console import say
 from edgepeft.errors import ArtifactError, ConfigError, EdgePeftError, unknown
 from edgepeft.ranks import leads, world
+
+if TYPE_CHECKING:
+    from edgepeft.backbone.families import Family
+    from edgepeft.backbone.load import ModelSource
+    from edgepeft.deploy.targets import Target
+    from edgepeft.train.data import Splits
 
 # Says when it is imported, on processors with AVX512-BF16, that a package is missing which nothing here needs.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -55,9 +61,8 @@ def _teacher_digest(config: Config) -> str:
     """Return the digest of a teacher's folder, or "" for one that the setting alone names."""
     from edgepeft.backbone.load import open_folder
 
-    folder = Path(config.teacher).expanduser()
-    named = config.teacher in ("none", "self", "tuned")
-    return open_folder(folder).identity if folder.is_dir() and not named else ""
+    folder = teacher_folder(config)
+    return open_folder(folder).identity if folder else ""
 
 
 def _adapter_digest(config: Config) -> str:
@@ -160,6 +165,32 @@ def stage_named(name: str) -> Stage:
     raise ArtifactError(unknown("stage", name, [stage.name for stage in STAGES]))
 
 
+class Inputs(NamedTuple):
+    """What a build reads, opened."""
+
+    source: ModelSource
+    family: Family
+    splits: Splits[Any]
+    target: Target
+
+
+def open_inputs(config: Config) -> Inputs:
+    """Open all that a build reads. Raises EdgePeftError for what a stage would refuse, before the first one works."""
+    from edgepeft.backbone.check import check_length, check_model
+    from edgepeft.backbone.families import check_task
+    from edgepeft.backbone.load import resolve_model
+    from edgepeft.deploy.targets import load_target
+    from edgepeft.train.data import load_splits
+
+    source, target = resolve_model(config), load_target(config.target)
+    family = check_model(source)
+    check_task(family, config.task, str(source.path))
+    check_length(config, source)
+    for name in ("calibration", "teacher", "adapter_from"):
+        OUTSIDE[name].digest(config)
+    return Inputs(source, family, load_splits(config), target)
+
+
 def _needs(stage: Stage, config: Config) -> list[Stage]:
     """Return the earlier stages whose results a stage reads."""
     return [other for other in STAGES if other.folder in stage.needs and other.applies(config)]
@@ -249,6 +280,8 @@ def build(config: Config, stages: Sequence[Stage] = STAGES) -> Path:
         return _follow(stages[0], config)
     with Run(folder).lock():
         run = Run(folder)
+        if len(stages) > 1 and not run.records:
+            open_inputs(config)
         for stage in stages:
             if stage.applies(config):
                 run_stage(stage, config, run)

@@ -2,7 +2,9 @@
 
 Sizes are computed from the shapes in the checkpoint's header and the table of formats, so nothing is loaded:
 
-    packed  = sum over weights of codes and scales       adapter = 2 bytes x R x (K + N) over the adapted linears
+    packed  = sum over weights of codes and scales       adapter = 2 bytes x R x (K + N) over the linears, for a LoRA
+
+What another method adds is known once it is trained, so it is left out of the sum.
 
 Formats that --size chooses are measured when the model is quantized: once that was done they are read from the run
 folder, before it sizes are those of --format and --embedding-format.
@@ -16,11 +18,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgepeft.adapt.methods import METHODS
 from edgepeft.artifact import Run, read_json
 from edgepeft.config import Config
 from edgepeft.console import table
 from edgepeft.errors import ArtifactError
-from edgepeft.pipeline import STAGES, Stage, stage_key
+from edgepeft.pipeline import STAGES, Stage, open_inputs, stage_key
 from edgepeft.quant.formats import TIED_FORMATS
 
 if TYPE_CHECKING:
@@ -32,17 +35,10 @@ HALF_BYTES, FLOAT_BYTES = 2, 4
 
 def plan_text(config: Config) -> str:
     """Return the plan of a build. Raises EdgePeftError when model, data or target cannot be used."""
-    from edgepeft.backbone.check import check_length, check_model
-    from edgepeft.backbone.families import check_task
-    from edgepeft.backbone.load import resolve_model
-    from edgepeft.deploy.targets import load_target
-    from edgepeft.train.data import load_splits
+    from edgepeft.backbone.check import check_length
 
-    source, target = resolve_model(config), load_target(config.target)
-    family = check_model(source)
-    check_task(family, config.task, str(source.path))
+    source, family, data, target = open_inputs(config)
     shown = config.replace(max_length=check_length(config, source))
-    data = load_splits(config)
     counts = ", ".join(f"{len(getattr(data, name))} {name}" for name in ("train", "validation", "test"))
     lines = [
         "settings",
@@ -98,7 +94,8 @@ def sizes(
         row = rows.setdefault({"bias": "float", "norm": "float"}.get(kind, kind), [0, 0, 0])
         row[0], row[1], row[2] = row[0] + 1, row[1] + size, row[2] + (fmt.size_bytes(*shape) if fmt else size)
         adapter += HALF_BYTES * config.rank * sum(shape) if kind == "linear" else 0
-    rows["adapter"] = [0, 0, 0 if config.adapter == "merged" else adapter]
+    if config.adapter != "merged" and METHODS[config.method].lora_everywhere and not config.adapter_from:
+        rows["adapter"] = [0, 0, adapter]
     rows["sum"] = [sum(column) for column in zip(*rows.values(), strict=True)]
     return [
         {"part": part, "tensors": row[0] or None, "float32": row[1] / 1e6, "shipped": row[2] / 1e6}

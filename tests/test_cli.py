@@ -32,6 +32,9 @@ def test_help_shows_examples_and_every_setting(command):
         assert "Example" in text
     if command in ("build", *(stage.name for stage in pipeline.STAGES)):
         assert all(flag(field.name) in text for field in dataclasses.fields(Config))
+        said = " ".join(text.split())
+        assert "One of rtn, hqq, gptq, awq, awq-gptq. [default: rtn]" in said
+        assert "[default: ]" not in said
 
 
 @pytest.mark.parametrize(

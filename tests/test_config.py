@@ -28,7 +28,7 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
         ("activation", "int4", "Did you mean 'int8'"),
         ("rank", 0, "at least 1"),
         ("dropout", 1.5, "at most 0.9"),
-        ("double_quant", True, "needs format nf4b64"),
+        ("double_quant", True, "needs --format nf4b64"),
     ],
 )
 def test_a_bad_value_is_named_with_the_nearest_good_one(field, value, said):
@@ -50,6 +50,18 @@ def test_settings_that_cannot_both_hold_are_told(settings, said):
         Config(**settings)
 
 
+def test_an_unknown_task_is_all_that_is_said_of_its_settings():
+    with pytest.raises(ConfigError) as caught:
+        Config(task="classification")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "learning_rate", "max_length"])
+def test_a_zero_that_is_given_is_no_default(name):
+    with pytest.raises(ConfigError, match=f"{flag(name)}: expected at least"):
+        resolve(None, {name: 0})
+
+
 def test_all_problems_come_at_once():
     with pytest.raises(ConfigError) as caught:
         Config(format="x", rank=0, method="y")
@@ -60,8 +72,8 @@ def test_all_problems_come_at_once():
     ("text", "said"),
     [
         ("rnak = 4", "Did you mean 'rank'"),
-        ('rank = "4"', "should be a int"),
-        ("rank = true", "should be a int"),
+        ('rank = "4"', "rank: expected int, found '4'"),
+        ("rank = true", "rank: expected int, found True"),
         ("rank = = 4", "not valid TOML"),
     ],
 )

@@ -175,6 +175,23 @@ def test_other_labels_than_were_trained_with_are_said_by_the_stages_that_read_th
         pipeline.build(recorded[0], [pipeline.stage_named(stage)])
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"data": "none.csv"}, "no such file"),
+        ({"label_column": "topic"}, "no column 'topic'"),
+        ({"adapter_from": "."}, "no adapter"),
+        ({"teacher": "slf"}, "expected none, self, tuned or a model folder"),
+        ({"method": "prompt", "prompt_tokens": 64}, "--prompt-tokens: expected at most 60"),
+    ],
+)
+def test_a_build_looks_at_all_it_reads_before_the_first_stage(inputs, tmp_path, monkeypatch, settings, said):
+    config = Config(**{"model": inputs[1], "data": inputs[3], "output": str(tmp_path / "out"), **settings})
+    monkeypatch.setattr(pipeline, "run_stage", lambda stage, *_: pytest.fail(f"{stage.name} was begun"))
+    with pytest.raises(EdgePeftError, match=said):
+        pipeline.build(config)
+
+
 def test_settings_stay_once_a_stage_was_done_with_them(tmp_path, monkeypatch):
     config, train = Config(output=str(tmp_path)), [pipeline.stage_named("train")]
 

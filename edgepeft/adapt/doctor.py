@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from edgepeft.adapt import peft_files, prompts
 from edgepeft.adapt.foreign import ADAPTED, PREFIX, Foreign, some
 from edgepeft.adapt.foreign.identify import open_adapter
-from edgepeft.adapt.kinds import lora_group
+from edgepeft.adapt.kinds import KINDS, lora_group
 from edgepeft.artifact import staging, write_json, write_tensors
 from edgepeft.errors import ArtifactError, EdgePeftError, unknown
 
@@ -140,7 +140,7 @@ def describe(adapter: Foreign) -> dict[str, Any]:
         "adapter": str(adapter.path), "tool": adapter.tool, "layout": adapter.layout, "method": method(settings),
         "rank": settings.get("r"), "alpha": settings.get("lora_alpha"), "scale": _scale(settings),
         "ranks": sorted({pair["A"].shape[0] for pair in adapter.pairs.values() if "A" in pair and pair["A"].ndim}),
-        "modules": modules(adapter), "heads": heads(adapter),
+        "modules": modules(adapter), "heads": heads(adapter) if settings.get("peft_type") in KINDS else [],
         "dtype": sorted({str(array.dtype) for array in adapter.tensors.values()}),
         "bytes": sum(array.nbytes for array in adapter.tensors.values()),
         "trained_on": settings.get("base_model_name_or_path"), "base_digest": adapter.metadata.get("edgepeft.base"),

@@ -45,8 +45,6 @@ from edgepeft.quant.stage import describe, packed_tensors
 if TYPE_CHECKING:
     from edgepeft.config import Config
 
-WORST_SHOWN = 5
-
 
 def merge(config: Config, run: Run, out: Path) -> dict[str, Any]:
     """Write the merged weights below `out`, with merge.json, and return the figures.
@@ -71,7 +69,7 @@ def merge(config: Config, run: Run, out: Path) -> dict[str, Any]:
     _write(quantized, out, tensors, {**about, "merged": True, "layers": list(layers.values())}, config)
     limits = {"min_retention": config.min_retention, "max_metric_drop": config.max_metric_drop}
     report = {"layers": rows, **overall(rows), "validation": _metrics(config, run, out), **limits}
-    _tell(report, len(rows) if config.adapter == choice.AUTO else WORST_SHOWN)
+    _tell(report)
     report |= choice.decide(report) if config.adapter == choice.AUTO else {}
     write_json(out / "merge.json", report)
     if report.get("ships") == "separate":
@@ -252,8 +250,8 @@ def _write(
     shutil.copyfile(quantized / "config.json", out / "config.json")
 
 
-def _tell(report: Mapping[str, Any], shown: int) -> None:
-    rows = sorted(report["layers"], key=lambda row: row["retention"])[:shown]
+def _tell(report: Mapping[str, Any]) -> None:
+    rows = sorted(report["layers"], key=lambda row: row["retention"])
     say(f"merged {len(report['layers'])} linears: retention {report['retention']:.3f}, share {report['share']:.3f}")
     say(table([{name: row[name] for name in ("name", "format", "retention", "share")} for row in rows]))
     found = report["validation"]

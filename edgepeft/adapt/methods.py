@@ -54,6 +54,11 @@ class Method:
         """Tell whether it stands before the text, which takes a row of its own then."""
         return self.peft_type in prompts.TYPES
 
+    @property
+    def lora_everywhere(self) -> bool:
+        """Tell whether each linear gets an A and a B of its own, of the rank that is asked for."""
+        return self.peft_type == "LORA" and not {"attach", "begin"} & set(self.hooks)
+
     def peft_config(self, config: Config, modules: Iterable[str], heads: Iterable[str], task_type: str) -> Any:
         """Return the PEFT configuration that adapts the linears `modules` and trains the modules `heads` in full."""
         return self._peft_config(config, sorted(modules), sorted(heads), task_type)

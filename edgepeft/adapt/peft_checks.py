@@ -222,11 +222,15 @@ def whole_problems(adapter: Adapter, base: Base) -> list[str]:
         elif name not in floats:
             problems.append(
                 f"{name} is packed in the base, so a whole new one cannot take its place; adapt it by LoRA "
-                "(target_modules in place of modules_to_save), or quantize with it kept in float."
+                f"(target_modules in place of modules_to_save){_or_float(module, base)}."
             )
         elif value.shape != floats[name]:
             problems.append(f"{name}: expected {list(floats[name])}, found {list(value.shape)}.")
     return problems
+
+
+def _or_float(module: str, base: Base) -> str:
+    return ", or build with --embedding-format float" if module in base.embeddings else ""
 
 
 def copy_problems(copies: Mapping[str, np.ndarray], base: Base) -> list[str]:

@@ -150,7 +150,10 @@ def read(
     problems = checks.base_problems(metadata, None if foreign and "edgepeft.base" not in metadata else base_digest)
     if settings.get("peft_type") not in KINDS:
         known = ", ".join(sorted(KINDS))
-        problems.append(f"peft_type {settings.get('peft_type')!r} is not supported; known: {known}.")
+        problems.append(
+            f"peft_type {settings.get('peft_type')!r} is not supported; known: {known}. Train with one of these, or "
+            "build from the model with this one merged in, where PEFT can (merge_and_unload)."
+        )
         raise ArtifactError("\n".join(f"{folder}: {problem}" for problem in problems))
     problems += checks.setting_problems(settings) + checks.tensor_problems(adapter)
     problems += checks.head_problems(adapter, heads)

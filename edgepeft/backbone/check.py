@@ -50,6 +50,9 @@ def text_limit(config: Config, positions: int | None, prompt: int) -> int:
         return config.max_length
     if config.max_length == own_settings(config.task).get("max_length") and limit >= LEAST_TOKENS:
         return limit
+    if prompt and limit < LEAST_TOKENS:
+        most = positions - LEAST_TOKENS
+        raise ConfigError(f"--prompt-tokens: expected at most {most}, as the model has {positions}; found {prompt}.")
     what = "the model's positions" + (f" less {prompt} of the prompt" if prompt else "")
     raise ConfigError(f"--max-length: expected at most {limit}, {what}; found {config.max_length}.")
 

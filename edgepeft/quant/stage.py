@@ -44,7 +44,6 @@ FEWEST_ROWS = 16  # below, an embedding is smaller than one packed tile and not 
 PACKED_KINDS = ("linear", "embedding", "head")
 PIECE = 1 << 22  # how many weights are decoded at a time to measure their error
 FRESH_DEVIATION = 0.02
-WORST_SHOWN = 5
 MIXED = "mixed"  # what is said of a model whose formats were chosen per layer
 
 
@@ -69,7 +68,8 @@ def quantize(config: Config, run: Run, out: Path) -> dict[str, Any]:
             work.add(name, kinds[name], array)
     _tell(work)
     if not any(layer["kind"] == "linear" for layer in work.layers):
-        reasons = "; ".join(f"{kept['name']}: {kept['reason']}" for kept in work.kept if kept["kind"] == "linear")
+        counts = Counter(kept["reason"] for kept in work.kept if kept["kind"] == "linear")
+        reasons = "; ".join(f"{reason} ({count} linears)" for reason, count in counts.items())
         raise ModelError(
             f"{source.path}: no linear layer can take the format {config.format}: {reasons}. Take another."
         )
@@ -228,15 +228,14 @@ def copy_model_files(folder: Path, tokenizer_files: Sequence[Path], out: Path) -
 
 
 def _tell(work: Work) -> None:
-    """Say what was packed, what was kept and why, and which layers lost most."""
+    """Say what was packed, what was kept and why, and what each layer lost, the most first."""
     kinds = PACKED_KINDS if work.family.head else ("linear", "embedding")
     say("quantized " + ", ".join(_counts(work, kind) for kind in kinds) + _kept(work.kept))
-    layers = [layer for layer in work.layers if "tied_to" not in layer]
-    worst = sorted(layers, key=lambda layer: -layer["relative_error"])[:WORST_SHOWN]
+    layers = sorted((e for e in work.layers if "tied_to" not in e), key=lambda layer: -layer["relative_error"])
     columns = ("name", "format", "relative_error", "max_error", "output_error")
-    if worst:
-        shown = columns if any("output_error" in layer for layer in worst) else columns[:-1]
-        say(table([{column: layer.get(column) for column in shown} for layer in worst]))
+    if layers:
+        shown = columns if any("output_error" in layer for layer in layers) else columns[:-1]
+        say(table([{column: layer.get(column) for column in shown} for layer in layers]))
 
 
 def _counts(work: Work, kind: str) -> str:

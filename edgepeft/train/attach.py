@@ -37,10 +37,18 @@ LABELS, TRAINING = "labels.json", "training.json"
 
 
 def folder_digest(config: Config) -> str:
-    """Return the digest of the adapter that is attached, or "" where one is trained."""
+    """Return the digest of the adapter that is attached, or "" where one is trained.
+
+    Raises ArtifactError where there is none.
+    """
     if not config.adapter_from:
         return ""
     folder = Path(config.adapter_from).expanduser()
+    if not all((folder / name).is_file() for name in (peft_files.SETTINGS, peft_files.TENSORS)):
+        raise ArtifactError(
+            f"{folder}: no adapter: expected {peft_files.SETTINGS} and {peft_files.TENSORS}. `edgepeft doctor` says "
+            "what it is and, for MLX, GGUF and .onnx_adapter, converts it."
+        )
     files = [folder / name for name in (peft_files.SETTINGS, peft_files.TENSORS, LABELS, TRAINING)]
     return key_of([file_digest(path) if path.is_file() else "" for path in files])
 

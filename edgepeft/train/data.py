@@ -207,9 +207,9 @@ def _column_problem(table: Table, name: str) -> str | None:
         return None
     if not table.columns:
         return f"no columns; expected {name!r}."
-    close = difflib.get_close_matches(name, table.columns, n=1, cutoff=0.0)[0]
-    found = ", ".join(map(repr, table.columns))
-    return f"no column {name!r}; found {found}. Nearest: {close!r}; name yours with --text-column and --label-column."
+    close = difflib.get_close_matches(name, table.columns, n=1)
+    found, nearest = ", ".join(map(repr, table.columns)), f" Did you mean {close[0]!r}?" if close else ""
+    return f"no column {name!r}; found {found}.{nearest} Name yours with --text-column and --label-column."
 
 
 def decoded(value: Any) -> Any:

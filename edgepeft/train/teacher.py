@@ -31,6 +31,7 @@ from edgepeft.artifact import staging, write_json
 from edgepeft.backbone.decoder import describe
 from edgepeft.backbone.families import check_task, family_of
 from edgepeft.backbone.load import ModelSource, open_folder, resolve_model
+from edgepeft.config import teacher_folder
 from edgepeft.console import progress, say
 from edgepeft.errors import ArtifactError, ConfigError, ModelError, blaming
 from edgepeft.train.chats import IGNORED
@@ -90,10 +91,9 @@ def _teacher(splits: Splits[Any], tokenizer: Any, config: Config, work: Path) ->
     """Return the float teacher, ready to answer."""
     from edgepeft.train import loop
 
-    if config.teacher in (SELF, TUNED):
-        model = float_model(resolve_model(config), splits.labels, config)
-    else:
-        return _other_teacher(Path(config.teacher).expanduser(), splits.labels, tokenizer, config)
+    if folder := teacher_folder(config):
+        return _other_teacher(folder, splits.labels, tokenizer, config)
+    model = float_model(resolve_model(config), splits.labels, config)
     if config.teacher == SELF and splits.labels and not config.lesson_hidden:
         raise ConfigError(
             "--teacher self: a backbone knows no classes, so it can teach hidden states alone. Give --lesson-hidden 1, "
@@ -127,8 +127,6 @@ def _other_teacher(folder: Path, labels: Sequence[str], tokenizer: Any, config: 
     """Return the model of another folder, its classes in our order. Raises ModelError for other tokens or labels."""
     from edgepeft.train.loop import load_tokenizer, token_limit
 
-    if not folder.is_dir():
-        raise ConfigError(f"--teacher: expected none, self, tuned or a model folder, found {config.teacher!r}.")
     source = open_folder(folder)
     check_task(family_of(source.settings, str(folder)), config.task, str(folder))
     if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():

@@ -306,6 +306,14 @@ def test_what_is_no_adapter_is_told_with_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGML" + bytes(80))
     with pytest.raises(ArtifactError, match="other first bytes"):
         diagnose(tmp_path / "x.gguf")
+    (tmp_path / "model").mkdir()
+    lay.write_peft(tmp_path / "other").joinpath("adapter_model.safetensors").rename(
+        tmp_path / "model/model.safetensors"
+    )
+    with pytest.raises(
+        ArtifactError, match=r"no adapter: expected adapter_config\.json beside the tensors, found model"
+    ):
+        diagnose(tmp_path / "model")
     with pytest.raises(ArtifactError, match="neither a bundle"):
         diagnose(lay.write_peft(tmp_path / "peft"), tmp_path)
 

@@ -501,6 +501,14 @@ def sizes_of(folder, **changes):
     return sizes(Config(model=str(folder), **TASK, **changes), source, check_model(source))
 
 
+def test_a_plan_tells_the_size_of_a_lora_and_of_no_other_method(folder_of):
+    told = {
+        tag: "adapter" in {row["part"] for row in sizes_of(folder_of("llama"), method=tag)}
+        for tag in ("lora", "dora", "qalora", "share-layers", "ia3", "prompt", "experts", "bitfit")
+    }
+    assert [tag for tag in told if told[tag]] == ["lora", "dora", "qalora"]
+
+
 @pytest.mark.parametrize(("tag", "embedding"), FORMAT_PAIRS)
 @every_kind
 def test_a_plan_gives_the_sizes_that_come_out(folder_of, packed_as, kind, tag, embedding):

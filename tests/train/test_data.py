@@ -145,8 +145,9 @@ FAULTS = {
     "wrong columns": (
         "a.csv",
         "txt,lable\na,b\n",
-        ["no column 'text'", "no column 'label'", "Nearest: 'txt'", "--text-"],
+        ["no column 'text'", "no column 'label'", "Did you mean 'txt'?", "--text-"],
     ),
+    "columns with other names": ("a.csv", "body,topic\na,b\n", ["found 'body', 'topic'. Name yours"]),
     "unclosed quote": ("a.csv", GOOD + '"turn off,light_off\n', ["line 17", "not valid CSV"]),
     "too many fields": ("a.csv", GOOD + "please, do,light_on\n", ["line 17", "expected 2 fields", "found 3"]),
     "cut off": ("a.csv", GOOD + "turn", ["line 17", "found 1"]),

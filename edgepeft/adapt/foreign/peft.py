@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from edgepeft.adapt.foreign import PREFIX, Foreign
+from edgepeft.adapt.foreign import PREFIX, Foreign, some
 from edgepeft.artifact import read_json, read_tensor, tensor_header
 from edgepeft.errors import ArtifactError
 
@@ -54,6 +54,12 @@ def unread_pickle(path: Path) -> Foreign:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """Read adapter_config.json. Raises ArtifactError unless it is a JSON object."""
+    if not (folder / SETTINGS).is_file():
+        found = some(sorted(path.name for path in folder.iterdir()))
+        raise ArtifactError(
+            f"{folder}: no adapter: expected {SETTINGS} beside the tensors, found {found}. Give the folder that PEFT's "
+            "save_pretrained wrote."
+        )
     settings = read_json(folder / SETTINGS)
     if not isinstance(settings, dict):
         raise ArtifactError(f"{folder / SETTINGS}: expected a JSON object, found {type(settings).__name__}.")
