@@ -30,6 +30,7 @@ GROUPS = {
     "AdapterMatMul": "linears", "GroupQueryAttention": "attention", "RMSNorm": "norms", "SkipRMSNorm": "norms",
     "GatedActivation": "activation", "PackedEmbedding": "embedding",
 }  # fmt: skip
+HEADS = ("logits_kernel_time", "lm_head_kernel_time")  # as a head is called that gives logits, or what is capped
 NAMES = (*dict.fromkeys(GROUPS.values()), "head", "other", "between")
 PROMPT, RUNS, TOKENS = 128, 4, 32
 
@@ -71,7 +72,7 @@ def _events(bundle: Path, threads: int, what: str, adapter: bool, count: int) ->
 
 
 def _group(event: Mapping[str, Any]) -> str:
-    if "lm_head" in event["name"]:
+    if event["name"] in HEADS:
         return "head"
     kind = event["args"]["op_name"]
     return next((group for op, group in GROUPS.items() if kind.split("_")[0] == op), "other")

@@ -153,10 +153,9 @@ class _Emitter(Emitter):
             "Max", number("Min", self.last, ends[0], name="own", dims=(BATCH,)), ends[1], name="last", dims=(BATCH,)
         )
         first = number("Sub", last, ends[1], name="first", dims=(BATCH,))
-        scalars = [
-            number("Squeeze", one, name=name, dims=()) for name, one in (("from", zero), ("to", count), ("by", axis))
-        ]
-        place = number("Range", *scalars, name="places", dims=(KEPT,))
+        start, step = (graph.constant(f"{name}_0d", np.array(one)) for name, one in (("zero", 0), ("one", 1)))
+        end = number("Squeeze", count, name="to", dims=())
+        place = number("Range", start, end, step, name="places", dims=(KEPT,))
         place = number(
             "Add",
             number("Unsqueeze", first, axis, name="rows", dims=(BATCH, 1)),
@@ -279,9 +278,9 @@ class _Emitter(Emitter):
     def logits(self, h: Value) -> Value:
         """Return softcap(head(h)), declared as it comes by default: onnxruntime-genai reads the 1 there."""
         cap, shape = self.about.logits_softcap, (BATCH, 1, self.about.vocabulary)
-        out, graph = self.linear(self.family.head, h), self.graph
         if not cap:
-            return graph.node("Identity", out, shape=shape, name="logits")
+            return self.linear(self.family.head, h, name="logits")._replace(shape=shape)
+        out, graph = self.linear(self.family.head, h), self.graph
         limit = graph.constant("logits_softcap", np.array(cap, np.float32))
         out = graph.node("Div", out, limit, shape=out.shape, name="logits:over_softcap")
         out = graph.node("Tanh", out, shape=out.shape, name="logits:tanh")

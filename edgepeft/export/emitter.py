@@ -236,10 +236,13 @@ class Emitter:
             return self.packed_linears(modules, x)
         return [self.linear(module, x) for module in modules]
 
-    def linear(self, module: str, x: Value, feedforward: Value | None = None) -> Value:
-        """W x + bias + adapter of one module; `feedforward`: what went into the feed-forward that it ends."""
+    def linear(self, module: str, x: Value, feedforward: Value | None = None, name: str = "") -> Value:
+        """W x + bias + adapter of one module, as `name` or the module's.
+
+        feedforward: what went into the feed-forward that it ends.
+        """
         behind, beside = (self.adapter.beside(module, endings[0]) for endings in (BOTTLENECK, PARALLEL))
-        name = f"{module}:linear" if behind or beside else module
+        name = f"{module}:linear" if behind or beside else name or module
         if self.format(module) is None:
             y = self.float_linear(module, x, name)
         else:

@@ -132,7 +132,10 @@ class Pass:
                 copy = onnx.NodeProto()
                 copy.CopyFrom(node)
                 self.node(copy)
-        return _read(self.nodes, {value.name for value in self.graph.output})
+        outputs = {value.name for value in self.graph.output}
+        for name in sorted(outputs & self.names.keys()):
+            self.add("Identity", [self.names[name]], [name])
+        return _read(self.nodes, outputs)
 
     def model_of(self, nodes: list[onnx.NodeProto], read: Iterable[str] = ()) -> onnx.ModelProto:
         """Return the model of nodes; `read`: what they read beside their own inputs."""

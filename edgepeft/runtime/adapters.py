@@ -231,18 +231,16 @@ def _check_config(folder: Path) -> None:
 
 
 def _not_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """Return the names of tensors that hold infinite values or NaN.
-
-    float16 is asked for its exponents, 30 times as fast as by numpy, and all of it at once: tensors are many and small.
-    """
-    halves = {name: a.reshape(-1).view(np.uint16) for name, a in arrays.items() if a.dtype == np.float16}
-    fine = _finite_halves(np.concatenate([np.zeros(0, np.uint16), *halves.values()]))
-    bad = [] if fine else [name for name, bits in halves.items() if not _finite_halves(bits)]
-    return bad + [name for name, a in arrays.items() if name not in halves and not np.isfinite(a).all()]
+    """Return the names of tensors that hold infinite values or NaN."""
+    return [name for name, array in arrays.items() if not _finite(array)]
 
 
-def _finite_halves(bits: np.ndarray) -> bool:
-    return int((bits & 0x7FFF).max(initial=0)) < 0x7C00
+def _finite(array: np.ndarray) -> bool:
+    """Tell whether all values are finite; float16 by the largest codes of each sign, 30 times as fast as by numpy."""
+    if array.dtype != np.float16:
+        return bool(np.isfinite(array).all())
+    bits = array.reshape(-1).view(np.uint16)
+    return int(bits.max(initial=0)) < 0xFC00 and int(bits.view(np.int16).max(initial=0)) < 0x7C00
 
 
 def _check_tensors(

@@ -53,5 +53,9 @@ class Engine:
 
 
 if __name__ == "__main__":
+    import onnxruntime  # noqa: F401 - packages are imported before the clock starts, as the peers' are
+
+    import edgepeft.runtime.generate  # noqa: F401
+
     about = json.loads(sys.argv[1])
     protocol.serve(lambda: Engine(about["folder"], about["threads"]))
