@@ -7,6 +7,9 @@ on every linear; training and verification are left out, as there is nothing to 
 llama.cpp (Q4_0) and ONNX Runtime GenAI (int4) get files of the same shape and take turns with ours, see
 `edgepeft.bench.turns`; --llama-python and --genai-python name interpreters that have them. What is made stays in the
 cache. The table lays all beside this machine's limit, see `edgepeft.bench.beside`.
+
+What --json names keeps all figures, each shape's as soon as it was measured: a later call adds to it, and its table
+shows both. So a long run can be made in pieces: a call for each shape and number of threads.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from edgepeft.backbone.families import FAMILIES
 from edgepeft.config import Config
 from edgepeft.console import progress, say
 from edgepeft.deploy.compile import sources_digest
-from edgepeft.errors import EdgePeftError, unknown
+from edgepeft.errors import ArtifactError, EdgePeftError, unknown
 
 CONTEXT, RANK = 2048, 16
 WEIGHT, ADAPTER = 0.02, 0.02  # standard deviations
@@ -236,9 +239,13 @@ def _write_peft(out: Path, linears: Sequence[str], shapes: dict[str, Any]) -> No
 
 
 def measure(
-    shape: str, threads: int, pythons: Mapping[str, str], tag: str, activation: str, seconds: float
-) -> dict[str, Any]:
-    """Return the figures of a shape: rows of ours and of the peers in `pythons`, and the limit they stand against."""
+    shape: str, threads: int, pythons: Mapping[str, str], tag: str, activation: str, seconds: float,
+    prompts: Sequence[int] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Return the figures of a shape: rows of ours and of the peers in `pythons`, and the limit they stand against.
+
+    prompts: tokens of a prompt, the most first, of which the first that fits into the time is taken.
+    """
     from edgepeft.bench import beside, turns
 
     folder = bundle(shape, tag, activation)
@@ -246,7 +253,7 @@ def measure(
     programs = [turns.ours(folder, threads)]
     programs += [turns.script(name, peer_files(name, shape, python), about, python) for name, python in pythons.items()]
     before = beside.limits(folder, _about(shape), threads)
-    rows = turns.measure(programs, seconds)
+    rows = turns.measure(programs, seconds, prompts)
     limit = beside.higher(before, beside.limits(folder, _about(shape), threads))
     return {"shape": shape, "threads": threads, "limit": limit, "rows": rows}
 
@@ -276,25 +283,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, peer in PEERS.items():
         parser.add_argument(f"--{name}-python", default=sys.executable, metavar="PATH", help=f"has {peer.package}")
     parser.add_argument("--seconds", type=float, default=90.0, help="of timing, for a shape and a number of threads")
+    parser.add_argument("--prompt", type=int, metavar="TOKENS", help="long, whatever the time  [default: what fits]")
     parser.add_argument("--make", action="store_true", help="only make what is not in the cache yet")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add all figures to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw them here")
     asked = parser.parse_args(argv)
     if strange := [shape for shape in asked.shapes if shape not in SHAPES]:
         parser.error(unknown("shape", strange[0], SHAPES))
     try:
-        results = list(_results(asked, _pythons(asked)))
+        host = machine()
+        results = _earlier(asked.json, host["cpu"])
+        for result in _results(asked, _pythons(asked)):
+            others = [one for one in results if _place(one) != _place(result)]
+            results = sorted([*others, result], key=_place)
+            if asked.json:
+                write_json(asked.json, {"machine": host, "results": results})
     except EdgePeftError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     if results:
-        host = machine()
         print(beside.text(host, results))
-        if asked.json:
-            write_json(asked.json, {"machine": host, "results": results})
         if asked.plot:
             beside.draw(results, asked.plot)
     return 0
+
+
+def _place(result: Mapping[str, Any]) -> tuple[int, int]:
+    """Return where a result stands in the table."""
+    return list(SHAPES).index(result["shape"]), result["threads"]
+
+
+def _earlier(file: Path | None, cpu: str) -> list[dict[str, Any]]:
+    """Return the results that a file holds, if there is one. Raises ArtifactError for those of another processor."""
+    if file is None or not file.exists():
+        return []
+    found = read_json(file)
+    if found["machine"]["cpu"] != cpu:
+        raise ArtifactError(f"{file}: measured on {found['machine']['cpu']}, this is {cpu}. Give another --json.")
+    return found["results"]
 
 
 def _results(asked: argparse.Namespace, pythons: Mapping[str, str]) -> Iterator[dict[str, Any]]:
@@ -306,7 +332,8 @@ def _results(asked: argparse.Namespace, pythons: Mapping[str, str]) -> Iterator[
             peer_files(name, shape, python)
     for shape, threads in itertools.product([] if asked.make else shapes, asked.threads):
         say(f"{shape}, {threads} threads")
-        yield measure(shape, threads, pythons, asked.format, asked.activation, asked.seconds)
+        prompts = [asked.prompt] if asked.prompt else ()
+        yield measure(shape, threads, pythons, asked.format, asked.activation, asked.seconds, prompts)
 
 
 if __name__ == "__main__":

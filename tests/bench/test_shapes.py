@@ -11,7 +11,7 @@ import pytest
 
 from edgepeft.bench import beside, limit, profile, shapes, token_instructions, turns
 from edgepeft.deploy.emulator import available, missing
-from edgepeft.errors import EdgePeftError
+from edgepeft.errors import ArtifactError, EdgePeftError
 from edgepeft.runtime import load
 
 TINY = {
@@ -62,6 +62,29 @@ def test_a_run_without_peers_gives_a_table_figures_and_a_drawing(
     assert row["decode_rounds"] == turns.FEWEST
     assert len(row["prefill_on_ms"]) == row["prefill_rounds"]
     assert files[1].read_bytes()[1:4] == b"PNG"
+
+
+def test_a_later_call_adds_to_the_figures_and_replaces_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, asked = tmp_path / "figures.json", []
+
+    def measure(shape: str, threads: int, *rest: object) -> dict:
+        asked.append((shape, threads, rest[-1]))
+        rows = [{**ROW, "who": "edgepeft", "version": "1", "prefill_on_tok_s": 1.0, "decode_on_tok_s": len(asked)}]
+        rows[0] |= {"prefill_rounds": 3, "decode_rounds": 3}
+        return {"shape": shape, "threads": threads, "rows": rows, "limit": LIMIT}
+
+    monkeypatch.setattr(shapes, "measure", measure)
+    for threads in ("2", "1", "2"):
+        assert shapes.main(["tiny", "--threads", threads, "--prompt", "512", "--json", str(file)]) == 0
+    assert asked == [("tiny", 2, [512]), ("tiny", 1, [512]), ("tiny", 2, [512])]
+    found = json.loads(file.read_text())
+    assert [(one["threads"], one["rows"][0]["decode_on_tok_s"]) for one in found["results"]] == [(1, 2), (2, 3)]
+    assert capsys.readouterr().out.splitlines()[-1].startswith("tiny, 2 threads")
+    file.write_text(json.dumps({**found, "machine": {**found["machine"], "cpu": "another"}}))
+    assert shapes.main(["tiny", "--make", "--json", str(file)]) == ArtifactError.exit_code
+    assert "measured on another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", list(shapes.PEERS))
@@ -115,8 +138,8 @@ ROW = {
     "prefill_tokens": 512, "prefill_off_tok_s": 210.0, "decode_off_tok_s": 55.0,
 }  # fmt: skip
 LIMIT = {
-    "decode_tok_s": 100.0, "instructions": "amx", "int8_ops_s": {"amx": 1e9, "avx2": 1e8}, "layer_ops": 9e5,
-    "head_ops": 5.12e7,
+    "token_bytes": 1, "bandwidth_bytes_s": 1.0, "decode_tok_s": 100.0, "layer_ops": 9e5, "head_ops": 5.12e7,
+    "instructions": "amx", "int8_ops_s": {"amx": 1e9, "avx2": 1e8},
 }  # fmt: skip
 
 
