@@ -109,7 +109,7 @@ def _feeds(session: Any) -> dict[str, np.ndarray]:
         given = webgpu.decoder_inputs(session, np.ones((1, TEXT + 1), np.int64), 1, 1, CAPACITY)
         return {**past, **given, "input_ids": one}
     text = {name: np.ones((1, 2 * TEXT), np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
-    return {name: array for name, array in webgpu.classifier_inputs(text).items() if name in asked}
+    return {name: array for name, array in webgpu.classifier_inputs(session, text).items() if name in asked}
 
 
 def _use_software() -> None:

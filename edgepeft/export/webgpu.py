@@ -13,12 +13,12 @@
 | attention_mask, logits_to_keep, Range | seqlens_k, total_sequence_length, logits_index, position_ids | counts |
 | PaddedAttention and its mask | products of heads, attention_bias | see `webgpu_attention` |
 | capped GroupQueryAttention | the same, positions and attention_bias.<window> | |
+| rows before a text | see `webgpu_prompts` | |
 
 Counting whole numbers is the CPU's in ONNX Runtime, so the device runtime does it and the graph takes what comes out.
 A packed adapter is A [K, S] and B [S, N] in float32, S the ranks of all groups, B zero outside of its group's block;
 the metadata "edgepeft.packed" says of what. Weights stay in tiles on disk and become MatMulNBits' layout when the graph
 is loaded, nf4's MatMulBnb4's. Routers' shares of a token multiply x A.
-Left out, and refused: prompts of encoders.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from edgepeft.artifact import write_bytes
 from edgepeft.errors import ModelError
 from edgepeft.export.ops import DOMAIN, GROUP_INPUTS, NAME, OFFSET, OPSET, SHARED_INPUTS
 from edgepeft.export.webgpu_attention import capped, padded
+from edgepeft.export.webgpu_prompts import Prompts
 from edgepeft.export.webgpu_weights import block_of, embedding, row_embedding, unpacked
 from edgepeft.quant.formats import FORMATS
-from edgepeft.runtime.webgpu import DIGITS, FILE, PACKED, pack, pack_routers, widened
+from edgepeft.runtime.webgpu import DIGITS, FILE, PACKED, ROWS, pack, pack_routers, widened
 
 MICROSOFT = "com.microsoft"
 NF4 = 1  # MatMulBnb4's quant_type
@@ -46,11 +47,11 @@ FED = {  # values of model.onnx that become inputs, under which name, type and s
     "seqlens_k": ("seqlens_k", TensorProto.INT32, ("batch",)),
     "total_sequence_length": ("total_sequence_length", TensorProto.INT32, ()),
     "logits_to_keep:index": ("logits_index", TensorProto.INT64, ("batch", "kept", 1)),
-    "position_ids": ("position_ids", TensorProto.INT64, ("sequence",)),
+    "position_ids": ("position_ids", TensorProto.INT64, ("queries",)),
 }
 BIASES = {  # inputs that take the place of a mask, by the operator that reads it
-    "PaddedAttention": ("attention_bias", TensorProto.FLOAT, ("batch", 1, "sequence", "sequence")),
-    "PaddedAttention_one": ("attention_bias_first", TensorProto.FLOAT, ("batch", 1, 1, "sequence")),
+    "PaddedAttention": ("attention_bias", TensorProto.FLOAT, ("batch", 1, "queries", "keys")),
+    "PaddedAttention_one": ("attention_bias_first", TensorProto.FLOAT, ("batch", 1, 1, "keys")),
 }
 REPLACED = ("attention_mask", "logits_to_keep")
 
@@ -106,12 +107,12 @@ class Pass:
                 self.readers.setdefault(name, []).append(node)
         self.nodes: list[onnx.NodeProto] = []
         self.layout: list[onnx.NodeProto] = []  # of weights, folded when the graph is loaded
-        fed = {name: FED[name] for node in self.graph.node for name in node.output if name in FED}
-        self.fed = {old: new for old, (new, _, _) in fed.items()}
-        biases: dict[Any, None] = dict.fromkeys(
-            BIASES[node.op_type] for node in self.graph.node if node.op_type in BIASES
-        )
-        self.inputs = [helper.make_tensor_value_info(*value) for value in (*fed.values(), *biases)]
+        self.prompts = Prompts(self)
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.fed = {name: FED[name][0] for node in self.graph.node for name in node.output if name in FED}
+        biases = (BIASES[node.op_type] for node in self.graph.node if node.op_type in BIASES)
+        for value in (*(FED[name] for name in self.fed), *biases):
+            self.takes(*value)
         self.tensors: list[onnx.TensorProto] = []
         self.functions: dict[str, onnx.FunctionProto] = {}
         self.laid_out: set[str] = set()
@@ -156,7 +157,8 @@ class Pass:
 
     def about(self) -> dict[str, str]:
         """Return what the device runtime has to know."""
-        return {PACKED: json.dumps(self.packed)}
+        rows = {} if self.prompts.rows is None else {ROWS: str(self.prompts.rows)}
+        return {PACKED: json.dumps(self.packed), **rows}
 
     def version(self) -> int:
         """Return the version of this project's operators."""
@@ -181,6 +183,8 @@ class Pass:
         for i, name in enumerate(node.input):
             node.input[i] = self.names.get(name, name)
         attrs = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if self.prompts.node(self, node):
+            return
         if node.domain == DOMAIN and node.op_type.startswith(NAME):
             self.linear(node, attrs)
         elif node.op_type == "SkipRMSNorm":
@@ -203,8 +207,6 @@ class Pass:
             embedding(self, node)
         elif node.op_type.startswith("RowEmbedding_"):
             row_embedding(self, node)
-        elif node.op_type == "Before":
-            raise ModelError(f"{node.name}: prompts of encoders have no form for GPUs. Take another method or target.")
         elif node.op_type == "RouterGate":
             self.routers[node.output[0]] = node.input[1]
         elif node.op_type == "Bottleneck":
@@ -218,7 +220,8 @@ class Pass:
     def takes(self, name: str, kind: int, dims: tuple[Any, ...]) -> str:
         """Let the graph have an input that the device runtime feeds; return its name."""
         if name not in {value.name for value in self.inputs}:
-            self.inputs.append(helper.make_tensor_value_info(name, kind, dims))
+            sizes = [self.prompts.sizes.get(dim, dim) for dim in dims]
+            self.inputs.append(helper.make_tensor_value_info(name, kind, sizes))
         return name
 
     def linear(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> None:

@@ -379,10 +379,10 @@ class Model(Bundle):
         chosen = self._get(adapter)
         if chosen.parts:
             return np.stack(self._run_rows(arrays, [chosen] * len(arrays[self._inputs[0]])))
-        return self._run(self._binding(chosen), arrays)
+        return self._run(self._binding(chosen), arrays, chosen.columns)
 
-    def _run(self, binding: Any, arrays: dict[str, np.ndarray]) -> np.ndarray:
-        arrays = webgpu.classifier_inputs(arrays) if self.gpu else arrays
+    def _run(self, binding: Any, arrays: dict[str, np.ndarray], columns: int = 0) -> np.ndarray:
+        arrays = webgpu.classifier_inputs(self.session, arrays, columns) if self.gpu else arrays
         for name in self._inputs:
             binding.bind_cpu_input(name, arrays[name])
         binding.bind_output(self._output)  # anew each time: a kept one would be written into, whatever its shape

@@ -27,7 +27,9 @@ from edgepeft.runtime.adapters import Slot
 FILE = "model.webgpu.onnx"
 PACKED = "edgepeft.packed"
 DIGITS = "edgepeft.digits"
+ROWS = "edgepeft.rows"  # of the graph's own adapter before an encoder's text
 ONE_TOKEN, POSITIONS, SEEN_BIAS = "one_token", "positions", "attention_bias."
+PROMPT_BATCH, PROMPT_FIRST = "prompt_batch", "prompt_first"
 _COUNTED: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
 PROVIDER = "WebGpuExecutionProvider"
 HIDDEN = np.float32(-1e4)  # far below any score of attention
@@ -242,20 +244,36 @@ def open_session(folder: Path, **settings: str) -> Any:
 # --- what the graph takes in place of masks ------------------------------------------------------------------------
 
 
-def classifier_inputs(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return a classifier's inputs of ids, mask and types, int64 [batch, sequence]."""
-    mask = arrays["attention_mask"]
-    rows, width = mask.shape
+def classifier_inputs(session: Any, arrays: Mapping[str, np.ndarray], rows: int | None = None) -> dict[str, np.ndarray]:
+    """Return a classifier's inputs of ids, mask and types, int64 [batch, sequence].
+
+    rows: before each text, of its adapter; None: as many as the graph's own has.
+    """
+    names, mask = _counted(session), arrays["attention_mask"]
+    if PROMPT_BATCH not in names:
+        rows = shown = 0
+    else:
+        rows = int(session.get_modelmeta().custom_metadata_map[ROWS]) if rows is None else rows
+        shown = rows or RANKS  # those of an adapter without any are hidden
+    mask = np.pad(mask, ((0, 0), (shown, 0)), constant_values=bool(rows))
     first = np.where(mask == 0, HIDDEN, np.float32(0))[:, None, None, :]
-    bias = np.ascontiguousarray(np.broadcast_to(first, (rows, 1, width, width)))
-    counted = {"position_ids": np.arange(width), "attention_bias": bias, "attention_bias_first": first}
-    return {**{name: array for name, array in arrays.items() if name != "attention_mask"}, **counted}
+    batch, width = mask.shape
+    places, more = np.arange(rows, rows + width - shown), {}
+    if PROMPT_BATCH in names:
+        more[PROMPT_BATCH] = np.array([batch, 1, 1])
+    if PROMPT_FIRST in names:  # rows are read as tokens are
+        places = np.concatenate([np.arange(shown), places])
+        types = np.pad(arrays["token_type_ids"], ((0, 0), (shown, 0)))
+        more |= {PROMPT_FIRST: np.array([0 if rows else shown]), "token_type_ids": types}
+    bias = np.ascontiguousarray(np.broadcast_to(first, (batch, 1, len(places), width)))
+    counted = {"position_ids": places, "attention_bias": bias, "attention_bias_first": first}
+    return {**{name: array for name, array in arrays.items() if name != "attention_mask"}, **counted, **more}
 
 
 def inputs(session: Any, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return what this graph takes for what the CPU's takes, in either task."""
     if "token_type_ids" in feeds:
-        return classifier_inputs(feeds)
+        return classifier_inputs(session, feeds)
     keep = int(feeds.get("logits_to_keep", np.ones(1, np.int64))[0])
     rest = {name: array for name, array in feeds.items() if name not in ("attention_mask", "logits_to_keep")}
     return {**rest, **decoder_inputs(session, feeds["attention_mask"], feeds["input_ids"].shape[1], keep)}
@@ -274,10 +292,10 @@ def _hidden(positions: np.ndarray, window: int, capacity: int) -> np.ndarray:
 
 
 def _counted(session: Any) -> tuple[str, ...]:
-    """Return which inputs a decoder's graph has for its tokens' places; asked once, as every token needs them."""
+    """Return which inputs a graph has for its tokens' places, as some lack; asked once, as every token needs them."""
     if session not in _COUNTED:
-        names = (item.name for item in session.get_inputs())
-        _COUNTED[session] = tuple(n for n in names if n in (ONE_TOKEN, POSITIONS) or n.startswith(SEEN_BIAS))
+        names, some = (item.name for item in session.get_inputs()), (ONE_TOKEN, POSITIONS, PROMPT_BATCH, PROMPT_FIRST)
+        _COUNTED[session] = tuple(n for n in names if n in some or n.startswith(SEEN_BIAS))
     return _COUNTED[session]
 
 

@@ -10,7 +10,7 @@
  * run, several prompts in one run, an int8 cache.
  */
 
-import { BASE, DEFAULT, Places, defaultTensors, named, ownTensors, readAdapter, takePrompt } from "./web/adapters.js";
+import { BASE, DEFAULT, Places, defaultTensors, named, ownTensors, readAdapter, rowsOf, takePrompt } from "./web/adapters.js";
 import { Engine } from "./web/engine.js";
 import { EdgePeftError, Files } from "./web/files.js";
 import { Generator } from "./web/generator.js";
@@ -35,7 +35,7 @@ class Adapters {
     return this.places.any ? named(this.files) : [];
   }
 
-  /** Return {name, labels, feeds} of an adapter, made ready at its first use. */
+  /** Return {name, labels, prompt, rows, feeds} of an adapter, made ready at its first use. */
   async get(name) {
     if (!this.#made.has(name)) this.#made.set(name, await this.#make(name));
     return this.#made.get(name);
@@ -45,8 +45,8 @@ class Adapters {
     if (name !== DEFAULT && !this.places.any) {
       throw new EdgePeftError("merged at export, so it has no adapters to choose from.");
     }
-    const { labels, values, prompt = new Map() } = await this.#values(name);
-    return { name, labels, prompt, feeds: await this.engine.place(values) };
+    const { labels, values, prompt = new Map(), rows = 0 } = await this.#values(name);
+    return { name, labels, prompt, rows, feeds: await this.engine.place(values) };
   }
 
   async #values(name) {
@@ -54,13 +54,16 @@ class Adapters {
     const labels = this.files.has(file) ? await this.files.json(file) : (this.files.manifest.labels ?? []);
     const { graph } = this.engine;
     if (name === DEFAULT) {
-      return { labels, values: this.places.defaults, prompt: takePrompt(name, await defaultTensors(this.files), graph) };
+      const { defaults } = this.places;
+      const prompt = takePrompt(name, await defaultTensors(this.files), graph);
+      return { labels, values: defaults, prompt, rows: rowsOf(defaults) };
     }
     const own = await ownTensors(this.files);
     if (name === BASE) return { labels, values: this.places.feeds("the base", new Map(), own, true) };
     const found = await readAdapter(this.files, name);
     const prompt = takePrompt(found.where, found.tensors, graph);
-    return { labels: found.labels, prompt, values: this.places.feeds(found.where, found.tensors, own, false) };
+    const values = this.places.feeds(found.where, found.tensors, own, false);
+    return { labels: found.labels, prompt, rows: rowsOf(found.tensors), values };
   }
 }
 

@@ -106,10 +106,19 @@ def _beside(place: Path, method: str) -> Path:
     return _sealed(place / "bundle", writer.reseal, exported, quantized, **sizes)
 
 
+def _behind(place: Path, method: str) -> Path:
+    """A classifier whose adapter stands before the text."""
+    subject = Subject(place, "bert")
+    exported, quantized = subject.export(subject.made(method)), subject.run.path("quantized")
+    sizes = {"labels": subject.labels, "max_length": 40, "positions": 64}
+    return _sealed(place / "bundle", standin.reseal, exported, quantized, **sizes)
+
+
 MAKE = {
     "classifier": _classifier,
     "writer": _writer,
     "nf4": functools.partial(_writer, tag="nf4b64"),
     **{name: functools.partial(_beside, method=name) for name in ("experts", "houlsby")},
+    **{name: functools.partial(_behind, method=name) for name in ("prompt", "prefix")},
     "capped": functools.partial(_writer, family="gemma2", attn_logit_softcapping=0.5),
 }

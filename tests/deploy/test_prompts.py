@@ -17,7 +17,9 @@ from edgepeft.artifact import Run, read_json, read_tensors, write_json, write_te
 from edgepeft.backbone.load import quantized_model
 from edgepeft.config import Config
 from edgepeft.deploy import adapters as da
+from edgepeft.deploy import softgpu
 from edgepeft.errors import ArtifactError
+from edgepeft.export import webgpu
 from edgepeft.runtime import load
 from tests.deploy.test_adapters import finish
 from tests.export.tiny_run import random_adapter
@@ -78,6 +80,15 @@ def writers(tmp_path_factory: pytest.TempPathFactory) -> Build:
     return builder(place, config, False)
 
 
+@pytest.fixture(scope="module")
+def gpu() -> None:
+    """A software GPU in this process."""
+    pytest.importorskip("onnxruntime_ep_webgpu", reason="pip install 'edgepeft[webgpu]'")
+    if reason := softgpu.missing():
+        pytest.skip(reason)
+    softgpu.use(softgpu.available()[0])
+
+
 def peft(run: Run, task: str, folder: Path | None = None) -> Any:
     """Return the packed model with an adapter as PEFT loads it."""
     labels = LABELS if task == "text-classification" else []
@@ -121,6 +132,21 @@ def test_others_live_beside_a_prompt(classifiers: Build, kind: str, tmp_path: Pa
     alone = [model.classify(text, adapter=name).scores for text, name in zip([*TEXTS, *TEXTS], names, strict=True)]
     assert all(a[key] == pytest.approx(b[key], abs=1e-6) for a, b in zip(together, alone, strict=True) for key in a)
     assert model.prompt("short") == 3
+
+
+@pytest.mark.parametrize("kind", ["prompt", pytest.param("prefix", marks=pytest.mark.slow)])
+def test_prompts_of_any_length_and_none_are_the_same_on_a_gpu(
+    gpu, classifiers: Build, kind: str, tmp_path: Path
+) -> None:
+    bundle = copied(classifiers(kind), tmp_path)
+    for name, run in {"lora": classifiers("lora"), "short": classifiers(kind, 3, 1)}.items():
+        da.add(bundle, run.folder, name)
+    webgpu.write(bundle)
+    cpu = load(bundle, threads=1, library="none", check="quick")
+    found = load(bundle, device="webgpu", check="quick")
+    for name in ("default", "short", "lora", "none"):
+        wanted = cpu.logits(TEXTS, name)
+        assert np.abs(found.logits(TEXTS, name) - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
 def test_what_has_no_place_is_named(classifiers: Build, tmp_path: Path) -> None:

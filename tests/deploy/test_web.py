@@ -87,6 +87,20 @@ def test_every_kind_of_adapter_and_format_is_read(bundles, browsers, kind: str, 
     page.close()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_rows_before_a_text_are_read_and_left_out(bundles, browsers, kind: str, device: str) -> None:
+    page, model = browsers(device).open(bundles(kind).url), load(bundles(kind).folder, library="none")
+    assert page.run("model.device") == device
+    for adapter in ("default", "none"):
+        for text, row in zip(TEXTS[:2], model.logits(TEXTS[:2], adapter), strict=True):
+            about = json.dumps({"adapter": adapter})
+            _same(page.run(f"model.logits({json.dumps(text)}, {about}).then(row => [...row])"), row)
+    assert np.abs(model.logits(TEXTS[:1], "default") - model.logits(TEXTS[:1], "none")).max() > 0.01
+    page.close()
+
+
 def test_keys_and_values_stay_on_the_gpu_where_they_are(pages) -> None:
     page = pages("writer", "webgpu")
     page.run("model.generate('Hello', {maxNewTokens: 2})")

@@ -61,12 +61,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory):
     return make
 
 
-def _classified() -> tuple[dict, dict]:
+def _classified(session, rows: int | None = None) -> tuple[dict, dict]:
     rng, mask = np.random.default_rng(0), np.ones((3, 9), np.int64)
     mask[1, 6:] = 0
     arrays = {"input_ids": rng.integers(5, 40, (3, 9)), "token_type_ids": np.zeros((3, 9), np.int64)}
     arrays["attention_mask"] = mask
-    return arrays, webgpu.classifier_inputs(arrays)
+    return arrays, webgpu.classifier_inputs(session, arrays, rows)
 
 
 def _written(session, new: int, past: int, keep: int, capacity: int = 32) -> tuple[dict, dict]:
@@ -84,9 +84,9 @@ def _written(session, new: int, past: int, keep: int, capacity: int = 32) -> tup
     return {**ids, **small, **kept, "attention_mask": mask}, {**ids, **large, **counted}
 
 
-def _runs(kind: str, session) -> list[tuple[dict, dict]]:
+def _runs(kind: str, session, rows: int | None = None) -> list[tuple[dict, dict]]:
     if kind == "bert":
-        return [_classified()]
+        return [_classified(session, rows)]
     return [_written(session, 7, 0, 1), _written(session, 1, 7, 1), _written(session, 5, 4, 3)]
 
 
@@ -169,12 +169,14 @@ def test_a_graph_that_is_made_again_has_room_for_all_adapters(exported, tmp_path
     assert all(after[name] == 5 * before[name] for name in before)  # 20 ranks each, where there were 4
 
 
-BRANCHES = [("llama", "experts"), ("llama", "houlsby")]
-BRANCHES += [pytest.param("bert", name, marks=pytest.mark.slow) for name in ("experts", "parallel")]
+BRANCHES = [("llama", "experts"), ("llama", "houlsby"), ("bert", "prompt")]
+BRANCHES += [pytest.param("bert", name, marks=pytest.mark.slow) for name in ("experts", "parallel", "prefix")]
 
 
 @pytest.mark.parametrize(("kind", "name"), BRANCHES)
-def test_experts_and_bottlenecks_run_and_can_be_left_out(gpu, tmp_path: Path, kind: str, name: str) -> None:
+def test_experts_bottlenecks_and_rows_before_a_text_run_and_can_be_left_out(
+    gpu, tmp_path: Path, kind: str, name: str
+) -> None:
     from onnxruntime import OrtValue
 
     from edgepeft.runtime import adapters as ad
@@ -188,8 +190,9 @@ def test_experts_and_bottlenecks_run_and_can_be_left_out(gpu, tmp_path: Path, ki
     neutral = {place: slot.empty() for place, slot in places.items() if slot.neutral}
     fed = webgpu.feeds(session, {place: OrtValue.ortvalue_from_numpy(array) for place, array in neutral.items()})
     taken = {item.name for item in stock.get_inputs() + stock.get_overridable_initializers()}
-    cpu_feeds, gpu_feeds = _runs(kind, session)[0]
-    for cpu_more, gpu_more in (({}, {}), (neutral, {place: value.numpy() for place, value in fed.items()})):
+    left_out = {place: value.numpy() for place, value in fed.items()}
+    for rows, cpu_more, gpu_more in ((None, {}, {}), (0, neutral, left_out)):
+        cpu_feeds, gpu_feeds = _runs(kind, session, rows)[0]
         given = {place: array for place, array in {**cpu_feeds, **cpu_more}.items() if place in taken}
         wanted = stock.run(["logits"], given)[0]
         found = session.run(["logits"], {**gpu_feeds, **gpu_more})[0]

@@ -18,7 +18,8 @@ export const TENSORS = "adapter_model.safetensors";
 export const TERMS = "terms.safetensors";
 const OWN = "adapters/base.safetensors";
 const PAST = "past_key_values.";
-const RANKS = 4; // a vector of WebGPU
+const BEFORE = /\.(prompt|prefix)$/; // rows before a classifier's text
+export const RANKS = 4; // a vector of WebGPU
 const PEFT_TYPES = ["LORA", "EXPERTS", "BOTTLENECK", "PARALLEL"];
 
 /** Return the float32 values of float16 ones. */
@@ -161,6 +162,7 @@ export class Places {
     const plain = [...defaults.keys()].filter((name) => !nodes.some((node) => name.startsWith(`${node}.lora_`)));
     this.plain = new Map(plain.map((name) => [name, graph.inputs.get(name)]));
     const groups = [...Object.values(this.packed), ...Object.values(this.digits).map((about) => about.groups)].flat();
+    this.hides = graph.inputs.has("prompt_batch"); // a GPU's graph takes no empty rows before a text, and hides some
     this.groups = new Set(groups.flatMap(({ a, b, gate }) => [a, b, gate].filter(Boolean)));
   }
 
@@ -185,7 +187,7 @@ export class Places {
     }
     for (const [name, { kind, dims }] of this.plain) {
       const given = tensors.get(name)?.data.length === 0 ? null : tensors.get(name);
-      const found = given ?? own.get(name) ?? neutral(name, kind, dims);
+      const found = given ?? own.get(name) ?? neutral(name, kind, dims, this.hides ? RANKS : 0);
       if (!found && !isBase) throw new EdgePeftError(`${where}: ${name} is missing.`);
       const value = found ?? this.defaults.get(name); // the base has the default adapter's head
       const right = value.dims.every((size, axis) => typeof dims[axis] === "string" || size === dims[axis]);
@@ -208,7 +210,8 @@ export class Places {
 }
 
 /** Return what leaves the base as it is, or null where there is none. A and B are never of rank 0 here. */
-function neutral(name, kind, dims) {
+function neutral(name, kind, dims, rows) {
+  if (BEFORE.test(name)) return { kind, dims: [rows, dims[1]], data: new ARRAYS[kind](rows * dims[1]) };
   const low = /\.lora_([AB]|(beside_)?(down|up))\./.test(name);
   const router = name.endsWith(".lora_router.weight"); // of one expert
   if (!low && !router && !/\.(gate|s_in|s_out)$/.test(name)) return null;
@@ -216,6 +219,9 @@ function neutral(name, kind, dims) {
   const data = new ARRAYS[kind](sizes.reduce((a, b) => a * b, 1));
   return { kind, dims: sizes, data: low || router ? data : data.fill(1) };
 }
+
+/** Return how many rows an adapter's tensors have before a classifier's text. */
+export const rowsOf = (tensors) => [...tensors].find(([name]) => BEFORE.test(name))?.[1].dims[0] ?? 0;
 
 /** Take the keys and values out of an adapter's tensors that stand before the text: Map input -> tensor. */
 export function takePrompt(where, tensors, graph) {

@@ -9,7 +9,7 @@
 
 const STEP = 256; // columns
 const BIAS = "attention_bias."; // the window follows, 0 for none
-const HIDDEN = -1e4; // far below any score of attention
+export const HIDDEN = -1e4; // far below any score of attention
 const FLOAT = 4; // bytes
 
 /** Return an empty cache that begins with a prompt: Map input -> tensor. context: the most columns there can be. */

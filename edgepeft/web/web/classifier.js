@@ -1,5 +1,7 @@
 /** Text classification: scores = softmax(logits), the label is the greatest. */
 
+import { RANKS } from "./adapters.js";
+import { HIDDEN } from "./cache.js";
 import { EdgePeftError } from "./files.js";
 import { Model } from "./model.js";
 import { softmax } from "./sampling.js";
@@ -14,17 +16,24 @@ export class Classifier extends Model {
   async logits(text, { adapter } = {}) {
     checkText("text", text);
     if (!text.trim()) throw new EdgePeftError("text: empty. There is nothing to classify.");
-    const { feeds, labels } = await this.chosen(adapter);
+    const { feeds, labels, rows } = await this.chosen(adapter);
     const ids = this.tokens.encode(text);
-    const width = ids.length;
     const tensor = (...about) => this.engine.tensor(...about);
+    const { inputs } = this.engine.graph;
+    const shown = inputs.has("prompt_batch") ? rows || RANKS : 0; // before the text, hidden where the adapter has none
+    const read = inputs.has("prompt_first") ? shown : 0; // of these, as tokens are
+    const [width, queries, keys] = [ids.length, read + ids.length, shown + ids.length];
+    const first = Array.from({ length: keys }, (_, key) => (key < shown && !rows ? HIDDEN : 0));
+    const places = Array.from({ length: queries }, (_, place) => (place < read ? place : rows + place - read));
     const counted = {
       input_ids: tensor("int64", [1, width], ids),
       attention_mask: tensor("int64", [1, width], ids.map(() => 1)),
-      token_type_ids: tensor("int64", [1, width], ids.map(() => 0)),
-      position_ids: tensor("int64", [width], ids.map((_, place) => place)),
-      attention_bias: tensor("float32", [1, 1, width, width], new Float32Array(width * width)),
-      attention_bias_first: tensor("float32", [1, 1, 1, width], new Float32Array(width)),
+      token_type_ids: tensor("int64", [1, queries], places.map(() => 0)),
+      position_ids: tensor("int64", [queries], places),
+      attention_bias: tensor("float32", [1, 1, queries, keys], places.flatMap(() => first)),
+      attention_bias_first: tensor("float32", [1, 1, 1, keys], first),
+      prompt_batch: tensor("int64", [3], [1, 1, 1]),
+      prompt_first: tensor("int64", [1], [rows ? 0 : shown]),
     };
     const { logits } = await this.inTurn(() => this.engine.run({ ...feeds, ...this.engine.taken(counted) }));
     if (logits.dims.at(-1) !== labels.length) {
