@@ -118,15 +118,26 @@ SHADERS = {12: {"base": 9, "naive": 36, "ours": 13}, 10: {"base": 9, "naive": 36
 @pytest.mark.parametrize("buffers", SHADERS)
 def test_an_adapter_costs_as_many_shaders_as_is_said(bundles, browsers, tmp_path: Path, buffers: int) -> None:
     found, bundle = {}, bundles("writer").folder
+    wanted = load(bundle, library="none").logits([5])[0]
     for graph in SHADERS[buffers]:
         folder = bundle if graph == "ours" else shader_counts.with_graph(bundle, tmp_path / graph, graph)
         served = Served(folder)
         page = browsers("webgpu").open(served.url, shader_counts.COUNTING + shader_counts.GRANTING % buffers)
         assert page.run(shader_counts.BUFFERS) == buffers
         found[graph] = shader_counts.per_layer(page)
+        if graph == "ours":
+            _same(page.run("model.logits([5]).then(row => [...row])"), wanted, DIGITS_TOLERANCE)
         page.close()
         served.stop()
     assert found == SHADERS[buffers]
+
+
+@pytest.mark.slow
+def test_a_gpu_with_too_few_buffers_leaves_a_language_model_to_the_cpu(bundles, browsers) -> None:
+    page = browsers("webgpu").open(bundles("writer").url, shader_counts.GRANTING % 8)
+    assert page.run("model.device") == "wasm"
+    assert "it takes 10 storage buffers a shader, here are 8" in page.text("notes")
+    page.close()
 
 
 def test_an_adapter_costs_few_shaders(pages) -> None:

@@ -19,7 +19,8 @@ const BUILDS = {
 };
 const MOST_THREADS = 8;
 const SUBGROUP = 16; // ONNX Runtime's attention is wrong where subgroups are smaller; without the feature it uses none
-const STEP_BUFFERS = 10; // of a shader of the branch for single tokens
+const BUFFERS = "maxStorageBuffersPerShaderStage";
+const STEP_BUFFERS = 10; // that a shader takes in a graph with a branch for single tokens
 const LIMITS = [
   "maxBufferSize",
   "maxStorageBufferBindingSize",
@@ -29,7 +30,7 @@ const LIMITS = [
   "maxComputeWorkgroupSizeY",
   "maxComputeWorkgroupSizeZ",
   "maxComputeWorkgroupsPerDimension",
-  "maxStorageBuffersPerShaderStage",
+  BUFFERS,
 ];
 const ARRAYS = { float32: Float32Array, int32: Int32Array, int64: BigInt64Array, bool: Uint8Array };
 const PACKED = new Map([[Float32Array, "float32"], [Uint8Array, "uint8"]]);
@@ -122,6 +123,10 @@ export class Engine {
   async #session(provider) {
     await this.#runtime(provider);
     const bytes = await this.#open(provider);
+    const granted = this.gpu?.limits[BUFFERS];
+    if (this.graph.inputs.has("one_token") && granted < STEP_BUFFERS) {
+      throw new EdgePeftError(`it takes ${STEP_BUFFERS} storage buffers a shader, here are ${granted}`);
+    }
     const present = this.graph.pasts.map((name) => [name.replace("past_key_values", "present"), "gpu-buffer"]);
     const gpu = {
       preferredOutputLocation: Object.fromEntries(present),
@@ -165,11 +170,6 @@ export class Engine {
     const usage = GPUBufferUsage.STORAGE | GPUBufferUsage.COPY_SRC | GPUBufferUsage.COPY_DST;
     const gpuBuffer = this.gpu.createBuffer({ size: Math.ceil(bytes / 16) * 16, usage });
     return this.ort.Tensor.fromGpuBuffer(gpuBuffer, { dataType, dims, dispose: () => gpuBuffer.destroy() });
-  }
-
-  /** Tell whether this GPU runs a graph's branch for single tokens. */
-  get takesSteps() {
-    return this.gpu?.limits.maxStorageBuffersPerShaderStage >= STEP_BUFFERS;
   }
 
   /** Run the graph: {input: tensor} -> {output: tensor}. Throws EdgePeftError with what ONNX Runtime says. */

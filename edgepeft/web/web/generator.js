@@ -150,7 +150,7 @@ export class Generator extends Model {
       input_ids: tensor("int64", [1, ids.length], ids),
       attention_mask: tensor("int64", [1, total], new Array(total).fill(1)),
       logits_to_keep: tensor("int64", [1], [1]),
-      one_token: tensor("bool", [], [ids.length === 1 && this.engine.takesSteps]),
+      one_token: tensor("bool", [], [ids.length === 1]),
       seqlens_k: tensor("int32", [1], [total - 1]),
       total_sequence_length: tensor("int32", [], [total]),
       logits_index: tensor("int64", [1, 1, 1], [ids.length - 1]),
