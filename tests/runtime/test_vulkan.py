@@ -98,9 +98,15 @@ def test_a_loaded_bundle_answers_there_as_on_the_cpu(gpu, exported, tmp_path: Pa
         wanted = cpu.logits(given, name)
         assert np.abs(found.logits(given, name) - wanted).max() <= TOLERANCE * np.abs(wanted).max()
     if kind == "llama":
-        asked = {"prompt": ["turn on the lamp", "a"], "max_new_tokens": 6, "adapter": ["default", "none"]}
-        words = [[answer.text for answer in model.generate(**asked)] for model in (cpu, found)]
+        asked = {"prompt": ["turn on the lamp", "a", "play a song in the attic now"], "max_new_tokens": 8}
+        asked |= {"adapter": ["default", "none", "default"]}
+        first = cpu.generate(**asked)[0].text
+        words = [
+            [(answer.text, answer.finish) for answer in model.generate(**asked, stop=[first[2:4]])]
+            for model in (cpu, found)
+        ]
         assert words[0] == words[1]
+        assert {finish for _, finish in words[0]} == {"stop", "length"}  # the others go on in a run of fewer rows
 
 
 def test_a_long_run_is_several_submits_of_the_same_numbers(gpu, exported) -> None:
