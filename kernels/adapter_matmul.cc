@@ -18,8 +18,6 @@ constexpr int64_t kUnitMacs = 512 * 1024;      // of preparation
 constexpr int kSpins = 2000;                   // some microseconds
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t padded(int64_t ranks) { return ceil_div(ranks, kRankPad) * kRankPad; }
-int64_t rank_stride(const Group& g) { return padded(g.rank); }
 int64_t live_stride(const Group& g) { return ceil_div(g.rank, kRankPanel) * (kRankPanel / kRankBlock); }
 int64_t job_rows(const Call& call, int64_t m0) { return call.m - m0 < call.rows_per_job ? call.m - m0 : call.rows_per_job; }
 // As many rows of x as the jobs that follow one another find in a core's cache, in whole register tiles.
@@ -55,14 +53,14 @@ int64_t lay_out(Call& call, void* base) {
     arena.take(call.q_scale, blocks);
     arena.take(call.q_fix, blocks);
   }
-  arena.take(call.sums, call.m * padded(call.blocks));
+  arena.take(call.sums, call.m * call.blocks);
   for (int g = 0; g < call.groups; g++) {
     const Group& group = call.group[g];
     const bool gated = group.gate && group.rank;
-    arena.take(call.t[g], call.m * rank_stride(group));
+    arena.take(call.t[g], call.m * group.rank);
     arena.take(call.live[g], gated ? call.m * live_stride(group) : 0);
     arena.take(call.live_any[g], gated ? call.row_tasks * live_stride(group) : 0);
-    arena.take(call.alone[g], call.row_tasks);
+    arena.take(call.in_place[g], call.row_tasks);
   }
   arena.take(call.progress, 1);
   return arena.at - static_cast<char*>(base);
@@ -105,7 +103,7 @@ bool chosen_before(Call& call, int g) {
     if (!call.live[i]) call.live[g] = nullptr;
     if (call.live[g]) __builtin_memcpy(call.live[g], call.live[i], size(call.m));
     if (call.live[g]) __builtin_memcpy(call.live_any[g], call.live_any[i], size(call.row_tasks));
-    __builtin_memcpy(call.alone[g], call.alone[i], static_cast<size_t>(call.row_tasks));
+    __builtin_memcpy(call.in_place[g], call.in_place[i], static_cast<size_t>(call.row_tasks));
     call.live_ranks[g] = call.live_ranks[i];
     return true;
   }
@@ -131,7 +129,7 @@ void choose_adapter_path(Call& call, int g) {
       else own = mark_live(group, m, live);
       for (int64_t block = 0; (m == m0 || !again) && block < stride; block++) any[block] = live[block] | (m > m0 && any[block]);
     }
-    call.alone[g][job] = in_job <= 2 * blocks;
+    call.in_place[g][job] = in_job <= 2 * blocks || m1 - m0 <= call.ops->tile_m;
     all += in_job;
   }
   if (all == call.m * blocks) call.live[g] = nullptr;
@@ -143,33 +141,21 @@ void multiply(float* v, const float* by, int64_t step, int64_t n) {
   else for (int64_t i = 0; i < n; i++) v[i] *= by[i * step];
 }
 
-// Whether kernels read a block that is not live: one beside it in a vector is, or ranks end in it.
-bool is_read(const uint8_t* live, int64_t block, int64_t rank) {
-  return live[block ^ 1] || block / (kRankPad / kRankBlock) == (rank - 1) / kRankPad;
-}
-
-// Ranks r0..r1 of t = gate . (A.x) for rows m0..m1 that have the same live blocks; zero in others that are read.
+// Ranks r0..r1 of t = gate . (A.x) for rows m0..m1 that have the same live blocks, where they are live.
 void project_alike(const Call& call, int g, int64_t m0, int64_t m1, int64_t r0, int64_t r1) {
   const Group& group = call.group[g];
   const uint8_t* live = call.live[g] ? call.live[g] + m0 * live_stride(group) : nullptr;
-  const int64_t stride = rank_stride(group), row_bytes = call.k * (group.half ? 2 : 4);
-  float* t = call.t[g] + m0 * stride;
-  const auto clear = [=](int64_t from, int64_t to) {
-    for (int64_t m = 0; from < to && m < m1 - m0; m++)
-      for (int64_t r = from; r < to; r++) t[m * stride + r] = 0;
-  };
-  if (r1 == group.rank) clear(r1, stride);
+  const int64_t row_bytes = call.k * (group.half ? 2 : 4);
+  float* t = call.t[g] + m0 * group.rank;
   for (int64_t r = r0, end; r < r1; r = end) {
     const bool on = !live || live[r / kRankBlock];
     for (end = r; end < r1 && on == (!live || live[end / kRankBlock]);) end += kRankBlock;
     if (end > r1) end = r1;
-    for (int64_t i = r; !on && i < end; i += kRankBlock)
-      if (is_read(live, i / kRankBlock, group.rank)) clear(i, i + kRankBlock < end ? i + kRankBlock : end);
     if (!on) continue;
     call.ops->project(static_cast<const char*>(group.a) + r * row_bytes, group.half, end - r, call.k, call.x + m0 * call.k,
-                      m1 - m0, t + r, stride);
+                      m1 - m0, t + r, group.rank);
     for (int64_t m = m0; group.gate && m < m1; m++)
-      multiply(t + (m - m0) * stride + r, gate_of(group, m) + r * group.gate_step, group.gate_step, end - r);
+      multiply(t + (m - m0) * group.rank + r, gate_of(group, m) + r * group.gate_step, group.gate_step, end - r);
   }
 }
 
@@ -182,16 +168,16 @@ void project_rows(const Call& call, int g, int64_t m0, int64_t m1, int64_t r0, i
   }
 }
 
-// Sums of a row of s_in . x over each block, zero from J on. Sixteen at a time, so that a compiler may use vectors.
+// Sums of a row of s_in . x over each block. Sixteen at a time, so that a compiler may use vectors.
 void sum_blocks(const Call& call, int64_t m) {
-  const int64_t size = call.k / call.blocks, stride = padded(call.blocks);
+  const int64_t size = call.k / call.blocks;
   const float* x = call.x_in + m * call.k;
-  for (int64_t b = 0; b < stride; b++) {
+  for (int64_t b = 0; b < call.blocks; b++) {
     float part[16] = {}, sum = 0;
-    for (int64_t c = 0; b < call.blocks && c < size; c += 16, x += 16)
+    for (int64_t c = 0; c < size; c += 16, x += 16)
       for (int i = 0; i < 16; i++) part[i] += x[i];
     for (int i = 0; i < 16; i++) sum += part[i];
-    call.sums[m * stride + b] = sum;
+    call.sums[m * call.blocks + b] = sum;
   }
 }
 
@@ -278,18 +264,18 @@ TileJob tile_job(const Call& call, int64_t number, int64_t m0, int64_t m1) {
     job.x = call.x_in + m0 * call.k;
   }
   job.rank = group.rank;
-  job.t_stride = rank_stride(group);
-  job.t = call.t[g] + m0 * job.t_stride;
+  job.t = call.t[g] + m0 * job.rank;
   job.live_stride = live_stride(group);
   job.live = call.live[g] ? call.live[g] + m0 * job.live_stride : nullptr;
   job.live_any = call.live[g] ? call.live_any[g] + m0 / call.rows_per_job * job.live_stride : nullptr;
-  job.alone = call.alone[g][m0 / call.rows_per_job];
-  job.b = static_cast<const char*>(group.b) + n0 * group.rank * (group.half ? 2 : 4);
+  job.in_place = call.in_place[g][m0 / call.rows_per_job];
+  job.b = static_cast<const char*>(group.b) + n0 * (group.half ? 2 : 4);
+  job.b_step = group.n;
   job.b_half = group.half;
   job.blocks = call.blocks;
-  job.sums_stride = padded(call.blocks);
-  job.sums = call.sums + m0 * job.sums_stride;
-  job.offset = static_cast<const char*>(call.offset) + tile * kTileRows * call.blocks * (call.offset_half ? 2 : 4);
+  job.sums = call.sums + m0 * call.blocks;
+  job.offset = static_cast<const char*>(call.offset) + tile * kTileRows * (call.offset_half ? 2 : 4);
+  for (int i = 0; i < call.groups; i++) job.offset_step += ceil_div(call.group[i].n, kTileRows) * kTileRows;
   job.offset_half = call.offset_half;
   job.s_out = group.s_out ? group.s_out + n0 * group.s_out_step : nullptr;
   job.s_out_step = group.s_out_step;

@@ -1,8 +1,8 @@
 // What a kernel row is, and how one call of the op is cut into work for it.
 //
-//   y = s_out . ( W.(s_in . x) + C.sums + B.( gate . (A.x) ) ) + bias        W: N x K packed, A: R x K, B: N x R
+//   y = s_out . ( W.(s_in . x) + C.sums + B.( gate . (A.x) ) ) + bias        W: N x K packed, A: R x K, B: R x N, turned
 //
-// C: N x J, an offset of the weights for each block of K/J columns, where a call has one; sums: of s_in . x over the blocks.
+// C: J x N, an offset of the weights for each block of K/J columns, where a call has one; sums: of s_in . x over the blocks.
 //
 // A row of kernels.inc gives three functions for one (format, activation, ISA):
 //   quantize  one row of x -> int8, scale and correction per activation block (int8 activations only)
@@ -18,9 +18,8 @@ enum class Act : int { int8, float32 };
 // ---- what a row computes ------------------------------------------------------------------------------------------
 constexpr int kJobRows = 256;  // most rows of x in one tile job: bounds what a tile keeps on its stack
 constexpr int kChunk = 512;    // columns of int8 x that lie together, row by row: x passes by as one stream
-constexpr int kRankPad = 16;   // t rows are zero padded to this many floats, so that vector loads may overrun R
 constexpr int kRankBlock = 8;  // ranks that are live, or not, together
-constexpr int kRankPanel = 128; // ranks of B that a tile turns at a time: eight adapters of rank 16
+constexpr int kRankPanel = 128; // ranks of B that a tile goes through in a pass: eight adapters of rank 16
 
 struct TileJob {
   int64_t k;               // columns
@@ -35,18 +34,18 @@ struct TileJob {
   const int32_t* q_fix;    //   the same: -zero * sum(q), zero being the row's, in the row's own form
   int64_t q_rows;
   int64_t rank;            // 0: no adapter, and t, b are not read
-  const float* t;          // [m,t_stride] gate . (A.x); zero from rank on, and in what shares kRankPad floats with a live block
-  int64_t t_stride;        // rank rounded up to kRankPad
+  const float* t;          // [m,rank] gate . (A.x), where it is live
   const uint8_t* live;     // [m,live_stride] whether t of this row has this block, else it counts as zero; null: all have
   const uint8_t* live_any; // [live_stride] the same of any row
   int64_t live_stride;     // blocks, in whole panels
-  bool alone;              // the adapter is cheaper row by row, see tile.h
-  const void* b;           // [columns,rank] float16 or float32
+  bool in_place;           // few rows share what is read of B, see adapter.h
+  const void* b;           // [rank,columns] float16 or float32, b_step apart
+  int64_t b_step;
   bool b_half;
   int64_t blocks;          // J; 0: no offset, and sums, offset are not read
-  const float* sums;       // [m,sums_stride], zero from J on
-  int64_t sums_stride;     // J rounded up to kRankPad
-  const void* offset;      // [columns,J] float16 or float32
+  const float* sums;       // [m,J]
+  const void* offset;      // [J,columns] float16 or float32, offset_step apart
+  int64_t offset_step;
   bool offset_half;
   const float* s_out;      // s_out[n * s_out_step] for n in columns, or null: neutral
   int64_t s_out_step;
@@ -153,7 +152,7 @@ constexpr int kMaxGroups = 3;
 struct Group {                // one of the outputs that share x
   int64_t n;                  // real rows
   int64_t rank;
-  const void *a, *b;          // [R,K], [n,R]
+  const void *a, *b;          // [R,K], [R,n]
   bool half;                  // a and b are float16
   const float* gate;          // gate[m * gate_row + r * gate_step]; null: neutral
   int64_t gate_row, gate_step;
@@ -181,7 +180,7 @@ struct Call {
   const uint8_t* w;
   const void* w_scale;
   int64_t blocks;             // J, which cuts K into multiples of kUnit; 0: no offset
-  const void* offset;         // [16T,J], rows as those of w
+  const void* offset;         // [J,16T], columns as rows of w
   bool offset_half;           // it is float16
   int groups;
   Group group[kMaxGroups];
@@ -193,10 +192,10 @@ struct Call {
   int8_t* q;
   float* q_scale;
   int32_t* q_fix;
-  float* sums;                // [M,J rounded up to kRankPad]
+  float* sums;                // [M,J]
   float* t[kMaxGroups];
   uint8_t *live[kMaxGroups], *live_any[kMaxGroups];  // see TileJob; live_any [row_tasks,live_stride]
-  bool* alone[kMaxGroups];                           // [row_tasks]
+  bool* in_place[kMaxGroups];                        // [row_tasks]
   int64_t live_ranks[kMaxGroups];                    // of all rows
 };
 

@@ -202,9 +202,9 @@ TileJob some_rows(const TileJob& job, int blocks, int64_t m0, int64_t m1) {
   some.q += m0 * kChunk;
   some.q_scale += m0 * blocks;
   some.q_fix += m0 * blocks;
-  some.t += m0 * job.t_stride;
+  some.t += m0 * job.rank;
   if (job.live) some.live += m0 * job.live_stride;
-  some.sums += m0 * job.sums_stride;
+  some.sums += m0 * job.blocks;
   some.y += m0 * job.y_stride;
   return some;
 }

@@ -3,9 +3,9 @@
 //   y_g = s_out_g . ( W_g.(s_in . x) + C_g.sums + B_g.( gate_g . (A_g.x) ) ) + bias_g      sums of s_in . x over J blocks of K
 //
 // inputs   0 x float [..,K]   1 w uint8 [T,K/32,bytes]   2 w_scale [T,B,16]   3 s_in float [1]|[K]
-//          then per group: a [R,K]   b [n_g,R]   (both float16 or both float)
+//          then per group: a [R,K]   b [R,n_g]   (both float16 or both float)
 //                          gate float [1]|[R]|[..,R]   s_out float [1]|[n_g]   bias float [1]|[n_g]
-//          _offset only, and last: w_offset [N,J] float16 or float, which is C
+//          _offset only, and last: w_offset [J,N] float16 or float, which is C
 // outputs  y_g float [..,n_g]
 // attributes  K, N = 16T, n0.. (rows of each group), activation "int8" | "float"
 // w, w_scale and w_offset are constants; all else may change from run to run. A [1] that holds 1, or 0 as a bias, costs nothing.
@@ -16,7 +16,7 @@ const OrtApi* ort::api = nullptr;
 
 namespace {
 
-constexpr int kOpVersion = 2;  // ops.VERSION: nodes of an earlier one have other inputs
+constexpr int kOpVersion = 3;  // ops.VERSION: nodes of an earlier one have other inputs
 constexpr size_t kX = 0, kW = 1, kScale = 2, kSIn = 3, kFirstGroup = 4;                // inputs
 constexpr size_t kA = 0, kB = 1, kGate = 2, kSOut = 3, kBias = 4, kPerGroup = 5;  // of a group
 constexpr size_t kMaxInputs = kFirstGroup + kPerGroup * kMaxGroups + 1;
@@ -66,10 +66,10 @@ OrtStatus* check_offset(const Node& node) {
   if (!node.inputs.constant[at]) return node.fail("input w_offset", "a constant initializer", "an input of the graph or a computed value");
   const Tensor& offset = node.inputs.kept[at];
   const bool number = offset.type == kOrtHalf || offset.type == kOrtFloat;
-  const int64_t blocks = offset.rank == 2 ? offset.dims[1] : 0;
-  if (number && offset.is(node.n, blocks) && blocks > 0 && node.k % (blocks * kUnit) == 0) return nullptr;
+  const int64_t blocks = offset.rank == 2 ? offset.dims[0] : 0;
+  if (number && offset.is(blocks, node.n) && blocks > 0 && node.k % (blocks * kUnit) == 0) return nullptr;
   return node.fail(at, "w_offset", -1,
-                   (Text() << "float16 or float32 [" << node.n << ",J], K/J a multiple of " << int64_t{kUnit}).s, offset);
+                   (Text() << "float16 or float32 [J," << node.n << "], K/J a multiple of " << int64_t{kUnit}).s, offset);
 }
 
 OrtStatus* read_constants(const OrtKernelInfo* info_, Node* node) {
@@ -105,9 +105,9 @@ OrtStatus* read_group(const Node& node, const Tensor* const* in, int g, const Te
     return node.fail(at + kA, "a", g, (Text() << "float16 or float32 [R," << node.k << "]").s, a);
   group->rank = a.dims[0];
   group->half = a.type == kOrtHalf;
-  if (b.type != a.type || !b.is(group->n, group->rank))
+  if (b.type != a.type || !b.is(group->rank, group->n))
     return node.fail(at + kB, "b", g,
-                     (Text() << (group->half ? "float16 [" : "float32 [") << group->n << "," << group->rank << "], to go with a").s, b);
+                     (Text() << (group->half ? "float16 [" : "float32 [") << group->rank << "," << group->n << "], to go with a").s, b);
   group->a = a.data;
   group->b = b.data;
   const int64_t gates = gate.rank ? gate.dims[gate.rank - 1] : 0;
@@ -149,7 +149,7 @@ OrtStatus* read_call(const Node& node, const Tensor* const* in, Call* call) {
   call->w_scale = in[kScale]->data;
   if (op_of(node).offset) {
     const Tensor& offset = *in[groups_end(op_of(node))];
-    call->blocks = offset.dims[1];
+    call->blocks = offset.dims[0];
     call->offset = offset.data;
     call->offset_half = offset.type == kOrtHalf;
   }

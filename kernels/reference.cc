@@ -76,9 +76,9 @@ void tile(const TileJob& job) {
       float v = A == Act::int8 ? dot_int8(job, f, m, n) : dot_float(job, f, m, n);
       for (int64_t r = 0; r < job.rank; r++)
         if (!job.live || job.live[m * job.live_stride + r / kRankBlock])
-          v += element(job.b, job.b_half, n * job.rank + r) * job.t[m * job.t_stride + r];
+          v += element(job.b, job.b_half, r * job.b_step + n) * job.t[m * job.rank + r];
       for (int64_t b = 0; b < job.blocks; b++)
-        v += element(job.offset, job.offset_half, n * job.blocks + b) * job.sums[m * job.sums_stride + b];
+        v += element(job.offset, job.offset_half, b * job.offset_step + n) * job.sums[m * job.blocks + b];
       if (job.s_out) v *= job.s_out[n * job.s_out_step];
       job.y[m * job.y_stride + n] = job.bias ? v + job.bias[n * job.bias_step] : v;
     }

@@ -25,7 +25,6 @@
 
 #define EP_SHARED __attribute__((noinline))  // one copy for all that call it: what a library takes to compile, and its size
 
-constexpr int kAhead = 4096;      // bytes of B fetched for the next job
 constexpr int kWeightsAhead = 2048;  // bytes of packed W fetched ahead, when they stream from memory,
 constexpr int kScalesAhead = 512;    //   and of their scales
 
@@ -256,13 +255,13 @@ struct Tile {
     TileJob part = job;
     part.rank = job.blocks;
     part.t = job.sums;
-    part.t_stride = job.sums_stride;
     part.live = part.live_any = nullptr;
     part.b = job.offset;
+    part.b_step = job.offset_step;
     part.b_half = job.offset_half;
-    part.alone = job.m <= 2;
+    part.in_place = job.m <= R;
     Adapter<V> offset(part);
-    for (int64_t r0 = 0; r0 < (part.alone ? 1 : part.rank); r0 += kRankPanel, first = false) {
+    for (int64_t r0 = 0; r0 < part.rank; r0 += kRankPanel, first = false) {
       offset.fill(r0);
       adapter_rows<R>(offset, 0);
     }
@@ -283,11 +282,12 @@ struct Tile {
     if (job.s_out) spread<kOutputs<V>>(job.s_out, job.s_out_step, job.columns, s_out);
     spread<kOutputs<V>>(job.bias, job.bias_step, job.columns, bias);
     if (job.blocks) offset_rows<R>();
-    for (int64_t r0 = kRankPanel; !job.alone && r0 < job.rank; r0 += kRankPanel, first = false) {  // rare, so a pass each
+    int64_t r0 = 0;
+    for (; r0 + kRankPanel < job.rank; r0 += kRankPanel, first = false) {  // rare, so a pass each
       adapter.fill(r0);
       adapter_rows<R>(adapter, 0);
     }
-    if (job.rank) adapter.fill(0);
+    if (job.rank) adapter.fill(r0);
   }
   template <int R>
   void all() {

@@ -82,7 +82,7 @@ def _bundle(path: Path) -> Base:
     model = runtime.load(path, threads=1)
     places = {name.removeprefix(PREFIX): slot.shape for name, slot in slots(model.session).items()}
     downs = {name.removesuffix(DOWN): shape[1] for name, shape in places.items() if name.endswith(DOWN)}
-    linears = {module: (places[module + UP][0], k) for module, k in downs.items() if module + UP in places}
+    linears = {module: (places[module + UP][1], k) for module, k in downs.items() if module + UP in places}
     others = {name: shape for name, shape in places.items() if not name.endswith((DOWN, UP))}
     manifest = model.manifest
     settings = read_json(path / "config.json")

@@ -53,10 +53,10 @@ class Naive(Pass):
         sizes = {"K": k, "N": n, "bits": FORMATS[tag].bits, "block_size": block_of(tag)}
         y = self.add("MatMulNBits", [x, *rows], [f"{name}:naive"], MICROSOFT, **sizes)
         if self.adapted and self.value(a).size:
-            turned = [
-                self.constant(f"{name}.{what}", np.ascontiguousarray(self.value(t).astype(np.float32).T))
-                for what, t in (("a", a), ("b", b))
-            ]
-            low = self.add("MatMul", [x, turned[0]], [f"{name}:naive_low"])
-            y = self.add("Add", [y, self.add("MatMul", [low, turned[1]], [f"{name}:naive_up"])], [f"{name}:naive_sum"])
+            a_kr, b_rn = (
+                self.constant(f"{name}.{what}", np.ascontiguousarray(value.astype(np.float32)))
+                for what, value in (("a", self.value(a).T), ("b", self.value(b)))
+            )
+            low = self.add("MatMul", [x, a_kr], [f"{name}:naive_low"])
+            y = self.add("Add", [y, self.add("MatMul", [low, b_rn], [f"{name}:naive_up"])], [f"{name}:naive_sum"])
         return y if bias == "zero" else self.add("Add", [y, bias], [f"{name}:naive_biased"])

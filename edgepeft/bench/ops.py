@@ -80,7 +80,7 @@ def our_model(case: Case, w_nk: np.ndarray, a_rk: np.ndarray, b_nr: np.ndarray) 
     packed = FORMATS[case.format].quantize(w_nk)
     one = np.ones(1, np.float32)
     values = [packed.w, packed.scale, one]
-    values += [a_rk.astype(np.float16), b_nr.astype(np.float16), one, one, 0 * one]
+    values += [a_rk.astype(np.float16), b_nr.T.astype(np.float16), one, one, 0 * one]
     tensors = dict(zip(ops.input_names(1)[1:], values, strict=True))
     attributes = ops.attributes(case.k, [case.n], "int8")
     node = helper.make_node(ops.op_type(case.format, 1), ops.input_names(1), ["y"], domain=ops.DOMAIN, **attributes)

@@ -224,7 +224,7 @@ def linears(places: Mapping[str, ad.Slot]) -> dict[str, tuple[int, int]]:
     for name, slot in places.items():
         if name.endswith(f".{ad.DOWN}"):
             module = name.removesuffix(f".{ad.DOWN}")
-            n, k = places[f"{module}.{ad.UP}"].shape[0], slot.shape[1]
+            n, k = places[f"{module}.{ad.UP}"].shape[1], slot.shape[1]
             found[module.removeprefix(PREFIX)] = (int(n or 0), int(k or 0))
     return found
 

@@ -7,8 +7,9 @@ Every value is named after the Hugging Face module that computes it, so that `ve
 side. Linears are the fused op where they are packed and MatMul + Add where they were kept in float; linears that share
 their input share one node, and fall apart into single ones when they cannot (different formats, a row count that is no
 multiple of 16, an s_in of their own). Adapter tensors are overridable inputs named as in the adapter's file, whose rank
-is symbolic. Where there is a low-rank part its gate is one too, neutral by default: [rows.., R] lets the rows of a run
-have adapters of their own, stacked along R (see `edgepeft.runtime.mixing`).
+is symbolic. Their defaults lie in that file, but for B: the file's is PEFT's [N, R], the graph's [R, N]. Where there is
+a low-rank part its gate is an input too, neutral by default: [rows.., R] lets the rows of a run have adapters of their
+own, stacked along R (see `edgepeft.runtime.mixing`).
 
 An embedding that is also a head lies in tiles, and both read the same constant.
 """
@@ -59,10 +60,13 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFile:
-    """The adapter's tensors as values and places within its file. swappable: another may take its place at run time."""
+    """The adapter's tensors as values, and where they are: places within its file, or B turned.
+
+    swappable: another may take its place at run time.
+    """
 
     values: Mapping[str, Value]
-    places: Mapping[str, Place]
+    places: Mapping[str, Place | np.ndarray]
     swappable: bool
 
     @classmethod
@@ -77,13 +81,20 @@ class AdapterFile:
             path, location = terms, f"{location.rpartition('/')[0]}/{TERMS_FILE}"
         header, metadata, base = tensor_header(path)
         stored = {name: name for name in header} | aliases(metadata)
-        values, places = {}, {}
+        values: dict[str, Value] = {}
+        places: dict[str, Place | np.ndarray] = {}
+        up = f".{ENDINGS['b_nr']}"
+        tensors = read_tensors(path)
+        turned = {s: np.ascontiguousarray(tensors[s].T) for n, s in stored.items() if n.endswith(up)}
         for name, source in stored.items():
             entry = header[source]
             start, end = entry["data_offsets"]
             dtype = helper.np_dtype_to_tensor_dtype(np.dtype(DTYPES[entry["dtype"]]))
             values[name] = Value(name, dtype, tuple(entry["shape"]))
             places[name] = Place(location, base + start, end - start)
+            if name.endswith(up):
+                values[name] = Value(name, dtype, turned[source].shape)
+                places[name] = turned[source]
         return cls(values, places, swappable=True)
 
     def term(self, module: str, term: str) -> Value | None:
@@ -165,9 +176,9 @@ class Emitter:
         return self.fed(value, dims)
 
     def low_rank(self, module: str, n: int, k: int) -> list[Value]:
-        """Return a and b of a module; rank 0 where its adapter has none."""
+        """Return a [R, K] and b [R, N] of a module; rank 0 where its adapter has none."""
         found, rank = [], f"{module}.rank"
-        for term, shape, dims in (("a_rk", (0, k), (rank, k)), ("b_nr", (n, 0), (n, rank))):
+        for term, shape, dims in (("a_rk", (0, k), (rank, k)), ("b_nr", (0, n), (rank, n))):
             value = self.adapter.term(module, term)
             found.append(self.empty(module, term, shape, dims) if value is None else self.fed(value, dims))
         return found
@@ -212,7 +223,7 @@ class Emitter:
         picked = self.graph.node(
             "Transpose", self.float32(picked), perm=order, shape=(*ids.shape, rank), name=f"{name}:ranks"
         )  # fmt: skip
-        added = self.matmul(picked, b, rows.shape, f"{name}:b")
+        added = self.graph.node("MatMul", picked, self.float32(b), shape=rows.shape, name=f"{name}:b")
         return self.graph.node("Add", rows, added, shape=rows.shape, name=name)
 
     def rows(self, module: str, ids: Value, name: str) -> Value:
@@ -279,11 +290,14 @@ class Emitter:
         tag = self.weights.layers[stored[0]]["format"]
         shapes = [self.shape_nk(module) for module in modules]
         rows, k = [n for n, _ in shapes], shapes[0][1]
-        parts = ["qweight", "qscale", *(["qoffset"] if self.offset_blocks(modules[0]) else [])]
-        w, scale, *offset = (
+        w, scale = (
             graph.constant(f"{'|'.join(stored)}.{part}", *(self.weights[f"{m}.{part}"] for m in stored))
-            for part in parts
+            for part in ("qweight", "qscale")
         )
+        offset = []
+        if self.offset_blocks(modules[0]):
+            turned = np.concatenate([self.weights[f"{m}.qoffset"] for m in stored]).T
+            offset.append(graph.constant(f"{'|'.join(stored)}.qoffset", turned))
         s_in = self.term(modules[0], "s_in", self.one(), (k,))
         inputs = [x, w, scale, s_in]
         for module, n in zip(modules, rows, strict=True):
@@ -316,7 +330,8 @@ class Emitter:
         a, b, gate, s_out = self.terms(module, n, k, x)
         if self.adapter.swappable:
             t = self.times(self.matmul(x, a, low, f"{module}:a"), gate, f"{module}:gated")
-            y = graph.node("Add", y, self.matmul(t, b, out, f"{module}:b"), shape=out, name=f"{module}:sum")
+            added = graph.node("MatMul", t, self.float32(b), shape=out, name=f"{module}:b")
+            y = graph.node("Add", y, added, shape=out, name=f"{module}:sum")
         y = self.times(y, s_out, f"{module}:s_out")
         if (bias := self.own_bias(module, n)) is None:
             return graph.node("Identity", y, shape=out, name=out_name)

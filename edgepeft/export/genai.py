@@ -24,7 +24,7 @@ from edgepeft.errors import ArtifactError
 
 NAME = "genai_config.json"
 SAFE_LEVEL = {"graph_optimization_level": "ORT_ENABLE_EXTENDED"}  # all of it ends the process in ONNX Runtime 1.24
-ADAPTER_VERSION = MODEL_VERSION = 1
+ADAPTER_VERSION, MODEL_VERSION = 2, 1  # 2: B lies turned
 INPUTS = {
     "input_ids": "input_ids",
     "attention_mask": "attention_mask",

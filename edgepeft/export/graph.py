@@ -82,6 +82,7 @@ class Graph:
         self.constants: dict[str, Value] = {}
         self._domains = {""}
         self._stored: list[_Stored] = []
+        self._defaults: dict[int, Place] = {}  # by the id of an array, which `_stored` keeps
         self.data_bytes = 0
 
     def input(self, name: str, dtype: int, shape: Dims) -> Value:
@@ -109,14 +110,19 @@ class Graph:
         self.constants[name] = value
         return value
 
-    def overridable(self, value: Value, place: Place | None, dims: Dims) -> Value:
+    def overridable(self, value: Value, default: Place | np.ndarray | None, dims: Dims) -> Value:
         """Add an input with a default: `dims` is its shape as an input, `value.shape` that of the default.
 
-        The default lies at `place`, or holds no elements.
+        The default lies at a place, is an array that goes to the data file, once for all that have it, or is empty.
         """
         self.inputs.append(helper.make_tensor_value_info(value.name, value.dtype, dims))
-        empty = place is None or place.length_bytes == 0
-        self.initializers.append(_inline(value, b"") if empty or place is None else _external(value, place))
+        if isinstance(default, np.ndarray):
+            if id(default) not in self._defaults:
+                place = Place(self.data_name, self._reserve(default.nbytes, [default]), default.nbytes)
+                self._defaults[id(default)] = place
+            default = self._defaults[id(default)]
+        empty = default is None or default.length_bytes == 0
+        self.initializers.append(_inline(value, b"") if empty or default is None else _external(value, default))
         return Value(value.name, value.dtype, dims)
 
     def optional(self, name: str, default: np.ndarray, dims: Dims) -> Value:

@@ -2,7 +2,10 @@
 
     y_g = s_out_g * ( W_g (s_in * x) + C_g sums + B_g (gate_g * (A_g x)) ) + bias_g      g < G, G linears that share x
 
-C is there in `AdapterMatMul_<format>_g<G>_offset` alone: one more constant, w_offset [N, J], adds a number to all
+A is [R, K], and B lies turned, [R, N]: a kernel adds ranks up, a vector of outputs at a time, and adapters stack along
+the first axis of both. Files of adapters hold B as Hugging Face PEFT does, [N, R].
+
+C is there in `AdapterMatMul_<format>_g<G>_offset` alone: one more constant, w_offset [J, N], adds a number to all
 weights of a row in each of J blocks of K; sums are those of s_in * x over the blocks, in float under either activation.
 An op of its own, since no body can tell whether an input is there, and so that a node without offsets costs nothing.
 
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     import onnx
 
 DOMAIN = "edgepeft"
-VERSION = 2  # of the domain, raised whenever inputs, attributes or layouts change: files of another are refused
+VERSION = 3  # of the domain, raised whenever inputs, attributes or layouts change: files of another are refused
 MAX_GROUPS = 3
 MINIMUM_ONNXRUNTIME = "1.20.1"  # a release that is safe on a Cortex-A72; it reads no newer opset or IR than these
 OPSET = 21
@@ -124,15 +127,15 @@ def _base(body: Body, format: str, x: str) -> str:
 
 def _offsets(body: Body, x: str) -> str:
     """C sums for all groups together, [..., N]."""
-    leading, blocks = body("Shape", x, end=-1), body("Shape", "w_offset", start=1)
+    leading, blocks = body("Shape", x, end=-1), body("Shape", "w_offset", end=1)
     shape = body("Concat", leading, blocks, body("Div", body.attribute("K"), blocks), axis=0)
     sums = body("ReduceSum", body("Reshape", x, shape, allowzero=1), body.ints(-1), keepdims=0)
-    return body("MatMul", sums, body.transposed(body.float32("w_offset")))
+    return body("MatMul", sums, body.float32("w_offset"))
 
 
 def _group(body: Body, g: int, base: str, start: str, end: str) -> None:
     """y_g from its slice of W x, its adapter, scale and bias."""
-    a_kr, b_rn = (body.transposed(body.float32(f"{name}_{g}")) for name in "ab")
+    a_kr, b_rn = body.transposed(body.float32(f"a_{g}")), body.float32(f"b_{g}")
     gated = body("Mul", body("MatMul", "x", a_kr), f"gate_{g}")
     y = body("Add", body("Slice", base, start, end, body.ints(-1)), body("MatMul", gated, b_rn))
     body("Add", body("Mul", y, f"s_out_{g}"), f"bias_{g}", out=f"y_{g}")
@@ -213,9 +216,9 @@ def _reference_offsets(x: np.ndarray, groups: int, inputs: Sequence[np.ndarray])
     """C times the sums of x [..., K] in float64, [..., N]; 0 where the node has no offsets."""
     if len(inputs) == len(input_names(groups)):
         return 0.0
-    offset_nj = inputs[-1].astype("float64")
-    sums = x.astype("float64").reshape(*x.shape[:-1], offset_nj.shape[1], x.shape[-1] // offset_nj.shape[1]).sum(-1)
-    return sums @ offset_nj.T
+    offset_jn = inputs[-1].astype("float64")
+    blocks = len(offset_jn)
+    return x.astype("float64").reshape(*x.shape[:-1], blocks, x.shape[-1] // blocks).sum(-1) @ offset_jn
 
 
 def reference(format: str, activation: str, rows: Sequence[int], inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -233,8 +236,8 @@ def reference(format: str, activation: str, rows: Sequence[int], inputs: Sequenc
     outputs, start = [], 0
     for g, n in enumerate(rows):
         at = len(SHARED_INPUTS) + len(GROUP_INPUTS) * g
-        a_rk, b_nr, gate, s_out, bias = (v.astype(np.float64) for v in inputs[at : at + len(GROUP_INPUTS)])
-        adapter = (gate * (x.astype(np.float64) @ a_rk.T)) @ b_nr.T
+        a_rk, b_rn, gate, s_out, bias = (v.astype(np.float64) for v in inputs[at : at + len(GROUP_INPUTS)])
+        adapter = (gate * (x.astype(np.float64) @ a_rk.T)) @ b_rn
         outputs.append(s_out * (base[..., start : start + n] + adapter) + bias)
         start += n
     return outputs
@@ -254,8 +257,8 @@ def magnitude(format: str, rows: Sequence[int], inputs: Sequence[np.ndarray]) ->
     outputs, start = [], 0
     for g, n in enumerate(rows):
         at = len(SHARED_INPUTS) + len(GROUP_INPUTS) * g
-        a_rk, b_nr, gate, s_out, bias = (np.abs(v.astype(np.float64)) for v in inputs[at : at + len(GROUP_INPUTS)])
-        adapter = (gate * (np.abs(x) @ a_rk.T)) @ b_nr.T
+        a_rk, b_rn, gate, s_out, bias = (np.abs(v.astype(np.float64)) for v in inputs[at : at + len(GROUP_INPUTS)])
+        adapter = (gate * (np.abs(x) @ a_rk.T)) @ b_rn
         outputs.append(s_out * (base[..., start : start + n] + adapter) + bias)
         start += n
     return outputs

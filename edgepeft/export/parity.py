@@ -146,10 +146,8 @@ class OnnxModel:
         feeds: dict[str, np.ndarray] = dict(own) | {n: array[:, :, :0] for n, array in self._beginning.items()}
         for name, item in self.adapter_shapes.items():
             dtype = np.float16 if "float16" in item.type else np.float32
-            if name.endswith("lora_A.weight"):
+            if name.endswith(("lora_A.weight", "lora_B.weight")):
                 feeds[name] = np.zeros((0, item.shape[1]), dtype)
-            elif name.endswith("lora_B.weight"):
-                feeds[name] = np.zeros((item.shape[0], 0), dtype)
             elif name.endswith(BESIDE):
                 width = int(name.endswith(ROUTER))
                 feeds[name] = np.zeros([size if isinstance(size, int) else width for size in item.shape], dtype)

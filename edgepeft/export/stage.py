@@ -6,9 +6,10 @@
     config.json  tokenizer files         as Hugging Face has them, with this model's labels
     export.json                          what was written, with sizes; of a decoder, what running it takes
 
-The graph's defaults are byte ranges of the adapter's own file. Every linear has inputs for A and B, of rank 0 where the
-adapter has none, so that another adapter may adapt others. A merged model has no
-adapters folder and no adapter inputs; its head is a constant. A decoder's context is --context, or what the model has.
+The graph's defaults are byte ranges of the adapter's own file, but for B, which lies turned in model.onnx.data. Every
+linear has inputs for A and B, of rank 0 where the adapter has none, so that another adapter may adapt others. A merged
+model has no adapters folder and no adapter inputs; its head is a constant. A decoder's context is --context, or what
+the model has.
 """
 
 from __future__ import annotations

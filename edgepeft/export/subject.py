@@ -23,6 +23,7 @@ from edgepeft.errors import TargetError
 from edgepeft.export import parity
 from edgepeft.export.emitter import ADAPTER_FILE
 from edgepeft.export.parity import OnnxModel, Trace
+from edgepeft.runtime.adapters import for_graph
 from edgepeft.train.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -151,13 +152,13 @@ class Subject:
 
     @functools.cached_property
     def tensors(self) -> dict[str, np.ndarray]:
-        """The exported adapter's tensors as the graph names them, mapped."""
+        """The exported adapter's tensors as the graph takes them."""
         file = self.folder / ADAPTER_FILE
         terms = file.with_name(TERMS_FILE)
-        if not terms.exists():
-            return read_tensors(file)
-        stored = read_tensors(terms)
-        return {**stored, **{name: stored[source] for name, source in aliases(tensor_header(terms)[1]).items()}}
+        file = terms if terms.exists() else file
+        stored = read_tensors(file)
+        same = {name: stored[source] for name, source in aliases(tensor_header(file)[1]).items()}
+        return for_graph({**stored, **same})
 
 
 class Labelled(Subject):

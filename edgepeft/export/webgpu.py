@@ -314,16 +314,14 @@ class Pass:
         return self.axes("Unsqueeze", self.add("Gemm", [low, up, flat], [f"{out}_sum"]), out)
 
     def offsets(self, name: str, x: str, offset: str, base: str, k: int) -> str:
-        """Add base + C s for the offsets C [N, J] of a weight, s the sums of x over J blocks."""
-        blocks = int(self.constants[offset].dims[1])
+        """Add base + C s for the offsets C [J, N] of a weight, s the sums of x over J blocks."""
+        blocks = int(self.constants[offset].dims[0])
         ones = np.repeat(np.eye(blocks, dtype=np.float32), k // blocks, axis=0)
         sums = self.add("MatMul", [x, self.constant(f"gpu_ones_{k}_{blocks}", ones)], [f"{name}:gpu_sums"])
-        if (turned := f"{offset}:gpu_turned") not in self.laid_out:
-            self.laid_out.add(turned)
-            wide = f"{offset}:gpu_float32"
+        if (wide := f"{offset}:gpu_float32") not in self.laid_out:
+            self.laid_out.add(wide)
             self.layout.append(helper.make_node("Cast", [offset], [wide], name=wide, to=TensorProto.FLOAT))
-            self.layout.append(helper.make_node("Transpose", [wide], [turned], name=turned, perm=[1, 0]))
-        return self.plus(base, sums, turned, f"{name}:gpu_offset")
+        return self.plus(base, sums, wide, f"{name}:gpu_offset")
 
     def about_groups(
         self, parts: list[list[str]], sizes: list[int]

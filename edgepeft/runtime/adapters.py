@@ -1,10 +1,11 @@
 """Adapters as sets of ready feeds: one mapped file, one view per tensor, one OrtValue per view, made once and kept.
 
-An adapter's tensors are overridable inputs of the graph, so swapping is feeding other pointers: no copy, no reload.
+An adapter's tensors are overridable inputs of the graph, so swapping is feeding other pointers: no copy, no reload. B
+alone is turned when it is loaded, from [N, R] in its file to the graph's [R, N].
 
     input of the graph          default adapter      base            another adapter
     …lora_A.weight  [R, K]      (not fed)            [0, K]          its view, or [0, K] where it has none
-    …lora_B.weight  [N, R]      (not fed)            [N, 0]          its view, or [N, 0] where it has none
+    …lora_B.weight  [R, N]      (not fed)            [0, N]          its own, or [0, N] where it has none
     …gate           [.., R]     (not fed)            [.., 1]         its view, or one 1 where it has none
     …s_in, s_out    [K], [N]    (not fed)            ones            its view, or ones where it has none
     a router        [E, K]      (not fed)            zeros [1, K]    its view, or of one expert where it has none
@@ -104,7 +105,7 @@ class Slot:
     @functools.cached_property
     def stacks(self) -> int | None:
         """Return the axis along which adapters stack, or None where they cannot."""
-        return 1 if self.name.endswith(UP) else 0 if self.name.endswith(DOWN) or self.head else None
+        return 0 if self.low_rank or self.head else None
 
     @staticmethod
     def gate_of(name: str) -> str:
@@ -120,9 +121,7 @@ class Slot:
         if self.branch:  # one expert, or a width of 0
             width = int(self.name.endswith(ROUTER))
             return _filled(0, tuple(size if isinstance(size, int) else width for size in self.shape), self.dtype)
-        rank_axis = 0 if self.name.endswith(DOWN) else 1
-        shape = (0 if axis == rank_axis else int(size or 0) for axis, size in enumerate(self.shape))
-        return _filled(0, tuple(shape), self.dtype)
+        return _filled(0, (0, *(int(size or 0) for size in self.shape[1:])), self.dtype)
 
     def fits(self, array: np.ndarray) -> bool:
         """Tell whether an array has this slot's type and fixed dimensions."""
@@ -261,7 +260,7 @@ def _check_tensors(
         if name.endswith(DOWN):
             other = arrays.get(name.removesuffix(DOWN) + UP)
             rank = array.shape[0] if array is not None and array.ndim else 0
-            if rank != (other.shape[-1] if other is not None and other.ndim else 0):
+            if rank != (other.shape[0] if other is not None and other.ndim else 0):
                 problems.append(f"{name} has rank {rank}, its B another")
     problems = problems or [*_gate_problems(arrays, places), *_bottleneck_problems(arrays)]
     if problems:
@@ -293,6 +292,12 @@ def _bottleneck_problems(arrays: Mapping[str, np.ndarray]) -> list[str]:
         if not down[0] == bias[0] == up[1]:
             problems.append(f"{stem}*: expected one width, found {down[0]}, {bias[0]} and {up[1]}")
     return problems
+
+
+def for_graph(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the tensors of a file with each B as the graph takes it, one array for all names of a stored tensor."""
+    ups = {id(array): np.ascontiguousarray(array.T) for name, array in arrays.items() if name.endswith(UP)}
+    return {name: ups[id(array)] if name.endswith(UP) else array for name, array in arrays.items()}
 
 
 def _feeds(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -329,6 +334,7 @@ def load_adapter(
         _check_config(folder)
     own = _own(folder.parent, places)
     prompt = prompts.taken(arrays, pasts, folder)
+    arrays = for_graph(arrays)
     _check_tensors(folder, arrays, places, own)
     rank = max((a.shape[0] for n, a in arrays.items() if n.endswith(DOWN)), default=0)
     fed = {

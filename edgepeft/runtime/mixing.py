@@ -1,6 +1,6 @@
 """Adapters stacked, so that the rows of one run can use different ones.
 
-    y = W·x + B·( gate ⊙ (A·x) )         A [R1 + R2 + .., K]   B [N, R1 + R2 + ..]   gate [rows.., R1 + R2 + ..]
+    y = W·x + B·( gate ⊙ (A·x) )         A [R1 + R2 + .., K]   B [R1 + R2 + .., N]   gate [rows.., R1 + R2 + ..]
 
 A row's gate is its own adapter's (1 where that has none) in its adapter's part of R, and 0 in the others': what another
 adapter makes of a row is multiplied by 0, so a row is what it is alone, and no answer depends on another's adapter.

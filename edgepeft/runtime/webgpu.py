@@ -49,7 +49,7 @@ def pack(
 
     S is the sum of ranks, filled with zeros to a multiple of RANKS and never 0, at which the provider crashes.
 
-    groups: {"a": name, "b": name, "gate": name or None, "n": rows}; values: a [R, K], b [N, R], gate [.., R or 1].
+    groups: {"a": name, "b": name, "gate": name or None, "n": rows}; values: a [R, K], b [R, N], gate [.., R or 1].
     """
     total, start = sum(group["n"] for group in groups), 0
     downs, ups = [np.zeros((k, 0), np.float32)], [np.zeros((0, total), np.float32)]
@@ -58,7 +58,7 @@ def pack(
         gate = values[group["gate"]].astype(np.float32).reshape(-1, 1) if group["gate"] in values else 1
         downs.append((a * gate).T)
         up = np.zeros((len(a), total), np.float32)
-        up[:, start : start + group["n"]] = b.T
+        up[:, start : start + group["n"]] = b
         ups.append(up)
         start += group["n"]
     width = sum(len(up) for up in ups)
@@ -123,7 +123,7 @@ def slots(session: Any, own: Mapping[str, Slot]) -> dict[str, Slot]:
         for group in groups:
             rank = f"{group['a']}.rank"
             found[group["a"]] = Slot(group["a"], (rank, sizes[name]), half)
-            found[group["b"]] = Slot(group["b"], (group["n"], rank), half)
+            found[group["b"]] = Slot(group["b"], (rank, group["n"]), half)
             if group["gate"]:
                 found[group["gate"]] = Slot(group["gate"], ("gates",), np.dtype(np.float32))
     return found

@@ -46,9 +46,9 @@ Failure read_part(Run& run, const Step& s, int g, int64_t rows, Part* part) {
   const int at = kFirst + g * kPerGroup;
   *part = {&run.in(s, at + kA), &run.in(s, at + kB), nullptr, nullptr, nullptr, 0, 0};
   const int64_t rank = part->a->dims.rank == 2 ? part->a->dims.d[0] : -1, n = s.whole[kRows + g];
-  if (rank < 0 || part->a->dims.d[1] != s.whole[kK] || part->b->type != part->a->type || part->b->dims.d[0] != n ||
-      part->b->dims.d[1] != rank || (part->a->type != kHalf && part->a->type != kFloat))
-    return run.refuse(s, "expected a [R, K] and b [N, R], both float16 or both float32");
+  if (rank < 0 || part->a->dims.d[1] != s.whole[kK] || part->b->type != part->a->type || part->b->dims.d[0] != rank ||
+      part->b->dims.d[1] != n || (part->a->type != kHalf && part->a->type != kFloat))
+    return run.refuse(s, "expected a [R, K] and b [R, N], both float16 or both float32");
   part->rank = static_cast<uint32_t>(rank);
   part->gate = or_neutral(run.in(s, at + kGate), 1);
   part->s_out = or_neutral(run.in(s, at + kSOut), 1);
@@ -71,9 +71,9 @@ uint32_t place(const Value* value) { return value ? static_cast<uint32_t>(value-
 // Puts the weights' offsets where the adapter would be, as group 0's a and b.
 Failure read_offsets(Run& run, const Step& s, const Part* parts, Dispatch* d) {
   Value& c = run.in(s, kFirst + static_cast<int>(s.whole[kGroups]) * kPerGroup);
-  const int64_t blocks = c.dims.rank == 2 ? c.dims.d[1] : 0;
-  if (c.dims.d[0] != s.whole[kN] || blocks <= 0 || s.whole[kK] % (blocks * kUnit) || (c.type != kHalf && c.type != kFloat))
-    return run.refuse(s, "expected w_offset [N, J], float16 or float32, K / J a multiple of 32");
+  const int64_t blocks = c.dims.rank == 2 ? c.dims.d[0] : 0;
+  if (c.dims.d[1] != s.whole[kN] || blocks <= 0 || s.whole[kK] % (blocks * kUnit) || (c.type != kHalf && c.type != kFloat))
+    return run.refuse(s, "expected w_offset [J, N], float16 or float32, K / J a multiple of 32");
   for (int g = 0; g < s.whole[kGroups]; g++)
     if (parts[g].rank) return run.refuse(s, "weights with offsets and an adapter at once have no shader");
   GPU_TRY(run.to_gpu(c));

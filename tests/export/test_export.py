@@ -15,6 +15,7 @@ from edgepeft.errors import ModelError
 from edgepeft.export import emitter, encoder
 from edgepeft.export.parity import OnnxModel, largest_error
 from edgepeft.quant.formats import FORMATS
+from edgepeft.runtime.adapters import for_graph
 from tests.export.tiny_run import export_run, make_run, random_adapter, torch_model
 
 TIGHT = 1e-4  # float32 rounding over the layers
@@ -69,7 +70,7 @@ def test_another_adapter_is_fed_without_a_reload(tiny, tmp_path, rank, labels):
     config, run = tiny
     random_adapter(run, tmp_path / "trained", rank=rank, labels=labels, seed=rank)
     peft_files.write_device(tmp_path / "device", tmp_path / "trained")
-    feeds = dict(read_tensors(tmp_path / "device" / peft_files.TENSORS))
+    feeds = for_graph(read_tensors(tmp_path / "device" / peft_files.TENSORS))
     from peft import PeftModel
 
     from edgepeft.backbone.load import quantized_model
@@ -100,7 +101,8 @@ def names_of_gates(tensors):
     return {name.replace("lora_A.weight", "gate") for name in tensors if name.endswith("lora_A.weight")}
 
 
-def test_folder_is_complete_and_the_adapter_exists_once(tiny):
+def test_folder_is_complete_and_the_adapter_lies_in_it(tiny):
+    """Its file serves the graph too; B alone lies there again, turned."""
     _config, run = tiny
     folder = run.path("export")
     names = set(digests(folder))
@@ -119,9 +121,10 @@ def test_folder_is_complete_and_the_adapter_exists_once(tiny):
     for tensor in proto.graph.initializer:
         if tensor.name in tensors:
             place = {e.key: e.value for e in tensor.external_data}
-            assert place["location"] == emitter.ADAPTER_FILE
-            raw = (folder / emitter.ADAPTER_FILE).read_bytes()[int(place["offset"]) :][: int(place["length"])]
-            assert raw == tensors[tensor.name].tobytes()
+            turned = tensor.name.endswith("lora_B.weight")
+            assert place["location"] == ("model.onnx.data" if turned else emitter.ADAPTER_FILE)
+            raw = (folder / place["location"]).read_bytes()[int(place["offset"]) :][: int(place["length"])]
+            assert raw == for_graph(tensors)[tensor.name].tobytes()
 
 
 def test_file_stays_within_what_the_oldest_runtime_reads(tiny):

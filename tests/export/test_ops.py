@@ -23,12 +23,12 @@ def make_inputs(tag, leading, k, rows, rank, dtype=np.float16, gate="one", scale
         shape = {"one": (1,), "rank": (r,), "token": (*leading, r)}[gate]
         inputs += [
             (rng.standard_normal((r, k)) / np.sqrt(k)).astype(dtype),
-            rng.standard_normal((n_g, r)).astype(dtype),
+            rng.standard_normal((r, n_g)).astype(dtype),
             one if gate == "one" else rng.standard_normal(shape).astype(np.float32),
             one if scales == "one" else rng.random(n_g, np.float32) + 0.5,
             0 * one if bias == "none" else rng.standard_normal(n_g, np.float32),
         ]
-    shape = len(packed.w) * TILE_ROWS, offset
+    shape = offset, len(packed.w) * TILE_ROWS
     return [*inputs, (rng.standard_normal(shape) / np.sqrt(k)).astype(dtype)] if offset else inputs
 
 

@@ -14,9 +14,8 @@ from edgepeft.config import Config
 from edgepeft.errors import VerifyError
 from edgepeft.export import genai, parity, token_checks
 from edgepeft.export import verify as stage
-from edgepeft.export.emitter import ADAPTER_FILE
 from edgepeft.export.stage import export
-from tests.export.test_verify import Here, adapter_of, copy, damage, edit_graph, emulated, run_stage  # noqa: F401 - fixtures among them
+from tests.export.test_verify import Here, change_b, copy, damage, edit_graph, emulated, run_stage, swap_b, zero  # noqa: F401 - fixtures among them
 from tests.export.tiny_decoder import random_adapter
 
 LAYER = "model.layers"
@@ -123,14 +122,11 @@ def turn_backwards(run):
 
 
 def swap_k_and_v(run):
-    names = [f"{LAYER}.0.self_attn.{part}_proj.lora_B.weight" for part in "kv"]
-    k, v = (adapter_of(run.path("export") / ADAPTER_FILE, name) for name in names)
-    k[:], v[:] = v.copy(), k.copy()
+    swap_b(run, [f"{LAYER}.0.self_attn.{part}_proj.lora_B.weight" for part in "kv"])
 
 
 def zero_a_trained_adapter(run):
-    for path in (run.path("export") / ADAPTER_FILE, run.path("adapter") / "adapter_model.safetensors"):
-        adapter_of(path, f"{LAYER}.1.mlp.up_proj.lora_B.weight")[:] = 0
+    change_b(run, f"{LAYER}.1.mlp.up_proj.lora_B.weight", zero, trained=True)
 
 
 def see_a_window(run):
@@ -156,7 +152,7 @@ FAULTS = {
     roll_the_shared_embedding: r"stock.*starts in model\.embed_tokens:",
     spoil_a_norm: rf"stock.*starts in {LAYER}\.1\.post_attention_layernorm:",
     turn_backwards: rf"stock.*starts in {LAYER}\.0\.self_attn\.o_proj:",
-    swap_k_and_v: rf"exported adapter.*starts in {LAYER}\.0\.self_attn\.k_proj:",
+    swap_k_and_v: rf"stock.*starts in {LAYER}\.0\.self_attn\.k_proj:",
     zero_a_trained_adapter: rf"effect.*{LAYER}\.1\.mlp\.up_proj\.lora_[AB]\.weight",
     see_a_window: rf"stock.*starts in {LAYER}\.0\.self_attn\.o_proj:",
     forget_a_past: r"a text in parts against the whole: the difference starts in 1 token a run",

@@ -47,7 +47,7 @@ def test_right_export_passes_and_reports(copy):
 
 
 def damage(run, name, dtype, change):
-    """Change the values of one initializer, wherever its bytes lie."""
+    """Change the values of one initializer, flat, wherever its bytes lie."""
     path = run.path("export") / "model.onnx"
     proto = onnx.load(path, load_external_data=False)
     tensor = next(t for t in proto.graph.initializer if t.name == name)
@@ -60,6 +60,18 @@ def damage(run, name, dtype, change):
         return
     count = int(place["length"]) // np.dtype(dtype).itemsize
     change(np.memmap(path.parent / place["location"], dtype, "r+", int(place["offset"]), (count,)))
+
+
+def change_b(run, name, change, trained=False):
+    """Change B of a module, flat, in the export's graph and file, and in what was trained."""
+    damage(run, f"{PREFIX}{name}", np.float16, change)
+    change(adapter_of(run.path("export") / ADAPTER_FILE, name))
+    if trained:
+        change(adapter_of(run.path("adapter") / "adapter_model.safetensors", name))
+
+
+def zero(values):
+    values[:] = 0
 
 
 def adapter_of(path, name):
@@ -98,32 +110,42 @@ def shift_an_embedding(run):
     damage(run, "bert.embeddings.word_embeddings.qweight", np.uint8, change)
 
 
+def swap_b(run, names):
+    found = []
+    for name in names:
+        damage(run, f"{PREFIX}{name}", np.float16, lambda values: found.append(values.copy()))
+    for name, other in zip(names, found[::-1], strict=True):
+        damage(run, f"{PREFIX}{name}", np.float16, lambda values, other=other: np.copyto(values, other))
+
+
 def swap_q_and_k(run):
-    names = [f"{LAYER}.0.attention.self.{part}.lora_B.weight" for part in ("query", "key")]
-    q, k = (adapter_of(run.path("export") / ADAPTER_FILE, name) for name in names)
-    q[:], k[:] = k.copy(), q.copy()
+    swap_b(run, [f"{LAYER}.0.attention.self.{part}.lora_B.weight" for part in ("query", "key")])
 
 
 def zero_an_adapter(run):
-    adapter_of(run.path("export") / ADAPTER_FILE, f"{LAYER}.1.intermediate.dense.lora_B.weight")[:] = 0
+    change_b(run, f"{LAYER}.1.intermediate.dense.lora_B.weight", zero)
 
 
 def zero_a_trained_adapter(run):
-    for path in (run.path("export") / ADAPTER_FILE, run.path("adapter") / "adapter_model.safetensors"):
-        adapter_of(path, f"{LAYER}.0.attention.self.value.lora_B.weight")[:] = 0
+    change_b(run, f"{LAYER}.0.attention.self.value.lora_B.weight", zero, trained=True)
 
 
 def tiny_adapter(run):
-    for path in (run.path("export") / ADAPTER_FILE, run.path("adapter") / "adapter_model.safetensors"):
-        for name in read_tensors(path):
-            if name.endswith("lora_B.weight"):
-                adapter_of(path, name.removeprefix(PREFIX))[:] *= np.float16(1e-3)
+    def change(values):
+        values[:] = (values * 1e-3).astype(values.dtype)
+
+    for name in read_tensors(run.path("export") / ADAPTER_FILE):
+        if name.endswith("lora_B.weight"):
+            change_b(run, name.removeprefix(PREFIX), change, trained=True)
 
 
 def forget_the_scale(run):
+    def change(values):
+        values[:] = values / 2
+
     for name in read_tensors(run.path("export") / ADAPTER_FILE):
         if name.endswith("lora_B.weight"):
-            adapter_of(run.path("export") / ADAPTER_FILE, name.removeprefix(PREFIX))[:] /= 2
+            change_b(run, name.removeprefix(PREFIX), change)
 
 
 def edit_graph(run, change):
@@ -172,7 +194,7 @@ FAULTS = {
     nan_scale: rf"stock.*starts in {LAYER}\.0\.intermediate\.dense:.*found inf",
     flip_a_weight_bit: rf"stock.*starts in {LAYER}\.1\.attention\.output\.dense:",
     shift_an_embedding: r"stock.*starts in bert\.embeddings\.word_embeddings:",
-    swap_q_and_k: rf"exported adapter.*starts in {LAYER}\.0\.attention\.self\.query:",
+    swap_q_and_k: rf"stock.*starts in {LAYER}\.0\.attention\.self\.query:",
     zero_an_adapter: rf"exported adapter.*starts in {LAYER}\.1\.intermediate\.dense:",
     forget_the_scale: rf"exported adapter.*starts in {LAYER}\.0\.attention\.self\.query:",
     zero_a_trained_adapter: rf"effect.*{LAYER}\.0\.attention\.self\.value\.lora_[AB]\.weight",

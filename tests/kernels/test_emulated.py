@@ -89,11 +89,11 @@ def write_case(folder: Path, tag: str, m: int, activation: str) -> tuple[str, li
     for rows, rank in zip(ROWS, (4, 20), strict=True):
         inputs += [
             rng.standard_normal((rank, K)).astype(np.float16),
-            rng.standard_normal((rows, rank)).astype(np.float16),
+            rng.standard_normal((rank, rows)).astype(np.float16),
         ]
         inputs += [rng.random((1, m, rank), np.float32), rng.random(rows, np.float32) + 0.5]
         inputs += [rng.standard_normal(rows, np.float32)]
-    inputs.append(rng.standard_normal((n, K // FORMATS[tag].act_block)).astype(np.float16))
+    inputs.append(rng.standard_normal((K // FORMATS[tag].act_block, n)).astype(np.float16))
     name, names, outputs = f"{tag}-{m}-{activation}", ops.input_names(2, offset=True), ops.output_names(2)
     fixed = ("w", "w_scale", "w_offset")
     values = dict(zip(names, inputs, strict=True))

@@ -37,9 +37,9 @@ def inputs(
         gates = {"one": one, "number": 2 * one, "vector": some(rng, r), "per row": some(rng, *leading, r)}
         gates["for all rows"] = some(rng, *(1 for _ in leading), r)
         gates["one for all rows"] = np.ones((*(1 for _ in leading), 1), F)
-        values += [(some(rng, r, k) / k**0.5).astype(dtype), some(rng, n, r).astype(dtype), gates[gate]]
+        values += [(some(rng, r, k) / k**0.5).astype(dtype), some(rng, r, n).astype(dtype), gates[gate]]
         values += [1 + 0.5 * some(rng, n) if scaled else one, some(rng, n)]
-    return [*values, (some(rng, 16 * len(packed.w), offset) / k**0.5).astype(dtype)] if offset else values
+    return [*values, (some(rng, offset, 16 * len(packed.w)) / k**0.5).astype(dtype)] if offset else values
 
 
 def session(
@@ -143,7 +143,7 @@ def test_a_row_of_a_mixed_batch_is_what_it_is_alone(activation: str, threads: in
         alone = [x[row : row + 1], w, w_scale, s_in]
         part = slice(16 * own, 16 * own + 16)
         for a, b, _, s_out, bias in (groups[:5], groups[5:]):
-            alone += [a[part], b[:, part], np.ones(1, F), s_out, bias]
+            alone += [a[part], b[part], np.ones(1, F), s_out, bias]
         for y, expected in zip(mixed, session("i4b32", 256, rows, alone, activation)(), strict=True):
             np.testing.assert_array_equal(y[row], expected[0])
 
@@ -154,7 +154,7 @@ def test_what_no_gate_lets_through_is_not_computed(m: int) -> None:
     values[4], values[5], values[6] = (values[i].copy() for i in (4, 5, 6))
     values[6][..., 16:32] = 0
     clean = session("i4b32", 128, [37], values)()[0]
-    values[4][16:32], values[5][:, 16:32] = np.nan, np.nan
+    values[4][16:32], values[5][16:32] = np.nan, np.nan
     np.testing.assert_array_equal(session("i4b32", 128, [37], values)()[0], clean)
 
 
@@ -218,13 +218,13 @@ WRONG = {
     ),
     "rank": (
         5,
-        np.zeros((32, 8), np.float16),
-        r"input 5 \(b0\): expected float16 \[32,16\], to go with a, found float16 \[32,8\]",
+        np.zeros((8, 32), np.float16),
+        r"input 5 \(b0\): expected float16 \[16,32\], to go with a, found float16 \[8,32\]",
     ),
     "b type": (
         5,
-        np.zeros((32, 16), F),
-        r"input 5 \(b0\): expected float16 \[32,16\], to go with a, found float32 \[32,16\]",
+        np.zeros((16, 32), F),
+        r"input 5 \(b0\): expected float16 \[16,32\], to go with a, found float32 \[16,32\]",
     ),
     "gate": (6, np.zeros((2, 16), F), r"input 6 \(gate0\): expected float32 \[1\], \[16\] or \[..,16\]"),
     "s_out": (7, np.zeros(3, F), r"input 7 \(s_out0\): expected float32 \[1\] or \[32\], found float32 \[3\]"),
@@ -240,11 +240,11 @@ def test_a_wrong_input_is_named(what: str) -> None:
         session("i4b32", 64, [32], values)()
 
 
-@pytest.mark.parametrize("shape", [(32, 3), (37, 2), (32, 0), (64,)])
+@pytest.mark.parametrize("shape", [(3, 32), (2, 37), (0, 32), (64,)])
 def test_offsets_that_do_not_fit_are_named(shape) -> None:
     values = [*inputs("i4b32", 64, [32]), np.zeros(shape, np.float16)]
     with pytest.raises(
-        Exception, match=r"input 9 \(w_offset\): expected float16 or float32 \[32,J\], K/J a multiple of 32"
+        Exception, match=r"input 9 \(w_offset\): expected float16 or float32 \[J,32\], K/J a multiple of 32"
     ):
         session("i4b32", 64, [32], values)
 

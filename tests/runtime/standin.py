@@ -2,7 +2,8 @@
 
     h = mean_pool(E[ids]);  y = h + B·(A·h);  logits = head·y + bias          H = 32 hidden, R = 4, every tensor seeded
 
-Adapter tensors are overridable inputs whose initializers point into adapters/default/adapter_model.safetensors.
+Adapter tensors are overridable inputs whose initializers point into adapters/default/adapter_model.safetensors, but for
+B's, which lies turned in model.onnx.data.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from edgepeft.artifact import sha256_file, tensor_header, write_json, write_tensors
+from edgepeft.artifact import read_tensors, sha256_file, tensor_header, write_json, write_tensors
 from edgepeft.runtime.manifest import seal
 
 H, R = 32, 4
@@ -82,17 +83,19 @@ def embedding() -> np.ndarray:
 
 
 def write_model(bundle: Path, default: Path, gated: bool = True) -> None:
-    """Write model.onnx with its weights in model.onnx.data and the adapter's in the adapter's own file.
+    """Write model.onnx, its weights and B in model.onnx.data, the adapter's other tensors in the adapter's own file.
 
     Where it is not gated the gate is a constant.
     """
     import onnx
     from onnx import TensorProto, helper
 
-    (bundle / "model.onnx.data").write_bytes(embedding().tobytes())
+    up = read_tensors(default / "adapter_model.safetensors")[B].T
+    table = embedding().tobytes()
+    (bundle / "model.onnx.data").write_bytes(table + up.tobytes())
     header, _, start = tensor_header(default / "adapter_model.safetensors")
     types = {"F16": TensorProto.FLOAT16, "F32": TensorProto.FLOAT}
-    dims = {A: ["R", H], B: [H, "R"], HEAD: ["labels", H], BIAS: ["labels"]}
+    dims = {A: ["R", H], B: ["R", H], HEAD: ["labels", H], BIAS: ["labels"]}
     ids = [
         helper.make_tensor_value_info(n, TensorProto.INT64, ["batch", "sequence"])
         for n in ("input_ids", "attention_mask", "token_type_ids")
@@ -107,9 +110,15 @@ def write_model(bundle: Path, default: Path, gated: bool = True) -> None:
             tensor.external_data.add(key=key, value=str(value))
         return tensor
 
-    initializers = [outside("E", TensorProto.FLOAT, [len(WORDS), H], bundle / "model.onnx.data", 0, len(WORDS) * H * 4)]
+    data = bundle / "model.onnx.data"
+    initializers = [
+        outside("E", TensorProto.FLOAT, [len(WORDS), H], data, 0, len(table)),
+        outside(B, TensorProto.FLOAT16, list(up.shape), data, len(table), up.nbytes),
+    ]
     initializers.append(helper.make_tensor(GATE, TensorProto.FLOAT, [1, 1], [1.0]))
     for name, entry in header.items():
+        if name == B:
+            continue
         first, end = entry["data_offsets"]
         initializers.append(
             outside(
@@ -136,7 +145,7 @@ def write_model(bundle: Path, default: Path, gated: bool = True) -> None:
         node("Cast", [B], ["b"], to=1),
         node("Gemm", ["h", "a"], ["low"], transB=1),
         node("Mul", ["low", GATE], ["gated"]),
-        node("Gemm", ["gated", "b", "h"], ["y"], transB=1),
+        node("Gemm", ["gated", "b", "h"], ["y"]),
         node("Gemm", ["y", HEAD, BIAS], ["logits"], transB=1),
     ]
     out = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "labels"])

@@ -75,9 +75,9 @@ def test_each_text_may_have_an_adapter_of_its_own(bundle: Path, monkeypatch: pyt
     model, sizes, run = load(bundle), [], session.Model._run
     names = ["two", "wide", None, BASE, "head"]
 
-    def counted(self: session.Model, binding: object, arrays: dict) -> np.ndarray:
+    def counted(self: session.Model, binding: object, arrays: dict, columns: int = 0) -> np.ndarray:
         sizes.append(len(arrays["input_ids"]))
-        return run(self, binding, arrays)
+        return run(self, binding, arrays, columns)
 
     monkeypatch.setattr(session.Model, "_run", counted)
     found = model.classify(TEXTS, adapter=names)
@@ -150,7 +150,7 @@ def test_threads_with_different_adapters_do_not_disturb_each_other(bundle: Path)
         ("bits", {"weights": "nf4b64"}, "another --format: it names nf4b64, this bundle's is i4b32"),
         ("unsaid", {"weights": ""}, "another --format: it names none, this bundle's is i4b32"),
         ("shape", {st.A: np.zeros((4, 31), np.float16)}, r"lora_A.weight is float16\[4, 31\], expected float16"),
-        ("dtype", {st.B: np.zeros((st.H, 4), np.float32)}, r"is float32\[32, 4\], expected float16"),
+        ("dtype", {st.B: np.zeros((st.H, 4), np.float32)}, r"is float32\[4, 32\], expected float16"),
         ("rank", {st.B: np.zeros((st.H, 5), np.float16)}, "rank 4, its B another"),
         ("half", {st.B: None}, "rank 4, its B another"),
         ("head", {st.HEAD: None}, "classifier.weight is missing"),

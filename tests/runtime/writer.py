@@ -77,10 +77,9 @@ def write_model(bundle: Path, tensors: dict[str, np.ndarray], gated: bool = True
                 node("Cast", [A], ["a"], to=1),
                 node("Cast", [B], ["b"], to=1),
                 node("Transpose", ["a"], ["at"]),
-                node("Transpose", ["b"], ["bt"]),
                 node("MatMul", [x, "at"], ["low"]),
                 node("Mul", ["low", GATE], ["gated"]),
-                node("MatMul", ["gated", "bt"], ["extra"]),
+                node("MatMul", ["gated", "b"], ["extra"]),
                 node("Add", ["base0", "extra"], ["q0"]),
             ]
         return [
@@ -129,7 +128,7 @@ def write_model(bundle: Path, tensors: dict[str, np.ndarray], gated: bool = True
         info("attention_mask", TensorProto.INT64, ["batch", "total_sequence"]),
         *(info(f"past_key_values.{name}", TensorProto.FLOAT, ["batch", *dims]) for name in cache),
         info(A, TensorProto.FLOAT16, ["rank", D]),
-        info(B, TensorProto.FLOAT16, [D, "rank"]),
+        info(B, TensorProto.FLOAT16, ["rank", D]),
         *([info(GATE, TensorProto.FLOAT, ["batch", "sequence", "gates"])] if gated else []),
         info("logits_to_keep", TensorProto.INT64, [1]),
     ]
@@ -139,6 +138,7 @@ def write_model(bundle: Path, tensors: dict[str, np.ndarray], gated: bool = True
     ]
     cos, sin = rotary()
     constants = {**tensors, "cos": cos, "sin": sin, **adapter_tensors(1), "logits_to_keep": np.array([1], np.int64)}
+    constants[B] = np.ascontiguousarray(constants[B].T)
     constants[GATE] = np.ones((1, 1, 1), np.float32)
     initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
     graph = helper.make_graph(nodes, "writer", inputs, outputs, initializers)

@@ -1,9 +1,10 @@
 """`.onnx_adapter` files of ONNX Runtime: a flatbuffer ("TORT") of tensors named after a graph's inputs.
 
 It says neither rank nor alpha nor base: ranks are read off the shapes, and the scale lies in B. Names and orientation
-are those of the graph it was made for: ours are PEFT's; GenAI's builder and Olive turn both matrices round.
+are those of the graph it was made for: ours are PEFT's with B turned round; GenAI's builder and Olive turn both.
 
     base_model.model.<module>.lora_A.weight [R, K]       model.layers.0.attn.q_proj.lora_A.MatMul.weight [K, R]
+    base_model.model.<module>.lora_B.weight [R, N]       model.layers.0.attn.q_proj.lora_B.MatMul.weight [R, N]
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import re
 from pathlib import Path
 
 from edgepeft.adapt.foreign import PREFIX, Foreign, lora_settings, ranks
+from edgepeft.adapt.terms import ENDINGS
 from edgepeft.errors import ArtifactError
 
+UP = f".{ENDINGS['b_nr']}"
 MAGIC = b"TORT"  # after the flatbuffer's first offset
 TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.MatMul\.weight$")
 
@@ -34,7 +37,7 @@ def read(path: Path) -> Foreign:
         if not array.size or (name.endswith(".gate") and (array == 1).all()):
             continue  # there to switch off what a graph's own default would leave in
         if name.startswith(PREFIX):
-            tensors[name] = array
+            tensors[name] = array.T if name.endswith(UP) else array
         elif match := TENSOR.match(name):
             module = match["module"].replace(".attn.", ".self_attn.")
             tensors[f"{PREFIX}{module}.lora_{match['side']}.weight"], turned = array.T, True

@@ -1,10 +1,11 @@
 /**
  * Adapters as tensors to feed: read from safetensors files; packed where the graph for GPUs takes them so.
  *
- *     A [R, K], B [N, R] of each group ──► A [K, S], B [S, N] float32, S the ranks of all groups, filled to a vector of 4
+ *     A [R, K], B [R, N] of each group ──► A [K, S], B [S, N] float32, S the ranks of all groups, filled to a vector of 4
  *                                      ──► or their 4-bit digits, see web/digits.js
  *
- * A tensor is {kind, dims, data}, float16 as Uint16Array; packed ones have no kind, their arrays tell it.
+ * In files B is [N, R], as PEFT has it. A tensor is {kind, dims, data}, float16 as Uint16Array; packed ones have no kind,
+ * their arrays tell it.
  * It is `edgepeft.runtime.adapters` and `edgepeft.runtime.webgpu` over again, and refuses what they refuse: an adapter of
  * another base or format, a tensor that the graph has no place for, a scale that was not folded into B.
  */
@@ -17,6 +18,7 @@ export const BASE = "none";
 export const TENSORS = "adapter_model.safetensors";
 export const TERMS = "terms.safetensors";
 const OWN = "adapters/base.safetensors";
+const UP = ".lora_B.weight";
 const PAST = "past_key_values.";
 const BEFORE = /\.(prompt|prefix)$/; // rows before a classifier's text
 export const RANKS = 4; // a vector of WebGPU
@@ -82,7 +84,7 @@ function side(groups, tensors, k, width) {
     for (let r = 0; r < rank; r++) {
       const factor = gate ? gate[gate.length === 1 ? 0 : r] : 1;
       for (let i = 0; i < k; i++) down[(first + r) * k + i] = Math.fround(a[r * k + i] * factor);
-      for (let i = 0; i < group.n; i++) up[i * width + first + r] = b[i * rank + r];
+      for (let i = 0; i < group.n; i++) up[i * width + first + r] = b[r * group.n + i];
     }
     first += rank;
     return up;
@@ -92,7 +94,7 @@ function side(groups, tensors, k, width) {
 
 /** Return numbers [rows, columns] as [columns, rows]. */
 function turned(data, rows, columns) {
-  const out = new Float32Array(data.length);
+  const out = new data.constructor(data.length);
   for (let i = 0; i < rows; i++) for (let j = 0; j < columns; j++) out[j * rows + i] = data[i * columns + j];
   return out;
 }
@@ -201,9 +203,9 @@ export class Places {
 
   #check(where, groups, tensors, k) {
     for (const { a, b, n } of groups) {
-      const [down, up] = [tensors.get(a)?.dims ?? [0, k], tensors.get(b)?.dims ?? [n, 0]];
-      if (down[0] !== up[1] || down[1] !== k || up[0] !== n) {
-        throw new EdgePeftError(`${where}: ${a} is [${down}] and its B [${up}], expected [R, ${k}] and [${n}, R].`);
+      const [down, up] = [tensors.get(a)?.dims ?? [0, k], tensors.get(b)?.dims ?? [0, n]];
+      if (down[0] !== up[0] || down[1] !== k || up[1] !== n) {
+        throw new EdgePeftError(`${where}: ${a} is [${down}] and its B [${up}], expected [R, ${k}] and [R, ${n}].`);
       }
     }
   }
@@ -266,7 +268,17 @@ export async function readAdapter(files, name) {
       throw new EdgePeftError(`${file}: made for another ${what}: ${says}. Its answers would be wrong.`);
     }
   }
-  return { where: folder, tensors, labels: (await json("labels.json")) ?? manifest.labels ?? [] };
+  return { where: folder, tensors: graphsOwn(tensors), labels: (await json("labels.json")) ?? manifest.labels ?? [] };
+}
+
+/** Return a file's tensors with each B as the graph takes it. */
+function graphsOwn(tensors) {
+  const put = ([name, tensor]) => {
+    if (!name.endsWith(UP)) return [name, tensor];
+    const [n, rank] = tensor.dims;
+    return [name, { ...tensor, dims: [rank, n], data: turned(tensor.data, n, rank) }];
+  };
+  return new Map([...tensors].map(put));
 }
 
 function checkSettings(folder, settings) {

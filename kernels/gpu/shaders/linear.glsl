@@ -1,5 +1,5 @@
 // What the shaders of an adapted linear share: y_g = s_out_g (W_g (s_in x) + B_g (gate_g (A_g x))) + bias_g; with OFFSETS
-// W_g + C_g repeated along blocks of columns in place of W_g, and no adapter, in whose place C [N, J] lies.
+// W_g + C_g repeated along blocks of columns in place of W_g, and no adapter, in whose place C [J, N] lies.
 // Weights lie in tiles as kernels/formats.h says: a unit of 16 rows x 32 columns is 16 or 32 vectors of four rows' lanes.
 layout(local_size_x_id = 0) in;
 layout(constant_id = 0) const uint THREADS = 64;
@@ -91,12 +91,12 @@ float adapter_at(uint g, uint at) {
   const vec2 pair = unpackHalf2x16(adapter[at / 2u]);
   return at % 2u == 0u ? pair.x : pair.y;
 }
-float b_at(uint g, uint n, uint r) { return adapter_at(g, p.group[g].b + n * p.group[g].rank + r); }
+float b_at(uint g, uint n, uint r) { return adapter_at(g, p.group[g].b + r * p.group[g].n + n); }  // B is [R, N]
 
 // What is added to the weights of rows 4 n4 .. 4 n4 + 3 of a tile, all columns of a unit alike.
 vec4 offsets(uint tile, uint unit, uint n4) {
-  const uint blocks = p.group[0].b, at = p.group[0].a + (tile * 16u + 4u * n4) * blocks + unit / (p.k / 32u / blocks);
-  return vec4(adapter_at(0u, at), adapter_at(0u, at + blocks), adapter_at(0u, at + 2u * blocks), adapter_at(0u, at + 3u * blocks));
+  const uint block = unit / (p.k / 32u / p.group[0].b), at = p.group[0].a + (block * p.tiles + tile) * 16u + 4u * n4;
+  return vec4(adapter_at(0u, at), adapter_at(0u, at + 1u), adapter_at(0u, at + 2u), adapter_at(0u, at + 3u));
 }
 
 // Writes y of row n of a group, when it is one.
