@@ -330,6 +330,7 @@ def adapters_remove(bundle: Path, name: str) -> None:
     from edgepeft.deploy.adapters import remove
 
     remove(bundle, name)
+    say(f"removed: {name}")
 
 
 @cli.command()

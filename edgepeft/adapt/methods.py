@@ -115,7 +115,7 @@ def _adalora(config: Config, modules: list[str], heads: list[str], task_type: st
     # Half as many ranks again to choose from. The steps become known when training begins.
     start, alpha = config.rank + (config.rank + 1) // 2, config.alpha
     return AdaLoraConfig(
-        init_r=start, target_r=config.rank, lora_alpha=alpha * start / config.rank,  # type: ignore[arg-type]
+        init_r=start, target_r=config.rank, lora_alpha=alpha * start / config.rank,  # type: ignore[arg-type]  # it says int
         lora_dropout=config.dropout, target_modules=modules, modules_to_save=heads, total_step=3, tinit=0, tfinal=1,
         task_type=task_type,
     )  # fmt: skip

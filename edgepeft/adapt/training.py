@@ -238,7 +238,7 @@ def _keys_and_values(model: Any, rows: torch.Tensor) -> list[torch.Tensor]:
     family, found = family_of(model.config.to_dict(), "the model"), []
     backbone = model.get_submodule(family.prefix)
     modules = [family.linears[role].format(i=i) for i in range(model.config.num_hidden_layers) for role in "kv"]
-    keep = lambda _module, _inputs, output: found.append(output[0])  # noqa: E731
+    keep = lambda _module, _inputs, output: found.append(output[0])  # noqa: E731 - one line
     hooks = [backbone.get_submodule(name).register_forward_hook(keep) for name in modules]
     backbone(inputs_embeds=rows)
     for hook in hooks:

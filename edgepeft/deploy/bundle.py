@@ -72,7 +72,8 @@ was measured and the digest of every file.
 `requirements.txt` pins {requirement}. {why}
 
 `sample.py` needs nothing else and is short enough to copy from. To check every digest first, to swap adapters and to
-measure, install edgepeft beside it (`pip install --no-deps edgepeft`):
+measure, install edgepeft beside it, which keeps the pinned ONNX Runtime (`venv/bin/pip install FOLDER` of its
+repository):
 
 {use}
 

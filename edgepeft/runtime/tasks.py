@@ -93,8 +93,10 @@ def inputs(texts: Sequence[str], file: Path | str | None) -> Iterator[list[str]]
         try:
             with open(file, encoding="utf-8-sig") as stream:
                 yield from _chunks(_lines(stream), CHUNK)
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: cannot be read as UTF-8 text: {error}.") from None
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror}. Check the path.") from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: expected UTF-8, found byte {error.object[error.start]:#x}. Save it so.") from None
     elif file is not None or list(texts) == ["-"]:
         yield from _chunks(_lines(sys.stdin), 1)
     elif texts:

@@ -63,7 +63,7 @@ def test_run_reads_standard_input(
     ("given", "message"),
     [
         ({}, "no text given"),
-        ({"file": "nowhere"}, "cannot be read"),
+        ({"file": "nowhere"}, "nowhere: cannot be read: No such file"),
         ({"texts": ["play"], "top_k": 0}, "at least 1"),
         ({"texts": [" "]}, "empty"),
         ({"texts": ["play \udcff jazz"]}, "not valid Unicode"),

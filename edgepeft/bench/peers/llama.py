@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:
-    import protocol  # type: ignore[import-not-found, unused-ignore]
+    import protocol  # type: ignore[import-not-found, unused-ignore]  # beside it
 else:
     from edgepeft.bench.peers import protocol
 
