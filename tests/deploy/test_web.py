@@ -44,8 +44,9 @@ def test_a_classifier_answers_as_python_does_under_every_adapter(bundles, pages,
     assert list(found["scores"]) == list(answer.scores)
 
 
-WRITERS = [("writer", device) for device in DEVICES]
-WRITERS += [pytest.param("capped", device, marks=pytest.mark.slow) for device in DEVICES]
+WRITERS: list = [("writer", "wasm")]
+MORE = [("writer", "webgpu"), *(("capped", device) for device in DEVICES)]
+WRITERS += [pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE]
 
 
 @pytest.mark.parametrize(("kind", "device"), WRITERS)
