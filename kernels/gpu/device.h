@@ -11,7 +11,7 @@
 
 #include "vulkan_abi.h"
 
-constexpr int kBindings = 8;
+constexpr int kBindings = 9;
 constexpr int kWords = 32;
 constexpr int kMostConstants = 12;
 

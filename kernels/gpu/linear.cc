@@ -10,8 +10,8 @@ namespace {
 enum Whole { kFormat, kGroups, kK, kN, kOffsets, kRows };  // kRows and two more: of the groups
 enum Input { kX, kW, kScale, kSIn, kFirst };
 enum Own { kA, kB, kGate, kSOut, kBias, kPerGroup };
-constexpr uint32_t kHalfFlag = 1, kGateNumber = 2, kGateRows = 4, kSOutNumber = 8, kBiasNumber = 16;
-constexpr int kFlagsWord = 6, kGroupWords = 8;  // where flags and the first group are among the words
+constexpr uint32_t kHalfFlag = 1, kGateNumber = 2, kGateRows = 4, kSOutNumber = 8, kBiasNumber = 16;  // of a group
+constexpr uint32_t kOffsetHalf = kHalfFlag << 15;  // behind those of three groups
 constexpr uint32_t kProductThreads = 128;
 constexpr int64_t kFewRows = 8;  // of x, that the first shader takes
 // Up to how many ranks of a linear, and numbers of its A, each workgroup computes A x for itself: measured on an H200.
@@ -68,24 +68,22 @@ Failure read_part(Run& run, const Step& s, int g, int64_t rows, Part* part) {
 
 uint32_t place(const Value* value) { return value ? static_cast<uint32_t>(value->element()) : kNeutral; }
 
-// Puts the weights' offsets where the adapter would be, as group 0's a and b.
-Failure read_offsets(Run& run, const Step& s, const Part* parts, Dispatch* d) {
+// Binds the weights' offsets; `blocks` is how many a row has.
+Failure read_offsets(Run& run, const Step& s, Dispatch* d, uint32_t* blocks, uint32_t* flags) {
   Value& c = run.in(s, kFirst + static_cast<int>(s.whole[kGroups]) * kPerGroup);
-  const int64_t blocks = c.dims.rank == 2 ? c.dims.d[0] : 0;
-  if (c.dims.d[1] != s.whole[kN] || blocks <= 0 || s.whole[kK] % (blocks * kUnit) || (c.type != kHalf && c.type != kFloat))
+  const int64_t count = c.dims.rank == 2 ? c.dims.d[0] : 0;
+  if (c.dims.d[1] != s.whole[kN] || count <= 0 || s.whole[kK] % (count * kUnit) || (c.type != kHalf && c.type != kFloat))
     return run.refuse(s, "expected w_offset [J, N], float16 or float32, K / J a multiple of 32");
-  for (int g = 0; g < s.whole[kGroups]; g++)
-    if (parts[g].rank) return run.refuse(s, "weights with offsets and an adapter at once have no shader");
   GPU_TRY(run.to_gpu(c));
-  d->buffers[4] = c.buffer;
-  d->words[kGroupWords + 2] = static_cast<uint32_t>(c.element());
-  d->words[kGroupWords + 3] = static_cast<uint32_t>(blocks);
-  d->words[kFlagsWord] = (d->words[kFlagsWord] & ~kHalfFlag) | (c.type == kHalf ? kHalfFlag : 0);
+  d->buffers[8] = c.buffer;
+  d->offsets[8] = c.offset;
+  *blocks = static_cast<uint32_t>(count);
+  if (c.type == kHalf) *flags |= kOffsetHalf;
   return nullptr;
 }
 
 // What all three shaders read.
-Failure describe(Run& run, const Step& s, int64_t rows, Dispatch* d, uint32_t* ranks) {
+Failure describe(Run& run, const Step& s, int64_t rows, Dispatch* d, uint32_t* ranks, uint32_t* blocks) {
   Part parts[3];
   Value *adapter[6], *factors[7], *biases[3];
   const int groups = static_cast<int>(s.whole[kGroups]);
@@ -118,6 +116,7 @@ Failure describe(Run& run, const Step& s, int64_t rows, Dispatch* d, uint32_t* r
   d->buffers[7] = low;
   uint32_t flags = 0;
   for (int g = 0; g < groups; g++) flags |= parts[g].flags << 5 * g;
+  if (s.whole[kOffsets]) GPU_TRY(read_offsets(run, s, d, blocks, &flags));
   const uint64_t head[] = {static_cast<uint64_t>(s.whole[kK]), static_cast<uint64_t>(rows), static_cast<uint64_t>(s.whole[kN]) / kTileRows,
                            x.element(), place(factors[2 * groups]), low_at / 4, flags, *ranks};
   for (uint64_t word : head) d->word(word);
@@ -129,7 +128,7 @@ Failure describe(Run& run, const Step& s, int64_t rows, Dispatch* d, uint32_t* r
                               real ? place(parts[g].bias) : kNeutral, real ? run.out(s, g).element() : 0};
     for (uint64_t word : words) d->word(word);
   }
-  return s.whole[kOffsets] ? read_offsets(run, s, parts, d) : nullptr;
+  return nullptr;
 }
 
 // How a tile's workgroup is made up. A GPU has few tiles for its many threads, so many share a tile; a driver that
@@ -145,10 +144,10 @@ Shape shape_for(const Device& device, int64_t k, uint32_t ranks) {
   return {threads, 1};
 }
 
-void specialise(const FormatInfo& f, uint32_t threads, bool inside, uint32_t tiles, bool offsets, Dispatch* d) {
+void specialise(const FormatInfo& f, uint32_t threads, bool inside, uint32_t tiles, uint32_t blocks, Dispatch* d) {
   d->constant_count = 0;
   for (uint32_t value : {threads, static_cast<uint32_t>(f.bits), static_cast<uint32_t>(f.block), uint32_t{f.nf4},
-                         uint32_t{f.half_scale}, uint32_t{inside}, tiles, uint32_t{offsets}})
+                         uint32_t{f.half_scale}, uint32_t{inside}, tiles, blocks})
     d->constant(value);
 }
 
@@ -173,22 +172,22 @@ Failure run_linear(Run& run, const Step& s) {
   }
   const FormatInfo& f = kFormats[s.whole[kFormat]];
   Dispatch d;
-  uint32_t ranks;
-  GPU_TRY(describe(run, s, rows, &d, &ranks));
+  uint32_t ranks, blocks = 0;
+  GPU_TRY(describe(run, s, rows, &d, &ranks, &blocks));
   if (rows == 0) return nullptr;
   const uint32_t tiles = static_cast<uint32_t>(s.whole[kN] / kTileRows), m = static_cast<uint32_t>(rows);
   const bool few = rows <= kFewRows, inside = few && ranks <= kInsideRank * s.whole[kGroups] && ranks * s.whole[kK] <= kInsideNumbers * s.whole[kGroups];
   const Shape shape = shape_for(run.device, s.whole[kK], inside ? ranks : 0);
   if (ranks && !inside) {
     d.shader = Shader::low;
-    specialise(f, shape.threads, false, 1, false, &d);
+    specialise(f, shape.threads, false, 1, 0, &d);
     d.groups[0] = ranks;
     d.groups[1] = m;
     GPU_TRY(run.record(d));
   }
   d.shader = few ? Shader::linear : Shader::product;
   if (run.program.float16) d.features |= kFloat16;
-  specialise(f, few ? shape.threads : kProductThreads, inside, few ? shape.tiles : 1, s.whole[kOffsets], &d);
+  specialise(f, few ? shape.threads : kProductThreads, inside, few ? shape.tiles : 1, blocks, &d);
   d.groups[0] = few ? (tiles + shape.tiles - 1) / shape.tiles : (tiles + 3) / 4;
   d.groups[1] = few ? m : (m + 31) / 32;
   run.products += static_cast<uint64_t>(rows * s.whole[kK] * s.whole[kN]);

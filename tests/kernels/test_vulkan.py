@@ -90,19 +90,13 @@ def test_formats_and_groups(features, format: str) -> None:
 
 
 @pytest.mark.parametrize("format", ONE_OF_FORMATS)
-def test_weights_with_offsets(gpu, format: str) -> None:
-    for m, blocks, dtype in (2, 6, np.float16), (40, 12, np.float32), (33, 1, np.float16):
-        values = inputs(format, 384, [48, 16], (m,), 0, dtype, scaled=True, offset=blocks)
+def test_weights_with_offsets_alone_and_under_an_adapter(gpu, format: str) -> None:
+    for m, blocks, dtype, rank in (2, 6, np.float16, [5, 70]), (40, 12, np.float32, [0, 9]), (33, 1, np.float16, 0):
+        values = inputs(format, 384, [48, 16], (m,), rank, dtype, scaled=True, offset=blocks)
         found, rounded = (run_linear(gpu, format, 384, [48, 16], values, precision=kind) for kind in vulkan.PRECISIONS)
         agree(format, "float", [48, 16], values, found)
         for y, wanted in zip(rounded, found, strict=True):
             assert np.abs(y - wanted).max() <= ROUNDED * np.abs(wanted).max()
-
-
-def test_weights_with_offsets_and_an_adapter_are_refused_by_name(gpu) -> None:
-    values = inputs("i4b32", 384, [48], (2,), 4, offset=6)
-    with pytest.raises(Exception, match="'node': weights with offsets and an adapter at once have no shader"):
-        run_linear(gpu, "i4b32", 384, [48], values)
 
 
 @pytest.mark.parametrize("m", [1, 40])

@@ -96,7 +96,7 @@ vec4 part(uint tile, uint vector, uint m) {
   const uint base = tile * units;
   vec4 sum = vec4(0.0), moved = vec4(0.0);
   uint unit = gl_LocalInvocationID.x / LANES;
-  if (OFFSETS)
+  if (OFFSETS != 0u)
     for (uint i = unit; i < units; i += step_size) moved += offset_sum(tile, i, vector, m);
   for (; unit + step_size < units; unit += 2u * step_size) {
     const uvec4 v = w4[(base + unit) * LANES + vector], w = w4[(base + unit + step_size) * LANES + vector];

@@ -1,5 +1,5 @@
 // What the shaders of an adapted linear share: y_g = s_out_g (W_g (s_in x) + B_g (gate_g (A_g x))) + bias_g; with OFFSETS
-// W_g + C_g repeated along blocks of columns in place of W_g, and no adapter, in whose place C [J, N] lies.
+// W_g + C_g [OFFSETS, N] in place of W_g, each number of which stands for a block of columns.
 // Weights lie in tiles as kernels/formats.h says: a unit of 16 rows x 32 columns is 16 or 32 vectors of four rows' lanes.
 layout(local_size_x_id = 0) in;
 layout(constant_id = 0) const uint THREADS = 64;
@@ -9,14 +9,14 @@ layout(constant_id = 3) const bool NF4 = false;
 layout(constant_id = 4) const bool HALF_SCALE = true;
 layout(constant_id = 5) const bool LOW_INSIDE = false; // A x is computed by each workgroup for itself, not read
 layout(constant_id = 6) const uint TILES = 1;          // tiles a workgroup goes through, one after the other
-layout(constant_id = 7) const bool OFFSETS = false;
+layout(constant_id = 7) const uint OFFSETS = 0;        // blocks of a row's columns, 0 without offsets
 
 const uint NONE = 0xffffffffu;
 const uint HALF = 1u, GATE_NUMBER = 2u, GATE_ROWS = 4u, S_OUT_NUMBER = 8u, BIAS_NUMBER = 16u;
 const uint LANES = BITS * 4u;    // vectors in a unit
 const uint MOST_RANK = 256u;     // that fits into a workgroup's own memory
 
-struct Group { uint n, rank, a, b, gate, s_out, bias, y; };  // offsets in elements; with OFFSETS group 0's a and b: of C, and J
+struct Group { uint n, rank, a, b, gate, s_out, bias, y; };  // offsets in elements
 layout(push_constant) uniform Words {
   uint k, m, tiles, x, s_in, t, flags, ranks;
   Group group[3];
@@ -32,6 +32,7 @@ layout(std430, binding = 4) readonly buffer Adapter4 { uvec4 adapter4[]; };
 layout(std430, binding = 5) readonly buffer Factors { float factor[]; };
 layout(std430, binding = 6) readonly buffer Bias { float bias[]; };
 layout(std430, binding = 7) buffer T { float t[]; };
+layout(std430, binding = 8) readonly buffer Offset { uint offset[]; };
 
 #include "codes.glsl"
 
@@ -86,17 +87,20 @@ float gated(uint g, uint row, uint m, float low) {
   return low * factor[group.gate + (flag(g, GATE_NUMBER) ? 0u : row)];
 }
 
-float adapter_at(uint g, uint at) {
-  if (!flag(g, HALF)) return uintBitsToFloat(adapter[at]);
-  const vec2 pair = unpackHalf2x16(adapter[at / 2u]);
+float half_of(uint word, uint at) {
+  const vec2 pair = unpackHalf2x16(word);
   return at % 2u == 0u ? pair.x : pair.y;
 }
-float b_at(uint g, uint n, uint r) { return adapter_at(g, p.group[g].b + r * p.group[g].n + n); }  // B is [R, N]
+float b_at(uint g, uint n, uint r) {  // B is [R, N]
+  const uint at = p.group[g].b + r * p.group[g].n + n;
+  return flag(g, HALF) ? half_of(adapter[at / 2u], at) : uintBitsToFloat(adapter[at]);
+}
 
 // What is added to the weights of rows 4 n4 .. 4 n4 + 3 of a tile, all columns of a unit alike.
+float offset_at(uint at) { return flag(3u, HALF) ? half_of(offset[at / 2u], at) : uintBitsToFloat(offset[at]); }
 vec4 offsets(uint tile, uint unit, uint n4) {
-  const uint block = unit / (p.k / 32u / p.group[0].b), at = p.group[0].a + (block * p.tiles + tile) * 16u + 4u * n4;
-  return vec4(adapter_at(0u, at), adapter_at(0u, at + 1u), adapter_at(0u, at + 2u), adapter_at(0u, at + 3u));
+  const uint at = (unit / (p.k / 32u / OFFSETS) * p.tiles + tile) * 16u + 4u * n4;
+  return vec4(offset_at(at), offset_at(at + 1u), offset_at(at + 2u), offset_at(at + 3u));
 }
 
 // Writes y of row n of a group, when it is one.

@@ -104,7 +104,7 @@ void main() {
       sum3 += w * v.w;
     }
 #endif
-    if (OFFSETS && own < p.tiles) {
+    if (OFFSETS != 0u && own < p.tiles) {
       const vec4 moved = UP * offsets(own, unit, n4 % 4u), x = x_total(m4);
       sum0 += moved * x.x;
       sum1 += moved * x.y;
