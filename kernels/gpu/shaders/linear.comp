@@ -36,14 +36,15 @@ float add_up_16(float v) {
   return v;
 }
 #else
-void add_up(vec4 v) {  // into the first four vectors, by halves
+#include "halves.glsl"
+#define VECTOR(i) sums[i]
+#define NUMBER(i) sums[i].x
+
+void add_up(vec4 v) {  // into the first four vectors
+  const uint id = gl_LocalInvocationID.x;
   barrier();
-  sums[gl_LocalInvocationID.x] = v;
-  for (uint s = THREADS / 2u; s >= 4u; s /= 2u) {
-    barrier();
-    if (gl_LocalInvocationID.x < s) sums[gl_LocalInvocationID.x] += sums[gl_LocalInvocationID.x + s];
-  }
-  barrier();
+  sums[id] = v;
+  BY_HALVES(VECTOR, THREADS, 4u, PLUS);
 }
 
 float row_sum(uint row) { return sums[row / 4u][row % 4u]; }
@@ -52,11 +53,7 @@ float add_up_16(float v) {
   const uint id = gl_LocalInvocationID.x;
   barrier();
   sums[id].x = v;
-  for (uint s = 8u; s > 0u; s /= 2u) {
-    barrier();
-    if (id % 16u < s) sums[id].x += sums[id + s].x;
-  }
-  barrier();
+  BY_HALVES(NUMBER, 16u, 1u, PLUS);
   return sums[id / 16u * 16u].x;
 }
 #endif

@@ -1,54 +1,33 @@
 // What the threads of a workgroup hold, added up or the highest of it, for all of them: by subgroups and one barrier for
 // what these leave, or by halves in the workgroup's own memory. THREADS is the includer's.
+#include "halves.glsl"
+
+shared float scratch[THREADS];  // with subgroups too: none is asked how small it is before the run
+#define SCRATCH(i) scratch[i]
+
 #ifdef SUBGROUPS
 #extension GL_KHR_shader_subgroup_arithmetic : require
-shared float scratch[THREADS];  // no subgroup is asked how small it is before the run
-
-float add_up(float v) {
-  const float own = subgroupAdd(v);
-  if (gl_NumSubgroups == 1u) return own;
-  barrier();
-  if (subgroupElect()) scratch[gl_SubgroupID] = own;
-  barrier();
-  float sum = scratch[0];
-  for (uint i = 1u; i < gl_NumSubgroups; i++) sum += scratch[i];
-  return sum;
-}
-
-float highest(float v) {
-  const float own = subgroupMax(v);
-  if (gl_NumSubgroups == 1u) return own;
-  barrier();
-  if (subgroupElect()) scratch[gl_SubgroupID] = own;
-  barrier();
-  float top = scratch[0];
-  for (uint i = 1u; i < gl_NumSubgroups; i++) top = max(top, scratch[i]);
-  return top;
-}
+#define FOLDED(name, of_subgroup, of_two) \
+  float name(float v) { \
+    const float own = of_subgroup(v); \
+    if (gl_NumSubgroups == 1u) return own; \
+    barrier(); \
+    if (subgroupElect()) scratch[gl_SubgroupID] = own; \
+    barrier(); \
+    float all = scratch[0]; \
+    for (uint i = 1u; i < gl_NumSubgroups; i++) all = of_two(all, scratch[i]); \
+    return all; \
+  }
 #else
-shared float scratch[THREADS];
-
-float add_up(float v) {
-  const uint id = gl_LocalInvocationID.x;
-  barrier();
-  scratch[id] = v;
-  for (uint s = THREADS / 2u; s > 0u; s /= 2u) {
-    barrier();
-    if (id < s) scratch[id] += scratch[id + s];
+#define FOLDED(name, of_subgroup, of_two) \
+  float name(float v) { \
+    const uint id = gl_LocalInvocationID.x; \
+    barrier(); \
+    scratch[id] = v; \
+    BY_HALVES(SCRATCH, THREADS, 1u, of_two); \
+    return scratch[0]; \
   }
-  barrier();
-  return scratch[0];
-}
-
-float highest(float v) {
-  const uint id = gl_LocalInvocationID.x;
-  barrier();
-  scratch[id] = v;
-  for (uint s = THREADS / 2u; s > 0u; s /= 2u) {
-    barrier();
-    if (id < s) scratch[id] = max(scratch[id], scratch[id + s]);
-  }
-  barrier();
-  return scratch[0];
-}
 #endif
+
+FOLDED(add_up, subgroupAdd, PLUS)
+FOLDED(highest, subgroupMax, max)
