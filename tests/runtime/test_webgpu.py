@@ -168,8 +168,8 @@ def test_a_graph_that_is_made_again_has_room_for_all_adapters(exported, tmp_path
     assert all(after[name] == 5 * before[name] for name in before)  # 20 ranks each, where there were 4
 
 
-BRANCHES = [("llama", "experts"), ("llama", "houlsby"), ("bert", "prompt")]
-BRANCHES += [pytest.param("bert", name, marks=pytest.mark.slow) for name in ("experts", "parallel", "prefix")]
+BRANCHES = [("llama", "experts"), ("llama", "houlsby")]
+BRANCHES += [pytest.param("bert", name, marks=pytest.mark.slow) for name in ("experts", "parallel", "prompt", "prefix")]
 
 
 @pytest.mark.parametrize(("kind", "name"), BRANCHES)
