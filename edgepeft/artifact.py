@@ -293,13 +293,20 @@ class Run:
 
     def work(self, name: str, key: str) -> Path:
         """Return a folder that outlives an interrupted stage, for checkpoints; one with another key is removed."""
-        place = self.folder / f".{name}.work"
+        place = self._work(name)
         marker = place / "key"
         if place.exists() and (not marker.exists() or marker.read_text() != key):
             shutil.rmtree(place)
         place.mkdir(parents=True, exist_ok=True)
         write_bytes(marker, key.encode())
         return place
+
+    def clear(self, name: str) -> None:
+        """Remove what `work` kept for a stage, which is done."""
+        shutil.rmtree(self._work(name), ignore_errors=True)
+
+    def _work(self, name: str) -> Path:
+        return self.folder / f".{name}.work"
 
     def holds(self, folder: str, key: str) -> bool:
         """Tell whether a stage was done with this key and none of its files changed since."""

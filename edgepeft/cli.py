@@ -366,8 +366,8 @@ def targets() -> None:
 
 
 def _no_space(error: BaseException) -> bool:
-    """Tell whether an error is a full disk, whichever library raised it."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    """Tell whether an error is a full disk, or a limit of the user's on it, whichever library raised it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     return any(text in str(error) for text in FULL_DISK)
 
@@ -415,7 +415,10 @@ def main() -> None:
                 say(f"error: {error.filename}: {error.strerror}. Check the path and what it may hold.")
                 sys.exit(1)
             raise
-        say(f"error: the disk is full ({error}). Nothing half-written was kept; free some space and run it again.")
+        say(
+            f"error: the disk is full, or a limit on it reached ({error}). Nothing half-written was kept; free some "
+            "space and run it again."
+        )
         sys.exit(1)
 
 

@@ -248,7 +248,9 @@ def run_stage(stage: Stage, config: Config, run: Run) -> dict[str, Any]:
         return run.records[stage.folder]["summary"]
     say(f"{stage.name}: ...")
     run.key = key
-    return run.make(stage.folder, key, lambda out: stage.call(config, run, out))
+    summary = run.make(stage.folder, key, lambda out: stage.call(config, run, out))
+    run.clear(stage.name)
+    return summary
 
 
 def _follow(stage: Stage, config: Config) -> Path:

@@ -143,3 +143,5 @@ def test_work_outlives_an_interruption_but_not_another_key(tmp_path):
     (run.work("train", "a") / "checkpoint").touch()
     assert (run.work("train", "a") / "checkpoint").exists()
     assert not (run.work("train", "b") / "checkpoint").exists()
+    run.clear("train")
+    assert not list(run.folder.glob(".*.work"))

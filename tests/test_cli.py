@@ -108,6 +108,7 @@ def test_a_record_that_no_build_wrote_is_said_by_every_command(tmp_path, command
     [
         (chained(ImportError("initialization failed"), KeyboardInterrupt()), 130, "stopped"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "the disk is full"),
+        (OSError(errno.EFBIG, "File too large"), 1, "the disk is full, or a limit"),
         (RuntimeError("write failed: No space left on device (os error 28)"), 1, "the disk is full"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), 1, "the disk is full"),
         (KeyboardInterrupt(), 130, "goes on from there"),

@@ -61,6 +61,7 @@ def test_a_build_leaves_every_stage_and_a_second_one_does_nothing(inputs, built)
     assert set(json.loads((built / "run.json").read_text())["stages"]) == expected
     said = finish(start(inputs, built))
     assert said.count("up to date") == len(expected)
+    assert not list(built.glob(".*.work"))
 
 
 def test_the_bundle_runs(built):
