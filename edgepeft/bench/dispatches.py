@@ -131,9 +131,8 @@ def moved(model: Any, context: int) -> int:
     for start in range(0, context, model.chunk):
         model._run(cache, 0, np.full((1, min(model.chunk, context - start)), 3, np.int64))
     cache.reserve(context + 1)
-    binding, _ = model._bound(cache, 0, 1)
-    watched = _Watched(binding)
-    cache.bindings = {key: (watched, kept) for key, (_, kept) in cache.bindings.items()}
+    watched = _Watched(model._bound(cache, 0, 1).binding)
+    cache.bindings = {key: bound._replace(binding=watched) for key, bound in cache.bindings.items()}
     logits = model._run(cache, 0, np.full((1, 1), 3, np.int64))
     return watched.bytes + logits.nbytes
 

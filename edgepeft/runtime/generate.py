@@ -22,7 +22,7 @@ import functools
 import threading
 from collections.abc import Generator as Pieces
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,6 +60,23 @@ def _stop_strings(stop: str | Sequence[str]) -> list[str]:
     if not all(isinstance(string, str) and string for string in strings):
         raise ConfigError(f"stop: expected strings that are not empty, found {stop!r:.60}.")
     return strings
+
+
+class Bound(NamedTuple):
+    """What a run is bound to: `logits` [rows, 1, vocabulary] are one token's, and `value` as ONNX Runtime has them."""
+
+    binding: Any
+    logits: np.ndarray
+    value: Any
+    alive: Any  # what has to live as long
+
+
+@functools.cache
+def _number(value: int) -> Any:
+    """Return a number as a tensor [1] that ONNX Runtime holds."""
+    from onnxruntime import OrtValue
+
+    return OrtValue.ortvalue_from_numpy(np.array([value], np.int64))
 
 
 class Generator(Bundle):
@@ -199,7 +216,7 @@ class Generator(Bundle):
             wanted = start + part.shape[1] - max(first, start)
             found = self._run(cache, 0, part, max(wanted, 1))[0]
             if wanted > 0:
-                yield max(first, start), found
+                yield max(first, start), found.copy() if wanted == 1 else found
 
     # --- how it is done ---
 
@@ -311,35 +328,41 @@ class Generator(Bundle):
     def _run(self, cache: Cache, first: int, ids: np.ndarray, keep: int = 1) -> np.ndarray:
         """Run new tokens [rows, sequence] of the cache's rows from `first` on; return logits [rows, keep, vocabulary].
 
-        More than one token at a time is for one row alone: attention takes no more in one run.
+        More than one token at a time is for one row alone: attention takes no more in one run. Logits of one token lie
+        in memory that the next run of these rows writes anew.
         """
-        from onnxruntime import OrtValue
-
         rows, new = ids.shape
-        lengths = np.array([[cache.columns(first + row) + new] for row in range(rows)])
-        total = int(lengths.max())
+        lengths = [cache.columns(first + row) + new for row in range(rows)]
+        total = max(lengths)
         cache.reserve(total)
-        binding, _ = self._bound(cache, first, rows)
-        mask = (np.arange(total) < lengths).astype(np.int64)
-        kept = np.array([keep], np.int64)
+        bound = self._bound(cache, first, rows)
+        binding = bound.binding
+        mask = np.zeros((rows, total), np.int64)
+        for row, length in enumerate(lengths):
+            mask[row, :length] = 1
         binding.bind_cpu_input("input_ids", ids)
         if self.gpu:
             for name, array in webgpu.decoder_inputs(self.session, mask, new, keep, cache.capacity).items():
                 binding.bind_cpu_input(name, array)
         else:
             binding.bind_cpu_input("attention_mask", mask)
-            binding.bind_ortvalue_input("logits_to_keep", OrtValue.ortvalue_from_numpy(kept))  # a default's: no array
-        binding.bind_output("logits")  # into memory of its own: the graph may declare it for one token alone
+            binding.bind_ortvalue_input("logits_to_keep", _number(keep))  # a default's takes no array
+        if keep == 1:  # as the graph declares it; telling ONNX Runtime's outputs apart costs more than all else here
+            binding.bind_ortvalue_output("logits", bound.value)
+        else:
+            binding.bind_output("logits")
         self._run_bound(binding)
         for row in range(rows):
             cache.tokens[first + row] += ids[row].tolist()
-        return binding.get_outputs()[-1].numpy()
+        return bound.logits if keep == 1 else binding.get_outputs()[-1].numpy()
 
-    def _bound(self, cache: Cache, first: int, rows: int) -> tuple[Any, Any]:
+    def _bound(self, cache: Cache, first: int, rows: int) -> Bound:
         """Return a binding of adapters and of some rows' keys and values, which go in and come out in one place.
 
-        `logits` are bound after them, so they are the last output. With it comes what has to live as long.
+        `logits` are bound after them, so they are the last output.
         """
+        from onnxruntime import OrtValue
+
         adapters = cache.adapters[first : first + rows]
         key = (first, *map(id, adapters))
         if key not in cache.bindings:
@@ -349,7 +372,8 @@ class Generator(Bundle):
                 name = f"{place // 2}.{'key' if place % 2 == 0 else 'value'}"
                 binding.bind_ortvalue_input(f"past_key_values.{name}", value)
                 binding.bind_ortvalue_output(f"present.{name}", value)
-            cache.bindings[key] = (binding, (feeds, adapters))
+            logits = np.empty((rows, 1, self.vocabulary), np.float32)
+            cache.bindings[key] = Bound(binding, logits, OrtValue.ortvalue_from_numpy(logits), (feeds, adapters))
         return cache.bindings[key]
 
 
