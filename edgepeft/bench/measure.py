@@ -157,7 +157,7 @@ def bench(
             model = load(bundle, threads=count)
             if isinstance(model, Model):
                 peer = load_peer(bundle, peers["float32"], count) if peers else None
-                for batch, length in itertools.product(batches, lengths):
+                for batch, length in itertools.product(batches, fitting(model, lengths)):
                     result["latency"].append(latency(model, peer, count, batch, length, budget_s))
             else:
                 result["speed"].append(generation.speeds(model, count, budget_s))
@@ -167,6 +167,12 @@ def bench(
     result["bundle"]["sizes_bytes"] = model.manifest.values.get("sizes_bytes", {})
     result["library"] = dataclasses.asdict(model.library) if model.library else None
     return result
+
+
+def fitting(model: Model, lengths: Sequence[int]) -> list[int]:
+    """Return those lengths in tokens that the model has positions for, behind the prompt of its own adapter."""
+    most = int(model.manifest["positions"]) - model.prompt(DEFAULT)
+    return [length for length in lengths if length <= most]
 
 
 def bench_cli(

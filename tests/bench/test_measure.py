@@ -20,7 +20,7 @@ def test_a_bench_gives_every_figure_and_a_report(
     sealed: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "PROCESSES", 1)
-    monkeypatch.setattr(measure.bench, "__defaults__", ((1,), False, (4, 8), (1, 2), 0.0))
+    monkeypatch.setattr(measure.bench, "__defaults__", ((1,), False, (4, 8, 4096), (1, 2), 0.0))
     result = measure.bench_cli(sealed, json_file=tmp_path / "bench.json")
     assert [(row["batch"], row["length"]) for row in result["latency"]] == [(1, 4), (1, 8), (2, 4), (2, 8)]
     assert all(set(row["timings"]) == {"base", "default", "fed"} and row["p50_ms"] > 0 for row in result["latency"])

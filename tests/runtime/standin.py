@@ -165,8 +165,8 @@ def expected_logits(ids: list[int], tensors: dict[str, np.ndarray]) -> np.ndarra
 def reseal(bundle: Path, **changes: Any) -> None:
     """Write the manifest for the files as they are now, so that a test can reach what lies behind the digests."""
     values = {
-        "name": "standin", "task": "text-classification", "labels": LABELS, "max_length": 16, "target": "host",
-        "format": FORMAT, "method": "lora", "rank": R, "adapter": "separate", "activation": "int8",
+        "name": "standin", "task": "text-classification", "labels": LABELS, "max_length": 16, "positions": 64,
+        "target": "host", "format": FORMAT, "method": "lora", "rank": R, "adapter": "separate", "activation": "int8",
         "base_digest": BASE_DIGEST,
         "onnxruntime": {"minimum": "1.18.0", "requirement": "onnxruntime>=1.18", "broken": []},
     }  # fmt: skip
