@@ -16,25 +16,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgepeft.artifact import read_json
+from edgepeft.artifact import read_json, tensor_header
 from edgepeft.bench.limit import int8_peaks, read_bandwidth
 from edgepeft.bench.peers.protocol import ROOM
 from edgepeft.bench.turns import PROMPT
 from edgepeft.console import table
+from edgepeft.runtime.adapters import DEFAULT, TENSORS, UP
 from edgepeft.runtime.library import find_library, open_library
 from edgepeft.runtime.manifest import check_bundle
 
-FLOAT_BYTES = 4
+FLOAT_BYTES, HALF_BYTES = 4, 2
 OURS = "edgepeft"
 FIGURES = ("decode_on", "decode_off", "prefill_on", "prefill_off")
 
 
 def token_bytes(folder: Path) -> int:
-    """Return the bytes that writing one token reads: weights and adapter, and the cache half way through a run."""
+    """Return the bytes that writing one token reads: weights and adapter, and the cache half way through a run.
+
+    The default adapter's B lies among the weights and in the adapter's file, and is read once.
+    """
+    header, _, _ = tensor_header(folder / "adapters" / DEFAULT / TENSORS)
+    twice = sum(math.prod(entry["shape"]) for name, entry in header.items() if name.endswith(UP)) * HALF_BYTES
     manifest = read_json(folder / "manifest.json")
     about, sizes = manifest["decoder"], manifest["sizes_bytes"]
     cache = 2 * about["layers"] * about["kv_heads"] * about["head_dim"] * (PROMPT + ROOM // 2) * FLOAT_BYTES
-    return sizes["weights"] + sizes.get("adapters", 0) + cache
+    return sizes["weights"] + sizes["adapters"] - twice + cache
 
 
 def instructions(folder: Path) -> str:

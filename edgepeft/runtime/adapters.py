@@ -1,7 +1,7 @@
 """Adapters as sets of ready feeds: one mapped file, one view per tensor, one OrtValue per view, made once and kept.
 
 An adapter's tensors are overridable inputs of the graph, so swapping is feeding other pointers: no copy, no reload. B
-alone is turned when it is loaded, from [N, R] in its file to the graph's [R, N].
+alone is turned at its first use, from [N, R] in its file to the graph's [R, N].
 
     input of the graph          default adapter      base            another adapter
     …lora_A.weight  [R, K]      (not fed)            [0, K]          its view, or [0, K] where it has none
@@ -27,7 +27,7 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,7 @@ def _finite(array: np.ndarray) -> bool:
     """Tell whether all values are finite; float16 by the largest codes of each sign, 30 times as fast as by numpy."""
     if array.dtype != np.float16:
         return bool(np.isfinite(array).all())
-    bits = array.reshape(-1).view(np.uint16)
+    bits = array.view(np.uint16)
     return int(bits.max(initial=0)) < 0xFC00 and int(bits.view(np.int16).max(initial=0)) < 0x7C00
 
 
@@ -300,6 +300,26 @@ def for_graph(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: ups[id(array)] if name.endswith(UP) else array for name, array in arrays.items()}
 
 
+class Later(Mapping[str, Any]):
+    """A mapping that is made when something first looks into it."""
+
+    def __init__(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        self._make = make
+
+    @functools.cached_property
+    def _made(self) -> Mapping[str, Any]:
+        return self._make()
+
+    def __getitem__(self, name: str) -> Any:
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
 def _feeds(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Return one OrtValue for every array, whatever number of names it has."""
     from onnxruntime import OrtValue
@@ -323,9 +343,10 @@ def load_adapter(
     folder: Path, places: Mapping[str, Slot], base_digest: str, weight_format: str, labels: list[str],
     pasts: Mapping[str, tuple[Any, ...]],
 ) -> Adapter:  # fmt: skip
-    """Map an adapter and make its feeds; `pasts` are the graph's keys and values.
+    """Map an adapter and check it; `pasts` are the graph's keys and values.
 
-    Raises ArtifactError when it does not belong to this model.
+    Its feeds are made at their first use, which the default adapter's may never see. Raises ArtifactError when it does
+    not belong to this model.
     """
     file = folder / (TERMS if (folder / TERMS).is_file() else TENSORS)
     arrays, metadata = _map(file)
@@ -334,15 +355,22 @@ def load_adapter(
         _check_config(folder)
     own = _own(folder.parent, places)
     prompt = prompts.taken(arrays, pasts, folder)
-    arrays = for_graph(arrays)
-    _check_tensors(folder, arrays, places, own)
+    _check_tensors(folder, {n: a.T if n.endswith(UP) else a for n, a in arrays.items()}, places, own)
     rank = max((a.shape[0] for n, a in arrays.items() if n.endswith(DOWN)), default=0)
-    fed = {
-        n: a.reshape((1,) * (len(places[n].shape) - 1) + a.shape) if places[n].gate else a for n, a in arrays.items()
-    }
-    feeds = _feeds({**_neutral(places, own, fed), **fed})
+    feeds = Later(lambda: _feeds(_fed(arrays, places, own)))
     widths = [*(a.shape[2] for a in prompt.values()), *(len(a) for n, a in arrays.items() if n.endswith(BEFORE))]
     return Adapter(folder.name, read_labels(folder, labels), rank, feeds, prompt, max(widths, default=0))
+
+
+def _fed(
+    arrays: Mapping[str, np.ndarray], places: Mapping[str, Slot], own: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return what an adapter of these tensors feeds, by name."""
+    fed = {
+        n: a.reshape((1,) * (len(places[n].shape) - 1) + a.shape) if places[n].gate else a
+        for n, a in for_graph(arrays).items()
+    }
+    return {**_neutral(places, own, fed), **fed}
 
 
 def _own(folder: Path, places: Mapping[str, Slot]) -> dict[str, np.ndarray]:
