@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgepeft.adapt import peft_files, prompts
-from edgepeft.adapt.kinds import row_norms
+from edgepeft.adapt.kinds import NEEDS_WEIGHTS, row_norms
 from edgepeft.adapt.terms import ALIAS, BESIDE, ENDINGS, PREFIX, TERMS_FILE, Effect, Terms, shared
 from edgepeft.artifact import write_tensors
 from edgepeft.errors import ArtifactError
@@ -177,7 +177,7 @@ def _idle(base: Base | None) -> dict[str, Terms]:
 
 def _magnitude(name: str, terms: Terms, base: Base | None) -> np.ndarray:
     if base is None:
-        raise ArtifactError(f"{name}: DoRA's magnitudes depend on the base's weights, which were not given.")
+        raise ArtifactError(f"{name}: DoRA's magnitudes {NEEDS_WEIGHTS}")
     norms = row_norms(base, name, terms)
     return norms if terms.s_out is None else norms * terms.s_out
 

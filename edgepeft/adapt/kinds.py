@@ -117,10 +117,16 @@ class Kind:
         return " and ".join(name.removesuffix(".weight") for name in near if name not in tensors)
 
 
+NEEDS_WEIGHTS = (
+    "depend on the packed weights, which a bundle does not give. Attach the adapter in a build of the same model and "
+    "format (edgepeft build --adapter-from FOLDER --output OUTPUT) and add that: edgepeft adapters add BUNDLE OUTPUT."
+)
+
+
 def needed(base: Base | None, module: Module) -> Base:
     """Return the base. Raises ArtifactError where none was given to a kind whose terms depend on it."""
     if base is None:
-        raise ArtifactError(f"{module.name}: its terms depend on the base's weights, which were not given.")
+        raise ArtifactError(f"{module.name}: its terms {NEEDS_WEIGHTS}")
     return base
 
 

@@ -339,6 +339,14 @@ def test_a_graph_is_widened_and_computes_what_a_build_would(second, wide, bundle
     assert da.details(bundle, "wide")["others"]
 
 
+def test_an_adapter_that_needs_the_packed_weights_is_sent_to_a_build_of_its_own(wide, bundle, tmp_path):
+    alone = shutil.copytree(wide.path("adapter"), tmp_path / "alone", ignore=shutil.ignore_patterns("training.json"))
+    before = digests(bundle)
+    with pytest.raises(ArtifactError, match=r"depend on the packed weights.*edgepeft build --adapter-from FOLDER"):
+        da.add(bundle, alone)
+    assert digests(bundle) == before
+
+
 def test_what_no_input_can_be_made_for_is_named(second, bundle, tmp_path):
     def with_scale(tensors):
         return {**tensors, "base_model.model.bert.encoder.layer.0.attention.self.key.s_in": np.ones(64, np.float32)}
