@@ -60,12 +60,12 @@ def _bare() -> dict[str, Any]:
 
 def _tokenizer(folder: str) -> dict[str, Any]:
     """Import and check as a bundle's process does, and load its tokenizer, but no model."""
-    from edgepeft.runtime import session
     from edgepeft.runtime.manifest import check_bundle
+    from edgepeft.runtime.tokens import Tokens
 
     manifest = check_bundle(folder)
     longest = manifest["max_length"] if manifest["task"] == "text-classification" else None
-    kept = session.Tokens(manifest.folder / "tokenizer.json", longest)
+    kept = Tokens(manifest.folder / "tokenizer.json", longest)
     return {**_bare(), "vocabulary": kept.vocabulary}
 
 

@@ -15,14 +15,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edgepeft.runtime.classify import Model
     from edgepeft.runtime.generate import Answer, Generator, Stream
-    from edgepeft.runtime.session import Model, load
+    from edgepeft.runtime.session import load
     from edgepeft.runtime.tasks import Prediction
 
 __all__ = ["Answer", "Generator", "Model", "Prediction", "Stream", "load"]
 
 WHERE = {
-    "Answer": "answer", "Generator": "generate", "Model": "session", "Prediction": "tasks", "Stream": "answer",
+    "Answer": "answer", "Generator": "generate", "Model": "classify", "Prediction": "tasks", "Stream": "answer",
     "load": "session",
 }  # fmt: skip
 

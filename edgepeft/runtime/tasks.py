@@ -18,7 +18,7 @@ from edgepeft.console import say
 from edgepeft.errors import DataError, VerifyError
 
 if TYPE_CHECKING:
-    from edgepeft.runtime.session import Model
+    from edgepeft.runtime.classify import Model
 
 CHUNK = 256
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edgepeft.errors import ArtifactError, ConfigError, DataError, VerifyError
-from edgepeft.runtime import load, session
+from edgepeft.runtime import classify, load, session
 from edgepeft.runtime.adapters import BASE
 from tests.runtime import standin as st
 
@@ -72,14 +72,14 @@ def test_each_text_may_have_an_adapter_of_its_own(bundle: Path, monkeypatch: pyt
     st.write_adapter(bundle, "wide", seed=2, rank=9)
     st.write_adapter(bundle, "two", seed=3, rank=1, labels=["no", "yes"])
     st.write_adapter(bundle, "head", seed=4, **{st.A: None, st.B: None})
-    model, sizes, run = load(bundle), [], session.Model._run
+    model, sizes, run = load(bundle), [], classify.Model._run
     names = ["two", "wide", None, BASE, "head"]
 
-    def counted(self: session.Model, binding: object, arrays: dict, columns: int = 0) -> np.ndarray:
+    def counted(self: classify.Model, binding: object, arrays: dict, columns: int = 0) -> np.ndarray:
         sizes.append(len(arrays["input_ids"]))
         return run(self, binding, arrays, columns)
 
-    monkeypatch.setattr(session.Model, "_run", counted)
+    monkeypatch.setattr(classify.Model, "_run", counted)
     found = model.classify(TEXTS, adapter=names)
     assert sizes == ([5] if gated else [1] * 5)
     for text, name, answer in zip(TEXTS, names, found, strict=True):
