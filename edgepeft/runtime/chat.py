@@ -56,7 +56,8 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, (list, tuple)) or not messages:
         raise DataError(f"messages: expected a list of {{'role': 'user', 'content': ...}}, found {messages!r:.80}.")
     for place, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        known = isinstance(message, Mapping) and isinstance(message.get("role"), str)
+        if not known or not {"content", "tool_calls"} & set(message):
             raise DataError(f"message {place}: expected {{'role': ..., 'content': ...}}, found {message!r:.80}.")
         if isinstance(message.get("content"), str) and not is_unicode(message["content"]):
             raise DataError(f"message {place}: not valid Unicode (half of a surrogate pair).")

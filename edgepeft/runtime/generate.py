@@ -56,7 +56,7 @@ def _is_batch(prompt: Any) -> bool:
 
 
 def _stop_strings(stop: str | Sequence[str]) -> list[str]:
-    strings = [stop] if isinstance(stop, str) else list(stop)
+    strings: list[Any] = list(stop) if isinstance(stop, (list, tuple)) else [stop]
     if not all(isinstance(string, str) and string for string in strings):
         raise ConfigError(f"stop: expected strings that are not empty, found {stop!r:.60}.")
     return strings

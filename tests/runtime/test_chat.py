@@ -148,11 +148,12 @@ def test_a_damaged_template_is_a_sentence(tmp_path: Path) -> None:
     [
         ([], "expected a list"),
         ([{"content": "x"}], "message 0: expected"),
+        ([{"role": "user"}], "message 0: expected"),
         ([TALK[0], "hello"], "message 1: expected"),
         ([{"role": "user", "content": "\ud800"}], "message 0: not valid Unicode"),
         ([{"role": "user", "content": {1, 2}}], "values that JSON has"),
         ([{"role": "user", "content": float("nan")}], "values that JSON has"),
-        ([{"role": "user"}], "the chat template refuses"),
+        ([{"role": "assistant", "tool_calls": []}], "the chat template refuses"),
     ],
 )
 def test_messages_that_are_none_are_refused(tmp_path: Path, messages: list, said: str) -> None:

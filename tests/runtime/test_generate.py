@@ -228,6 +228,7 @@ def test_an_answer_that_fills_the_context_is_right_to_its_end(model: Generator) 
         ("a", {"max_new_tokens": 0}, ConfigError, "max_new_tokens: expected"),
         ("a", {"top_p": 2}, ConfigError, "top_p: expected"),
         ("a", {"stop": [""]}, ConfigError, "stop: expected"),
+        ("a", {"stop": 3}, ConfigError, "stop: expected"),
         ("a", {"adapter": "defualt"}, ArtifactError, "Did you mean 'default'"),
         (["a", "b"], {"adapter": ["default"]}, ConfigError, "one for each of 2, found 1"),
         (["a", "b"], {"stream": True}, ConfigError, "one answer at a time"),
