@@ -133,7 +133,7 @@ struct Data {
     if (attends || c.is(Function::cached_attention)) return 64 * kUnit24;
     if (c.is(Function::extend_cache)) return 8 * kUnit24;
     if (c.function == Function::layer_norm) return 5 * kUnit24 * (fabsf(want) + 2 * fabsf(bias.p[(i - kGuardFloats) % c.columns]));
-    return (c.function == Function::gelu ? 7 : 5) * kUnit24 * fabsf(want);
+    return (c.function == Function::gelu ? 8 : 5) * kUnit24 * fabsf(want);
   }
 };
 

@@ -8,7 +8,7 @@
 // since an error of t in its last place is one of |t| places of e^t. Errors: 4 units of 2^-24 of y.
 //
 // gelu: of a = |x| the tail 1 - P(a) is e^(-a^2/2) h(u) / (a + 2.5), u = 1 - 5 / (a + 2.5), h a polynomial that is off by
-// 2e-8. It is a factor of its own where x < 0, so that small values are as exact as large ones: 6 units of 2^-24 of y.
+// 2e-8. It is a factor of its own where x < 0, so that small values are as exact as large ones: 7 units of 2^-24 of y.
 #pragma once
 #include "attention.h"
 #include "cached_attention.h"
