@@ -79,15 +79,16 @@ struct Adapter {
       span[spans++] = {0, ranks};
       return;
     }
-    const uint8_t* live = job.live + m * job.live_stride + r0 / kRankBlock;
+    const int64_t row = (job.row + m) / job.live_each;
+    const uint8_t* live = job.live + row * job.live_stride + r0 / kRankBlock;
     for (int b = 0; b < blocks; b++) {
       const int64_t from = b * kRankBlock, to = from + kRankBlock < ranks ? from + kRankBlock : ranks;
       if (!live[b]) continue;
       if (b && live[b - 1]) span[spans - 1].to = to;
       else span[spans++] = {from, to};
     }
-    until = m + 1;
-    while (until < job.m && alike(live, live + (until - m) * job.live_stride, blocks)) until++;
+    until = (row + 1) * job.live_each - job.row;
+    for (const uint8_t* next = live; until < job.m && alike(live, next += job.live_stride, blocks);) until += job.live_each;
   }
   template <int R, bool direct, bool half>
   EP_SHARED void product(int64_t m, Sums<V, R>& sums_out) const {

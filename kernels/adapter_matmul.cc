@@ -19,6 +19,7 @@ constexpr int kSpins = 2000;                   // some microseconds
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t live_stride(const Group& g) { return ceil_div(g.rank, kRankPanel) * (kRankPanel / kRankBlock); }
+int64_t gate_rows(const Call& call, const Group& g) { return ceil_div(call.m, g.gate_each); }
 int64_t job_rows(const Call& call, int64_t m0) { return call.m - m0 < call.rows_per_job ? call.m - m0 : call.rows_per_job; }
 // As many rows of x as the jobs that follow one another find in a core's cache, in whole register tiles.
 int64_t rows_per_job(const Call& call) {
@@ -58,7 +59,7 @@ int64_t lay_out(Call& call, void* base) {
     const Group& group = call.group[g];
     const bool gated = group.gate && group.rank;
     arena.take(call.t[g], call.m * group.rank);
-    arena.take(call.live[g], gated ? call.m * live_stride(group) : 0);
+    arena.take(call.live[g], gated ? gate_rows(call, group) * live_stride(group) : 0);
     arena.take(call.live_any[g], gated ? call.row_tasks * live_stride(group) : 0);
     arena.take(call.in_place[g], call.row_tasks);
   }
@@ -66,29 +67,17 @@ int64_t lay_out(Call& call, void* base) {
   return arena.at - static_cast<char*>(base);
 }
 
-bool same_numbers(const float* a, const float* b, int64_t n) {
-  uint32_t differ = 0;
-  for (int64_t i = 0; i < n; i++) differ |= float_bits(a[i]) ^ float_bits(b[i]);
-  return !differ;
-}
+const float* gate_of(const Group& g, int64_t m) { return g.gate + m / g.gate_each * g.rank; }
 
-const float* gate_of(const Group& g, int64_t m) { return g.gate + m * g.gate_row; }
-
-// Whether row m has the gates of the one before.
-bool gated_as_before(const Group& g, int64_t m) {
-  const float *gate = gate_of(g, m), *before = gate_of(g, m - 1);
-  return gate == before || (g.gate_step == 1 && same_numbers(gate, before, g.rank));
-}
-
-// Marks the live blocks of a row and returns how many there are.
-int64_t mark_live(const Group& g, int64_t m, uint8_t* live) {
-  const float* gate = gate_of(g, m);
+// Marks the live blocks of a row of gates and returns how many there are.
+int64_t mark_live(const Group& g, const float* gate, uint8_t* live) {
   int64_t count = 0;
   for (int64_t block = 0; block < live_stride(g); block++) {
-    bool any = false;
-    for (int64_t r = block * kRankBlock; r < (block + 1) * kRankBlock && r < g.rank; r++)
-      any |= gate[r * g.gate_step] != 0.0f;  // NaN is not zero
-    count += live[block] = any;
+    const int64_t first = block * kRankBlock, left = g.rank - first;
+    uint32_t any = 0;  // of the bits without their sign: NaN is not zero
+    if (g.gate_step == 1 && left >= kRankBlock) for (int64_t i = 0; i < kRankBlock; i++) any |= float_bits(gate[first + i]) << 1;
+    else for (int64_t i = 0; i < kRankBlock && i < left; i++) any |= float_bits(gate[(first + i) * g.gate_step]) << 1;
+    count += live[block] = any != 0;
   }
   return count;
 }
@@ -99,9 +88,10 @@ bool chosen_before(Call& call, int g) {
   const auto size = [&](int64_t rows) { return static_cast<size_t>(rows * live_stride(group)); };
   for (int i = 0; group.gate && i < g; i++) {
     const Group& other = call.group[i];
-    if (other.gate != group.gate || other.gate_step != group.gate_step || other.rank != group.rank) continue;
+    if (other.gate != group.gate || other.gate_each != group.gate_each || other.gate_step != group.gate_step || other.rank != group.rank)
+      continue;
     if (!call.live[i]) call.live[g] = nullptr;
-    if (call.live[g]) __builtin_memcpy(call.live[g], call.live[i], size(call.m));
+    if (call.live[g]) __builtin_memcpy(call.live[g], call.live[i], size(gate_rows(call, group)));
     if (call.live[g]) __builtin_memcpy(call.live_any[g], call.live_any[i], size(call.row_tasks));
     __builtin_memcpy(call.in_place[g], call.in_place[i], static_cast<size_t>(call.row_tasks));
     call.live_ranks[g] = call.live_ranks[i];
@@ -110,24 +100,24 @@ bool chosen_before(Call& call, int g) {
   return false;
 }
 
-// Tells rows with few live ranks from the others, and forgets what is live where that is all.
+// Tells jobs whose rows share little of B from the others, and forgets what is live where that is all.
 void choose_adapter_path(Call& call, int g) {
   if (chosen_before(call, g)) return;
   const Group& group = call.group[g];
   const int64_t stride = live_stride(group), blocks = ceil_div(group.rank, kRankBlock);
   const bool gated = group.gate && group.rank;
-  int64_t own = blocks, all = 0;  // live blocks of a row, and of all
-  for (int64_t job = 0; job < call.row_tasks; job++) {
+  int64_t all = 0;  // live blocks of all rows
+  for (int64_t job = 0, marked = 0, own = blocks; job < call.row_tasks; job++) {
     const int64_t m0 = job * call.rows_per_job, m1 = m0 + job_rows(call, m0);
+    int64_t in_job = gated ? 0 : (m1 - m0) * blocks;
     uint8_t* any = call.live_any[g] + job * stride;
-    int64_t in_job = 0;
-    for (int64_t m = m0; m < m1; m++, in_job += own) {
-      if (!gated) continue;
-      uint8_t* live = call.live[g] + m * stride;
-      const bool again = m && gated_as_before(group, m);
-      if (again) __builtin_memcpy(live, live - stride, static_cast<size_t>(stride));
-      else own = mark_live(group, m, live);
-      for (int64_t block = 0; (m == m0 || !again) && block < stride; block++) any[block] = live[block] | (m > m0 && any[block]);
+    for (int64_t m = m0, end; gated && m < m1; m = end) {  // rows that share gates
+      const int64_t row = m / group.gate_each;
+      uint8_t* live = call.live[g] + row * stride;
+      end = (row + 1) * group.gate_each < m1 ? (row + 1) * group.gate_each : m1;
+      if (row == marked) own = mark_live(group, gate_of(group, m), live), marked++;
+      for (int64_t block = 0; block < stride; block++) any[block] = live[block] | (m > m0 && any[block]);
+      in_job += own * (end - m);
     }
     call.in_place[g][job] = in_job <= 2 * blocks || m1 - m0 <= call.ops->tile_m;
     all += in_job;
@@ -142,9 +132,8 @@ void multiply(float* v, const float* by, int64_t step, int64_t n) {
 }
 
 // Ranks r0..r1 of t = gate . (A.x) for rows m0..m1 that have the same live blocks, where they are live.
-void project_alike(const Call& call, int g, int64_t m0, int64_t m1, int64_t r0, int64_t r1) {
+void project_alike(const Call& call, int g, const uint8_t* live, int64_t m0, int64_t m1, int64_t r0, int64_t r1) {
   const Group& group = call.group[g];
-  const uint8_t* live = call.live[g] ? call.live[g] + m0 * live_stride(group) : nullptr;
   const int64_t row_bytes = call.k * (group.half ? 2 : 4);
   float* t = call.t[g] + m0 * group.rank;
   for (int64_t r = r0, end; r < r1; r = end) {
@@ -160,11 +149,12 @@ void project_alike(const Call& call, int g, int64_t m0, int64_t m1, int64_t r0, 
 }
 
 void project_rows(const Call& call, int g, int64_t m0, int64_t m1, int64_t r0, int64_t r1) {
-  const int64_t stride = live_stride(call.group[g]);
-  const uint8_t* live = call.live[g];
+  const int64_t stride = live_stride(call.group[g]), each = call.group[g].gate_each;
+  if (!call.live[g]) return project_alike(call, g, nullptr, m0, m1, r0, r1);
   for (int64_t m = m0, end; m < m1; m = end) {
-    for (end = m + 1; end < m1 && (!live || alike(live + m * stride, live + end * stride, stride));) end++;
-    project_alike(call, g, m, end, r0, r1);
+    const uint8_t* live = call.live[g] + m / each * stride;
+    for (end = (m / each + 1) * each; end < m1 && alike(live, call.live[g] + end / each * stride, stride);) end += each;
+    project_alike(call, g, live, m, end < m1 ? end : m1, r0, r1);
   }
 }
 
@@ -266,7 +256,9 @@ TileJob tile_job(const Call& call, int64_t number, int64_t m0, int64_t m1) {
   job.rank = group.rank;
   job.t = call.t[g] + m0 * job.rank;
   job.live_stride = live_stride(group);
-  job.live = call.live[g] ? call.live[g] + m0 * job.live_stride : nullptr;
+  job.live = call.live[g];
+  job.live_each = group.gate_each;
+  job.row = m0;
   job.live_any = call.live[g] ? call.live_any[g] + m0 / call.rows_per_job * job.live_stride : nullptr;
   job.in_place = call.in_place[g][m0 / call.rows_per_job];
   job.b = static_cast<const char*>(group.b) + n0 * (group.half ? 2 : 4);

@@ -35,8 +35,10 @@ struct TileJob {
   int64_t q_rows;
   int64_t rank;            // 0: no adapter, and t, b are not read
   const float* t;          // [m,rank] gate . (A.x), where it is live
-  const uint8_t* live;     // [m,live_stride] whether t of this row has this block, else it counts as zero; null: all have
-  const uint8_t* live_any; // [live_stride] the same of any row
+  const uint8_t* live;     // [..,live_stride] whether rows of x have this block of t, else it counts as zero; null: all have;
+  int64_t live_each;       //   so many rows of x in turn share a row of it,
+  int64_t row;             //   where this job's begin among all rows of x
+  const uint8_t* live_any; // [live_stride] the same of any row of the job
   int64_t live_stride;     // blocks, in whole panels
   bool in_place;           // few rows share what is read of B, see adapter.h
   const void* b;           // [rank,columns] float16 or float32, b_step apart
@@ -154,8 +156,9 @@ struct Group {                // one of the outputs that share x
   int64_t rank;
   const void *a, *b;          // [R,K], [R,n]
   bool half;                  // a and b are float16
-  const float* gate;          // gate[m * gate_row + r * gate_step]; null: neutral
-  int64_t gate_row, gate_step;
+  const float* gate;          // gate[m / gate_each * rank + r * gate_step]; null: neutral
+  int64_t gate_each;          // rows of x in turn that share gates: those of a text
+  int64_t gate_step;
   const float* s_out;         // s_out[n * s_out_step]; null: neutral
   int64_t s_out_step;
   const float* bias;          // bias[n * bias_step]; null: none

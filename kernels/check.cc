@@ -18,10 +18,11 @@ constexpr float kTolerance = 3e-7f;  // of the sum of absolute terms; times sqrt
 
 struct Shape {
   int64_t m, n, k, rank;
-  bool half, gated, scaled;     // adapter dtype; gate per row; s_in and s_out present, and one bias for all outputs
+  bool half, gated, scaled;     // adapter dtype; gates; s_in and s_out present, and one bias for all outputs
   enum { plain, zero_blocks, nan, inf } x;
   int64_t own = 0;              // ranks that the gate leaves to each row: row m has the m-th of them, and starts anew; 0: all
   int64_t blocks = 0;           // of an offset of the weights, as half as a and b; 0: none
+  int64_t each = 1;             // rows that share gates, and what own says of them
 };
 
 // Everything one call reads, random, and y with guards.
@@ -36,7 +37,7 @@ struct Case {
   Case(const Shape& shape, Format f)
       : s(shape), format(f), tiles((s.n + 15) / 16), y_floats(s.m * s.n + 2 * kGuardFloats),
         w(tiles * tile_bytes(info(f), s.k)), w_scale(tiles * tile_scale_bytes(info(f), s.k)), x(s.m * s.k), bias(s.scaled ? 1 : s.n),
-        s_in(s.k), s_out(s.n), gate(s.m * s.rank), y(y_floats), a(s.rank * s.k * (s.half ? 2 : 4)),
+        s_in(s.k), s_out(s.n), gate((s.m + s.each - 1) / s.each * s.rank), y(y_floats), a(s.rank * s.k * (s.half ? 2 : 4)),
         b(s.n * s.rank * (s.half ? 2 : 4)), offset(tiles * kTileRows * s.blocks * (s.half ? 2 : 4)) {
     fill_tiles(info(f), tiles, s.k, w.p, w_scale.p, 0.0f);
     for (int64_t i = 0; i < s.m * s.k; i++) x[i] = random_float();
@@ -48,7 +49,7 @@ struct Case {
     for (int64_t i = 0; i < (s.scaled ? 1 : s.n); i++) bias[i] = random_float();
     for (int64_t i = 0; i < s.k; i++) s_in[i] = 1.0f + 0.5f * random_float();
     for (int64_t i = 0; i < s.n; i++) s_out[i] = 1.0f + 0.5f * random_float();
-    for (int64_t i = 0; i < s.m * s.rank; i++)
+    for (int64_t i = 0; i < (s.m + s.each - 1) / s.each * s.rank; i++)
       gate[i] = s.own && i % s.rank / s.own != i / s.rank % (s.rank / s.own) ? 0.0f : random_float();
     fill(a, s.rank * s.k);
     fill(b, s.n * s.rank);
@@ -89,7 +90,7 @@ struct Case {
     call.offset = offset.p;
     call.offset_half = s.half;
     call.groups = 1;
-    call.group[0] = {s.n, s.rank, a.p, b.p, s.half, s.gated ? gate.p : nullptr, s.rank, 1, s.scaled ? s_out.p : nullptr, 1,
+    call.group[0] = {s.n, s.rank, a.p, b.p, s.half, s.gated ? gate.p : nullptr, s.each, 1, s.scaled ? s_out.p : nullptr, 1,
                      bias.p, s.scaled ? 0 : 1, y.p + kGuardFloats};
     return call;
   }
@@ -99,14 +100,14 @@ struct Case {
     for (int64_t m = 0; m < s.m; m++) {
       Call call = this->call(row);
       Group& g = call.group[0];
-      const int64_t r0 = m % (s.rank / s.own) * s.own, bytes = s.half ? 2 : 4;
+      const int64_t r0 = m / s.each % (s.rank / s.own) * s.own, bytes = s.half ? 2 : 4;
       Buffer<float> alone(s.n);
       call.m = 1;
       call.x += m * s.k;
       g.rank = s.own;
       g.a = a.p + r0 * s.k * bytes;
       g.b = b.p + r0 * s.n * bytes;
-      g.gate += m * s.rank + r0;
+      g.gate += m / s.each * s.rank + r0;
       g.y = alone.p;
       const int64_t bytes_needed = plan(call);
       Buffer<char> scratch(bytes_needed);
@@ -189,6 +190,10 @@ bool prove(const Row& row, const Row& reference, const char* fault) {
       {7, 48, 2 * big, 60, false, true, false, Shape::plain, 12},
       {70, 20, 2 * big, 136, true, true, true, Shape::plain, 8},
       {300, 16, big, 20, false, true, false, Shape::plain, 4},
+      {8, 48, 2 * big, 64, true, true, true, Shape::plain, 16, 0, 3},
+      {51, 37, 2 * big, 96, true, true, false, Shape::plain, 12, 0, 17},
+      {300, 32, big, 144, false, true, true, Shape::zero_blocks, 24, 0, 32},
+      {7, 16, 2 * big, 5, true, true, false, Shape::plain, 0, 0, 7},
       {1, 37, 6 * big, 0, true, false, false, Shape::plain, 0, 6},
       {2, 16, 70 * big, 5, false, false, true, Shape::zero_blocks, 0, 70},
       {3, 48, 5 * big, 16, true, true, true, Shape::plain, 0, 5},

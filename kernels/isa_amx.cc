@@ -203,7 +203,7 @@ TileJob some_rows(const TileJob& job, int blocks, int64_t m0, int64_t m1) {
   some.q_scale += m0 * blocks;
   some.q_fix += m0 * blocks;
   some.t += m0 * job.rank;
-  if (job.live) some.live += m0 * job.live_stride;
+  some.row += m0;
   some.sums += m0 * job.blocks;
   some.y += m0 * job.y_stride;
   return some;

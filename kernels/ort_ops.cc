@@ -4,10 +4,11 @@
 //
 // inputs   0 x float [..,K]   1 w uint8 [T,K/32,bytes]   2 w_scale [T,B,16]   3 s_in float [1]|[K]
 //          then per group: a [R,K]   b [R,n_g]   (both float16 or both float)
-//                          gate float [1]|[R]|[..,R]   s_out float [1]|[n_g]   bias float [1]|[n_g]
+//                          gate float [1]|[R]|[..,R]*  s_out float [1]|[n_g]   bias float [1]|[n_g]
 //          _offset only, and last: w_offset [J,N] float16 or float, which is C
 // outputs  y_g float [..,n_g]
 // attributes  K, N = 16T, n0.. (rows of each group), activation "int8" | "float"
+//             * [..] as x has them, or 1 in place of the last ones: tokens of a text then share its gates
 // w, w_scale and w_offset are constants; all else may change from run to run. A [1] that holds 1, or 0 as a bias, costs nothing.
 #include "adapter_matmul.h"
 #include "ort_node.h"
@@ -112,14 +113,17 @@ OrtStatus* read_group(const Node& node, const Tensor* const* in, int g, const Te
   group->b = b.data;
   const int64_t gates = gate.rank ? gate.dims[gate.rank - 1] : 0;
   const bool for_all = gate.count == gates && (gates == 1 || gates == group->rank);  // leading dimensions of 1, if any
-  bool per_row = gate.rank == x.rank && gates == group->rank;
-  for (size_t i = 0; per_row && i + 1 < x.rank; i++) per_row = gate.dims[i] == x.dims[i];
-  if (!for_all && !per_row)
+  bool fits = gate.rank == x.rank && gates == group->rank;
+  int64_t each = 1;  // rows of x that share gates
+  size_t i = 0;
+  while (fits && i + 1 < x.rank && gate.dims[i] == x.dims[i]) i++;
+  for (; fits && i + 1 < x.rank; i++) fits = gate.dims[i] == 1, each *= x.dims[i];
+  if (!for_all && !fits)
     return node.fail(at + kGate, "gate", g,
                      (Text() << "float32 [1], [" << group->rank << "] or [..," << group->rank
-                             << "] with the leading dimensions of x").s, gate);
+                             << "] with the leading dimensions of x, or 1 for the last of them").s, gate);
   group->gate = gate.holds(1.0f) ? nullptr : gate.floats();
-  group->gate_row = for_all ? 0 : group->rank;
+  group->gate_each = for_all ? x.count / node.k : each;
   group->gate_step = for_all && gates == 1 ? 0 : 1;
   if (!s_out.is(1) && !s_out.is(group->n))
     return node.fail(at + kSOut, "s_out", g, (Text() << "float32 [1] or [" << group->n << "]").s, s_out);

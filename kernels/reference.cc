@@ -75,7 +75,7 @@ void tile(const TileJob& job) {
     for (int n = 0; n < job.columns; n++) {
       float v = A == Act::int8 ? dot_int8(job, f, m, n) : dot_float(job, f, m, n);
       for (int64_t r = 0; r < job.rank; r++)
-        if (!job.live || job.live[m * job.live_stride + r / kRankBlock])
+        if (!job.live || job.live[(job.row + m) / job.live_each * job.live_stride + r / kRankBlock])
           v += element(job.b, job.b_half, r * job.b_step + n) * job.t[m * job.rank + r];
       for (int64_t b = 0; b < job.blocks; b++)
         v += element(job.offset, job.offset_half, b * job.offset_step + n) * job.sums[m * job.blocks + b];

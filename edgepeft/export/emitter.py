@@ -8,8 +8,8 @@ side. Linears are the fused op where they are packed and MatMul + Add where they
 their input share one node, and fall apart into single ones when they cannot (different formats, a row count that is no
 multiple of 16, an s_in of their own). Adapter tensors are overridable inputs named as in the adapter's file, whose rank
 is symbolic. Their defaults lie in that file, but for B: the file's is PEFT's [N, R], the graph's [R, N]. Where there is
-a low-rank part its gate is an input too, neutral by default: [rows.., R] lets the rows of a run have adapters of their
-own, stacked along R (see `edgepeft.runtime.mixing`).
+a low-rank part its gate is an input too, neutral by default: [texts, 1.., R] lets the texts of a run have adapters of
+their own, stacked along R (see `edgepeft.runtime.mixing`).
 
 An embedding that is also a head lies in tiles, and both read the same constant.
 """
@@ -184,12 +184,14 @@ class Emitter:
         return found
 
     def gate(self, module: str, x: Value, a: Value) -> Value:
-        """Return a module's gate [1.., R] or [1.., 1], to be overridden by [*leading, R]; its experts' shares of x."""
+        """Return a module's gate [1.., R] or [1.., 1], which [texts, 1.., R] may override; its experts' shares of x."""
         leading = x.shape[:-1]
-        dims, ones = (*leading, f"{module}.gates"), (1,) * len(leading)
+        ones = (1,) * len(leading)
+        dims = (leading[0], *ones[1:], f"{module}.gates")
         if (router := self.adapter.beside(module, ROUTER)) is not None:
             router = self.fed(router, (f"{module}.experts", router.shape[1]))
-            return self.call("RouterGate", [x, router, a], [Value(f"{module}:gate", FLOAT, dims)])[0]
+            shares = Value(f"{module}:gate", FLOAT, (*leading, f"{module}.gates"))
+            return self.call("RouterGate", [x, router, a], [shares])[0]
         if (own := self.adapter.term(module, "gate")) is not None:
             return self.graph.overridable(own._replace(shape=(*ones, *own.shape)), self.adapter.places[own.name], dims)
         if not self.adapter.swappable:

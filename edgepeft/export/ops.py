@@ -3,7 +3,8 @@
     y_g = s_out_g * ( W_g (s_in * x) + C_g sums + B_g (gate_g * (A_g x)) ) + bias_g      g < G, G linears that share x
 
 A is [R, K], and B lies turned, [R, N]: a kernel adds ranks up, a vector of outputs at a time, and adapters stack along
-the first axis of both. Files of adapters hold B as Hugging Face PEFT does, [N, R].
+the first axis of both. Files of adapters hold B as Hugging Face PEFT does, [N, R]. A gate is for all rows of x, for
+each of them, or [texts, 1, R] for the tokens of each text.
 
 C is there in `AdapterMatMul_<format>_g<G>_offset` alone: one more constant, w_offset [J, N], adds a number to all
 weights of a row in each of J blocks of K; sums are those of s_in * x over the blocks, in float under either activation.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -59,13 +59,15 @@ class Model(Bundle):
             kept[adapter.name] = self._bind(self._feeds([adapter]))
         return kept[adapter.name]
 
-    def _gated_binding(self, mix: Mix, gates: Mapping[str, Any]) -> Any:
-        """Return this thread's binding of a mix's tensors, with other gates: few of what it feeds."""
+    def _gated_binding(self, mix: Mix, rows: Sequence[ad.Adapter]) -> Any:
+        """Return this thread's binding of a mix's tensors, and of the gates of some rows, which may change."""
         kept = self._local.__dict__.setdefault("mixed", weakref.WeakKeyDictionary())
-        binding = kept[mix][0] if mix in kept else self._bind(mix.tensors)
-        for name, value in gates.items():
-            binding.bind_ortvalue_input(name, value)
-        kept[mix] = binding, gates
+        binding, gates, gated = kept[mix] if mix in kept else (self._bind(mix.tensors), {}, [])
+        if list(map(id, rows)) != list(map(id, gated)):
+            gates = mix.gates(rows)
+            for name, value in gates.items():
+                binding.bind_ortvalue_input(name, value)
+        kept[mix] = binding, gates, list(rows)
         return binding
 
     def trial(self) -> None:
@@ -91,9 +93,8 @@ class Model(Bundle):
         """Return the logits [labels] of each row under its own adapter."""
         if all(adapter is rows[0] for adapter in rows) and not rows[0].parts:
             return list(self._checked(self.run(arrays, rows[0].name), rows[0]))
-        mix, length = self._mixes.of(rows), arrays[self._inputs[0]].shape[1]
-        gates = mix.gates(rows, {"sequence": length, "prompted": length + rows[0].columns})
-        found = self._run(self._gated_binding(mix, gates), arrays)
+        mix = self._mixes.of(rows)
+        found = self._run(self._gated_binding(mix, rows), arrays)
         return [
             self._checked(row[None, mix.labels(adapter)], adapter)[0] for row, adapter in zip(found, rows, strict=True)
         ]

@@ -366,7 +366,7 @@ class Generator(Bundle):
         adapters = cache.adapters[first : first + rows]
         key = (first, *map(id, adapters))
         if key not in cache.bindings:
-            feeds = self._feeds(adapters, sequence=1, kept=1)
+            feeds = self._feeds(adapters)
             binding = self._bind(feeds)
             for place, value in enumerate(cache.values(first, rows)):
                 name = f"{place // 2}.{'key' if place % 2 == 0 else 'value'}"

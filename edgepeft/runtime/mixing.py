@@ -1,10 +1,10 @@
 """Adapters stacked, so that the rows of one run can use different ones.
 
-    y = W·x + B·( gate ⊙ (A·x) )         A [R1 + R2 + .., K]   B [R1 + R2 + .., N]   gate [rows.., R1 + R2 + ..]
+    y = W·x + B·( gate ⊙ (A·x) )         A [R1 + R2 + .., K]   B [R1 + R2 + .., N]   gate [texts, 1, R1 + R2 + ..]
 
-A row's gate is its own adapter's (1 where that has none) in its adapter's part of R, and 0 in the others': what another
-adapter makes of a row is multiplied by 0, so a row is what it is alone, and no answer depends on another's adapter.
-Heads are stacked along their labels, and a row takes its part of the logits.
+A text's gate is its own adapter's (1 where that has none) in its adapter's part of R, and 0 in the others': what
+another adapter makes of a text is multiplied by 0, so a text is what it is alone, and no answer depends on another's
+adapter. Heads are stacked along their labels, and a text takes its part of the logits. Texts are the rows of a batch.
 
 A row may have a sum of adapters, each times a weight: its gate is the sum of theirs. That is exact in float32, as only
 B·A add: an adapter that changes anything else (scales, biases, branches, whole tensors, prompts) is no part of a sum.
@@ -77,27 +77,24 @@ class Mix:
                 found[row, self._place(part)] += weight
         return found
 
-    def gates(self, rows: Sequence[Adapter], sizes: Mapping[str, int]) -> dict[str, Any]:
-        """Return the gates of rows of these adapters; `sizes` are those of the graph's other dimensions."""
+    def gates(self, rows: Sequence[Adapter]) -> dict[str, Any]:
+        """Return the gates of rows of these adapters."""
         from onnxruntime import OrtValue
 
-        weights, known, feeds = self._weights(rows), {"batch": len(rows), **sizes}, {}
+        weights, feeds = self._weights(rows), {}
         for table, names in self._layouts.values():
-            made: dict[tuple[int, ...], Any] = {}
+            made: dict[int, Any] = {}  # by the number of dimensions
             for name in names:
-                dims = self._slots[name].shape[:-1]
-                leading = tuple(size if isinstance(size, int) else known[str(size)] for size in dims)
-                if leading not in made:
-                    own = (weights @ table).reshape(len(rows), *(1,) * (len(leading) - 1), -1)
-                    made[leading] = OrtValue.ortvalue_from_numpy(
-                        np.broadcast_to(own, (*leading, table.shape[1])).copy()
-                    )
-                feeds[name] = made[leading]
+                dims = len(self._slots[name].shape)
+                if dims not in made:
+                    own = (weights @ table).reshape(len(rows), *(1,) * (dims - 2), -1)
+                    made[dims] = OrtValue.ortvalue_from_numpy(own)
+                feeds[name] = made[dims]
         return feeds
 
-    def feeds(self, rows: Sequence[Adapter], sizes: Mapping[str, int]) -> dict[str, Any]:
-        """Return all that rows of these adapters feed; `sizes` as in `gates`."""
-        return {**self.tensors, **self.gates(rows, sizes)}
+    def feeds(self, rows: Sequence[Adapter]) -> dict[str, Any]:
+        """Return all that rows of these adapters feed."""
+        return {**self.tensors, **self.gates(rows)}
 
     def labels(self, adapter: Adapter) -> slice:
         """Return which of the logits are an adapter's; all where the head is not part of adapters."""

@@ -281,10 +281,10 @@ class Bundle:
         """Turn the adapter off: rank 0 everywhere, under the default adapter's head."""
         self.use(ad.BASE)
 
-    def _feeds(self, rows: Sequence[ad.Adapter], **sizes: int) -> Mapping[str, Any]:
-        """Return what a run's rows feed; `sizes` are those of the dimensions beside the batch where adapters differ."""
+    def _feeds(self, rows: Sequence[ad.Adapter]) -> Mapping[str, Any]:
+        """Return what a run's rows feed."""
         if rows[0].parts or any(adapter is not rows[0] for adapter in rows):
-            return self._mixes.of(rows).feeds(rows, sizes)
+            return self._mixes.of(rows).feeds(rows)
         own = rows[0].name == ad.DEFAULT and not self.memory  # the default's are the graph's own values
         return {} if own else rows[0].feeds
 

@@ -86,6 +86,12 @@ bool repeats(const Dims& part, const Dims& whole) {
   }
   return true;
 }
+
+// Whether a row of `part` is for all rows of a text: [texts, 1.., R] and [texts, .., R].
+bool repeats_in_texts(const Dims& part, const Dims& whole) {
+  if (part.rank < 3 || part.rank != whole.rank || part.d[0] != whole.d[0] || part.last() != whole.last()) return false;
+  return part.count() == part.d[0] * part.last();
+}
 }  // namespace
 
 Failure set_each(const Node& node, Step* step) {
@@ -103,7 +109,7 @@ Failure run_each(Run& run, const Step& s) {
   if (s.whole[0] <= kDiv && b && a->host && b->host) return count(run, s);
   const Dims& dims = b && b->dims.count() > a->dims.count() ? b->dims : a->dims;
   if (a->type != kFloat || (b && b->type != kFloat)) return run.refuse(s, "only float32 has a shader");
-  if (!repeats(a->dims, dims) || (b && !repeats(b->dims, dims))) return run.refuse(s, "such a broadcast has no shader");
+  if (!repeats(a->dims, dims) || (b && !repeats(b->dims, dims) && !repeats_in_texts(b->dims, dims))) return run.refuse(s, "such a broadcast has no shader");
   GPU_TRY(run.to_gpu(*a));
   if (b) GPU_TRY(run.to_gpu(*b));
   GPU_TRY(run.make(s, 0, dims));
@@ -122,8 +128,10 @@ Failure each(Run& run, Each op, const Value& a, const Value* b, const Value& y) 
   d.word(a.element());
   word(&d, a.dims.count());
   d.word(b ? b->element() : 0);
-  word(&d, b ? b->dims.count() : 0);
+  const int64_t texts = b && repeats_in_texts(b->dims, y.dims) ? b->dims.d[0] : 1;
+  word(&d, b ? b->dims.count() / texts : 0);
   d.word(y.element());
+  word(&d, n / texts);
   spread(&d, n);
   return n ? run.record(d) : nullptr;
 }

@@ -10,8 +10,9 @@ namespace {
 enum Whole { kFormat, kGroups, kK, kN, kOffsets, kRows };  // kRows and two more: of the groups
 enum Input { kX, kW, kScale, kSIn, kFirst };
 enum Own { kA, kB, kGate, kSOut, kBias, kPerGroup };
-constexpr uint32_t kHalfFlag = 1, kGateNumber = 2, kGateRows = 4, kSOutNumber = 8, kBiasNumber = 16;  // of a group
-constexpr uint32_t kOffsetHalf = kHalfFlag << 15;  // behind those of three groups
+constexpr uint32_t kHalfFlag = 1, kGateNumber = 2, kGateRows = 4, kGateTexts = 6, kSOutNumber = 8, kBiasNumber = 16;  // of a group
+constexpr uint32_t kOffsetHalf = kHalfFlag << 15;  // behind those of three groups,
+constexpr int kTextRows = 16;                      //   and from this bit on how many rows of x a text has
 constexpr uint32_t kProductThreads = 128;
 constexpr int64_t kFewRows = 8;  // of x, that the first shader takes
 // Up to how many ranks of a linear, and numbers of its A, each workgroup computes A x for itself: measured on an H200.
@@ -19,7 +20,7 @@ constexpr int64_t kInsideRank = 16, kInsideNumbers = 1 << 15;
 
 struct Part {
   Value *a, *b, *gate, *s_out, *bias;
-  uint32_t rank, flags;
+  uint32_t rank, flags, each;  // each: rows of x that share gates, where they are of texts
 };
 
 // Reads "i4b32_g3" or "i4b32_g3_offset" behind the operator's name.
@@ -44,7 +45,7 @@ Value* or_neutral(Value& value, float neutral) { return value.holds(neutral) ? n
 // Reads a group's adapter; `rows` are those of x.
 Failure read_part(Run& run, const Step& s, int g, int64_t rows, Part* part) {
   const int at = kFirst + g * kPerGroup;
-  *part = {&run.in(s, at + kA), &run.in(s, at + kB), nullptr, nullptr, nullptr, 0, 0};
+  *part = {&run.in(s, at + kA), &run.in(s, at + kB), nullptr, nullptr, nullptr, 0, 0, 0};
   const int64_t rank = part->a->dims.rank == 2 ? part->a->dims.d[0] : -1, n = s.whole[kRows + g];
   if (rank < 0 || part->a->dims.d[1] != s.whole[kK] || part->b->type != part->a->type || part->b->dims.d[0] != rank ||
       part->b->dims.d[1] != n || (part->a->type != kHalf && part->a->type != kFloat))
@@ -55,11 +56,13 @@ Failure read_part(Run& run, const Step& s, int g, int64_t rows, Part* part) {
   part->bias = or_neutral(run.in(s, at + kBias), 0);
   if (part->a->type == kHalf) part->flags |= kHalfFlag;
   if (part->gate) {
-    const int64_t gates = part->gate->dims.last(), count = part->gate->dims.count();
+    const int64_t gates = part->gate->dims.last(), count = part->gate->dims.count(), texts = run.in(s, kX).dims.d[0];
     if (count != 1 && gates != rank) return run.refuse(s, "expected a gate for all ranks or one for each");
     if (count == 1) part->flags |= kGateNumber;
-    else if (count != gates) part->flags |= kGateRows;
-    if (count != 1 && count != gates && count != rows * rank) return run.refuse(s, "expected gates for each row of x");
+    else if (count == rows * rank) part->flags |= kGateRows;
+    else if (count != gates) part->flags |= kGateTexts, part->each = static_cast<uint32_t>(rows / texts);
+    if (part->each && (part->gate->dims.d[0] != texts || count != texts * rank)) return run.refuse(s, "expected gates for each row of x or each text");
+    if (part->each >> (32 - kTextRows)) return run.refuse(s, "a text of so many rows has no shader");
   }
   if (part->s_out && part->s_out->dims.count() == 1) part->flags |= kSOutNumber;
   if (part->bias && part->bias->dims.count() == 1) part->flags |= kBiasNumber;
@@ -115,7 +118,12 @@ Failure describe(Run& run, const Step& s, int64_t rows, Dispatch* d, uint32_t* r
   d->buffers[3] = run.out(s, 0).buffer;
   d->buffers[7] = low;
   uint32_t flags = 0;
-  for (int g = 0; g < groups; g++) flags |= parts[g].flags << 5 * g;
+  uint32_t text_rows = 0;
+  for (int g = 0; g < groups; g++) {
+    flags |= parts[g].flags << 5 * g;
+    if (parts[g].each) text_rows = parts[g].each;
+  }
+  flags |= text_rows << kTextRows;
   if (s.whole[kOffsets]) GPU_TRY(read_offsets(run, s, d, blocks, &flags));
   const uint64_t head[] = {static_cast<uint64_t>(s.whole[kK]), static_cast<uint64_t>(rows), static_cast<uint64_t>(s.whole[kN]) / kTileRows,
                            x.element(), place(factors[2 * groups]), low_at / 4, flags, *ranks};

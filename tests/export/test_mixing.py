@@ -50,7 +50,7 @@ def test_rows_under_their_own_adapters_equal_each_alone(exported, where):
     rows, arrays = [loaded[name] for name in names], batch(5, 9)
     assert mixes.groups(rows) == [[0, 1, 2, 3, 4]]
     mix = mixes.of(rows)
-    feeds = mix.feeds(rows, {"sequence": 9})
+    feeds = mix.feeds(rows)
     found = model.logits(arrays, {name: value.numpy() for name, value in feeds.items()})
     for place, adapter in enumerate(rows):
         own = {name: value.numpy() for name, value in adapter.feeds.items()}

@@ -20,7 +20,7 @@ def make_inputs(tag, leading, k, rows, rank, dtype=np.float16, gate="one", scale
     one = np.ones(1, np.float32)
     inputs = [x, packed.w, packed.scale, one if scales == "one" else rng.random(k, np.float32) + 0.5]
     for n_g, r in zip(rows, np.broadcast_to(rank, len(rows)), strict=True):
-        shape = {"one": (1,), "rank": (r,), "token": (*leading, r)}[gate]
+        shape = {"one": (1,), "rank": (r,), "token": (*leading, r), "text": (*leading[:-1], 1, r)}[gate]
         inputs += [
             (rng.standard_normal((r, k)) / np.sqrt(k)).astype(dtype),
             rng.standard_normal((r, n_g)).astype(dtype),
@@ -104,6 +104,7 @@ CASES = [
     {"leading": (3, 4), "rows": (32, 16, 48), "rank": (4, 0, 7), "dtype": np.float32},
     {"leading": (2, 3), "rows": (16, 32), "rank": 5, "gate": "rank", "scales": "some"},
     {"leading": (2, 3), "rows": (16, 32), "rank": 5, "gate": "token", "scales": "some", "dtype": np.float32},
+    {"leading": (2, 3), "rows": (16, 32), "rank": 5, "gate": "text", "scales": "some"},
     {"leading": (7,), "rows": (33,), "rank": 0, "bias": "none"},
     {"leading": (0,), "rows": (16,), "rank": 2},
     {"leading": (1,), "rows": (40,), "rank": 0, "offset": 12},

@@ -35,6 +35,7 @@ def inputs(
     values = [some(rng, *leading, k), packed.w, packed.scale, 1 + 0.5 * some(rng, k) if scaled else one]
     for n, r in zip(rows, ranks, strict=True):
         gates = {"one": one, "number": 2 * one, "vector": some(rng, r), "per row": some(rng, *leading, r)}
+        gates["per text"] = some(rng, *leading[:-1], 1, r)
         gates["for all rows"] = some(rng, *(1 for _ in leading), r)
         gates["one for all rows"] = np.ones((*(1 for _ in leading), 1), F)
         values += [(some(rng, r, k) / k**0.5).astype(dtype), some(rng, r, n).astype(dtype), gates[gate]]
@@ -98,12 +99,16 @@ def test_formats_and_groups_under_every_kernel(kernel, library, format: str, act
             agree(format, activation, rows, values, session(format, 384, rows, values, activation)())
 
 
+GATES = ["one", "number", "vector", "per row", "per text", "for all rows", "one for all rows"]
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-@pytest.mark.parametrize("gate", ["one", "number", "vector", "per row", "for all rows", "one for all rows"])
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("m", [1, 3, 7, 300])
 def test_gates_scales_and_adapter_types(m: int, gate: str, dtype) -> None:
     for rank in (1, 16, 33, 130):
-        values = inputs("i4b32", 256, [96, 32], (m,), rank, dtype, scaled=True, gate=gate)
+        leading = (m, 4) if gate == "per text" else (m,)
+        values = inputs("i4b32", 256, [96, 32], leading, rank, dtype, scaled=True, gate=gate)
         agree("i4b32", "int8", [96, 32], values, session("i4b32", 256, [96, 32], values)())
 
 

@@ -122,9 +122,22 @@ def test_large_numbers_do_not_overflow_in_float16(gpu) -> None:
 @pytest.mark.parametrize("m", [2, 33])
 def test_gates_scales_and_adapters_at_run_time(gpu, m: int, dtype) -> None:
     fed = [name for name in ops.input_names(2) if name not in ("w", "w_scale")]
-    for gate in ("number", "vector", "per row", "for all rows"):
-        values = inputs("i4b32", 128, [32, 16], (m,), 3, dtype, scaled=True, gate=gate)
+    for gate in ("number", "vector", "per row", "per text", "for all rows"):
+        leading = (m, 3) if gate == "per text" else (m,)
+        values = inputs("i4b32", 128, [32, 16], leading, 3, dtype, scaled=True, gate=gate)
         agree("i4b32", "float", [32, 16], values, run_linear(gpu, "i4b32", 128, [32, 16], values, fed))
+
+
+def test_gates_of_texts_beside_a_float_linear(gpu) -> None:
+    node = helper.make_node("Mul", ["low", "gate"], ["y"])
+    fed = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [f"{n}{i}" for i in range(3)]) for n in node.input]
+    graph = helper.make_graph([node], "g", fed, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", ops.OPSET)], ir_version=ops.IR_VERSION)
+    session, rng = vulkan.open_session(gpu, made.SerializeToString()), np.random.default_rng(0)
+    low = rng.standard_normal((3, 4, 5), np.float32)
+    for shape in (3, 1, 5), (3, 4, 5), (1, 1, 5), (1, 1, 1):
+        gate = rng.standard_normal(shape, np.float32)
+        np.testing.assert_allclose(session.run(None, {"low": low, "gate": gate})[0], low * gate, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -129,7 +129,7 @@ def write_model(bundle: Path, tensors: dict[str, np.ndarray], gated: bool = True
         *(info(f"past_key_values.{name}", TensorProto.FLOAT, ["batch", *dims]) for name in cache),
         info(A, TensorProto.FLOAT16, ["rank", D]),
         info(B, TensorProto.FLOAT16, ["rank", D]),
-        *([info(GATE, TensorProto.FLOAT, ["batch", "sequence", "gates"])] if gated else []),
+        *([info(GATE, TensorProto.FLOAT, ["batch", 1, "gates"])] if gated else []),
         info("logits_to_keep", TensorProto.INT64, [1]),
     ]
     outputs = [

@@ -1,8 +1,8 @@
 #version 450
-// y[i] = op(a[i mod count], b[i mod count]): a shorter operand is repeated.
+// y[i] = op(a[i mod count], b[i mod count]): a shorter operand is repeated. b is another one for every b_span outputs.
 layout(local_size_x = 64) in;
 layout(constant_id = 0) const uint OP = 0;
-layout(push_constant) uniform Words { uint count, a, a_count, b, b_count, y; } p;
+layout(push_constant) uniform Words { uint count, a, a_count, b, b_count, y, b_span; } p;
 layout(std430, binding = 0) readonly buffer A { float a[]; };
 layout(std430, binding = 1) readonly buffer B { float b[]; };
 layout(std430, binding = 2) buffer Y { float y[]; };
@@ -38,5 +38,5 @@ float apply(float v, float w) {
 void main() {
   const uint step_size = gl_NumWorkGroups.x * 64u;
   for (uint i = gl_GlobalInvocationID.x; i < p.count; i += step_size)
-    y[p.y + i] = apply(a[p.a + i % p.a_count], p.b_count == 0u ? 0.0 : b[p.b + i % p.b_count]);
+    y[p.y + i] = apply(a[p.a + i % p.a_count], p.b_count == 0u ? 0.0 : b[p.b + i / p.b_span * p.b_count + i % p.b_count]);
 }

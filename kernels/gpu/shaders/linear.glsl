@@ -83,8 +83,9 @@ float low_part(uint g, uint row, uint m, uint lane) {
 float gated(uint g, uint row, uint m, float low) {
   const Group group = p.group[g];
   if (group.gate == NONE) return low;
-  if (flag(g, GATE_ROWS)) return low * factor[group.gate + m * group.rank + row];
-  return low * factor[group.gate + (flag(g, GATE_NUMBER) ? 0u : row)];
+  if (!flag(g, GATE_ROWS)) return low * factor[group.gate + (flag(g, GATE_NUMBER) ? 0u : row)];
+  const uint text = flag(g, GATE_NUMBER) ? m / (p.flags >> 16u) : m;  // both flags: gates are of texts, of so many rows
+  return low * factor[group.gate + text * group.rank + row];
 }
 
 float half_of(uint word, uint at) {
