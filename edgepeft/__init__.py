@@ -5,4 +5,4 @@ bundle that runs on an ARM board. Importing this package loads nothing heavy; ea
 """
 
 __version__ = "0.1.0"
-OP_ABI = 2  # what edgepeft_abi() of an op library answers that this version can use
+OP_ABI = 3  # raised when inputs, attributes or layouts of the ops change: libraries and bundles of another are refused

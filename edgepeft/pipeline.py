@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edgepeft import __version__
+from edgepeft import OP_ABI, __version__
 from edgepeft.artifact import Run, key_of, read_json, write_json
 from edgepeft.config import Config, checked, teacher_folder
 from edgepeft.console import say
@@ -200,7 +200,7 @@ def _basis(stage: Stage, config: Config, run: Run) -> str:
     """Return the digest of the settings a stage reads and of the results it starts from."""
     settings = {name: getattr(config, name) for name in stage.settings}
     inputs = {other.folder: run.records.get(other.folder, {}).get("files") for other in _needs(stage, config)}
-    return key_of([__version__, stage.name, settings, inputs])
+    return key_of([__version__, OP_ABI, stage.name, settings, inputs])
 
 
 def stage_key(stage: Stage, config: Config, run: Run) -> str:

@@ -23,14 +23,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepeft import OP_ABI, __version__, runtime
+from edgepeft import __version__, runtime
 from edgepeft.artifact import Run, read_json, sha256_file, write_json
 from edgepeft.console import say, table
 from edgepeft.deploy import web
 from edgepeft.deploy.adapter_source import ABOUT, about, columns
 from edgepeft.errors import ArtifactError
 from edgepeft.export import genai
-from edgepeft.export.ops import DOMAIN, MINIMUM_ONNXRUNTIME
+from edgepeft.export.ops import MINIMUM_ONNXRUNTIME
 from edgepeft.runtime import manifest as mf
 from edgepeft.runtime.adapters import DEFAULT
 from edgepeft.runtime.library import FILE_NAME
@@ -209,7 +209,6 @@ def _describe(config: Config, run: Run, target: Target, training: Mapping[str, A
         "activation": exported["activation"],
         "base_digest": quantized["base_digest"],
         "tokenizer_digest": sha256_file(run.path("export") / "tokenizer.json"),
-        "op": {"domain": DOMAIN, "abi": OP_ABI},
         "onnxruntime": {
             "minimum": MINIMUM_ONNXRUNTIME,
             "requirement": target.requirements[0],

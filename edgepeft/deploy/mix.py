@@ -90,7 +90,7 @@ def _problems(parts: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
         if whole[part].keys() != whole[first].keys() or any(
             not np.array_equal(value, whole[first][name]) for name, value in whole[part].items()
         ):
-            problems.append(f"{part!r} has another head than {first!r}, and heads do not add.")
+            problems.append(f"{part!r} has another head than {first!r}, and heads do not add. Ask each by its name.")
     return problems
 
 

@@ -32,6 +32,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from edgepeft import OP_ABI
 from edgepeft.export.body import INT32, Body
 from edgepeft.quant.formats import FORMATS, TILE_COLUMNS, TILE_ROWS
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     import onnx
 
 DOMAIN = "edgepeft"
-VERSION = 3  # of the domain, raised whenever inputs, attributes or layouts change: files of another are refused
+VERSION = OP_ABI  # of the domain
 MAX_GROUPS = 3
 MINIMUM_ONNXRUNTIME = "1.20.1"  # a release that is safe on a Cortex-A72; it reads no newer opset or IR than these
 OPSET = 21

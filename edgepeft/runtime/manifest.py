@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from edgepeft import OP_ABI
 from edgepeft.artifact import sha256_file, write_bytes
 from edgepeft.errors import ArtifactError, unknown
 
@@ -64,7 +65,7 @@ class Manifest:
 
 def seal(values: Mapping[str, Any]) -> bytes:
     """Return the bytes of manifest.json: the values and the digest of their text."""
-    text = json.dumps({**values, "schema": SCHEMA, "digest": _ZEROS}, indent=2, sort_keys=True) + "\n"
+    text = json.dumps({**values, "schema": SCHEMA, "abi": OP_ABI, "digest": _ZEROS}, indent=2, sort_keys=True) + "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()
     return text.replace(f'"digest": "{_ZEROS}"', f'"digest": "{digest}"', 1).encode()
 
@@ -96,6 +97,8 @@ def unseal(path: Path) -> dict[str, Any]:
     values = json.loads(raw)
     if values["schema"] != SCHEMA:
         raise ArtifactError(f"{path}: schema {values['schema']}, this edgepeft reads {SCHEMA}. Use matching versions.")
+    if values["abi"] != OP_ABI:
+        raise ArtifactError(f"{path}: made for op ABI {values['abi']}, this edgepeft needs {OP_ABI}. {AGAIN}")
     return values
 
 

@@ -97,6 +97,12 @@ def test_another_schema_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch
         load(bundle)
 
 
+def test_a_bundle_for_other_ops_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mf, "OP_ABI", 7)
+    with pytest.raises(ArtifactError, match=r"made for op ABI \d, this edgepeft needs 7"):
+        load(bundle)
+
+
 def test_unknown_check(sealed: Path) -> None:
     with pytest.raises(ArtifactError, match="Did you mean 'quick'"):
         load(sealed, check="quik")
