@@ -23,7 +23,7 @@
 #define EP_ARCH "other"
 #endif
 
-EP_EXPORT int edgepeft_abi() { return 3; }  // OP_ABI in the package
+EP_EXPORT int edgepeft_abi() { return 3; }  // OP_ABI of the package
 EP_EXPORT const char* edgepeft_build() { return "edgepeft 0.1.0 abi=3 " EP_OS "-" EP_ARCH; }
 
 // out[n,k] row-major, float or bfloat16, by the kernel that picks an embedding's rows. -1: unknown format, or a K that does

@@ -1,5 +1,6 @@
 """What all tests share: an offline run with its own folder for things that can be made again."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -13,6 +14,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # two of these share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Build the library anew where its sources changed, before a process opens it or two build it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        from edgepeft.deploy.compile import host_library
+        from edgepeft.errors import TargetError
+
+        with contextlib.suppress(TargetError):  # no compiler: tests that need one say so
+            host_library()
 
 
 @pytest.fixture(scope="session")
