@@ -38,3 +38,14 @@ def bert(tmp_path_factory):
 def model(bert, tmp_path):
     """A copy of it that a test may damage."""
     return Path(shutil.copytree(bert, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def gpu() -> None:
+    """A software GPU in this process, for WebGPU."""
+    from edgepeft.deploy import softgpu
+
+    pytest.importorskip("onnxruntime_ep_webgpu", reason="pip install 'edgepeft[webgpu]'")
+    if reason := softgpu.missing():
+        pytest.skip(reason)
+    softgpu.use(softgpu.available()[0])

@@ -21,12 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from edgepeft.artifact import cache_dir
-from edgepeft.deploy.compile import kernel_folder, plugin_library
+from edgepeft.deploy.compile import host_library, kernel_folder, plugin_library
+from edgepeft.runtime.library import open_library
 
 RUNS = 21
 WORD_BYTES = 256
 STEPS = 200_000
-INSTRUCTIONS = ("amx", "avx512vnni", "avx2", "i8mm", "dotprod", "neon")
 
 
 @functools.cache
@@ -60,9 +60,9 @@ def read_bandwidth(threads: int, size_bytes: int) -> float:
 
 
 def int8_peaks(threads: int, steps: int = 0) -> dict[str, float]:
-    """Return {instruction set: operations a second} of those of INSTRUCTIONS that this processor has."""
+    """Return {instruction set: operations a second} of those that kernels run by on this processor, the best first."""
     library, steps, peaks = _library(), steps or STEPS, {}
-    for name in INSTRUCTIONS:
+    for name in dict.fromkeys(kernel.rpartition("_")[2] for kernel in open_library(host_library()).kernels):
         if operations := library.ep_limit_operations(name.encode()):
             seconds = _best_s(threads, functools.partial(_multiply, name.encode(), steps))
             peaks[name] = threads * steps * operations / seconds

@@ -33,6 +33,7 @@ from edgepeft.export.branches import BRANCHES
 from edgepeft.export.functions import FUNCTIONS
 from edgepeft.export.graph import FLOAT, FLOAT16, Dims, Graph, Place, Value
 from edgepeft.quant.formats import TILE_ROWS
+from edgepeft.runtime.adapters import UP, for_graph
 
 BATCH, SEQUENCE = "batch", "sequence"
 ADAPTER_FILE = "adapters/default/adapter_model.safetensors"
@@ -81,20 +82,16 @@ class AdapterFile:
             path, location = terms, f"{location.rpartition('/')[0]}/{TERMS_FILE}"
         header, metadata, base = tensor_header(path)
         stored = {name: name for name in header} | aliases(metadata)
+        tensors = read_tensors(path)
+        turned = for_graph({name: tensors[source] for name, source in stored.items() if name.endswith(UP)})
         values: dict[str, Value] = {}
         places: dict[str, Place | np.ndarray] = {}
-        up = f".{ENDINGS['b_nr']}"
-        tensors = read_tensors(path)
-        turned = {s: np.ascontiguousarray(tensors[s].T) for n, s in stored.items() if n.endswith(up)}
         for name, source in stored.items():
             entry = header[source]
             start, end = entry["data_offsets"]
             dtype = helper.np_dtype_to_tensor_dtype(np.dtype(DTYPES[entry["dtype"]]))
-            values[name] = Value(name, dtype, tuple(entry["shape"]))
-            places[name] = Place(location, base + start, end - start)
-            if name.endswith(up):
-                values[name] = Value(name, dtype, turned[source].shape)
-                places[name] = turned[source]
+            values[name] = Value(name, dtype, turned[name].shape if name in turned else tuple(entry["shape"]))
+            places[name] = turned.get(name, Place(location, base + start, end - start))
         return cls(values, places, swappable=True)
 
     def term(self, module: str, term: str) -> Value | None:

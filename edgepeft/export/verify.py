@@ -188,8 +188,9 @@ def _arrives(model: parity.OnnxModel, batch: Mapping[str, np.ndarray], name: str
 
     A bias of the keys is such a one: it adds the same to all scores of a query, and a softmax takes it away again.
     """
-    found = model.logits(batch, {name: np.full_like(tensor, np.nan)})
-    return bool(tensor.any()) and not np.isfinite(found).all()
+    if not tensor.any():
+        return False
+    return not np.isfinite(model.logits(batch, {name: np.full_like(tensor, np.nan)})).all()
 
 
 def check_gpu(work: Subject) -> Figures:

@@ -39,7 +39,7 @@ from edgepeft.export.webgpu_attention import capped, padded
 from edgepeft.export.webgpu_prompts import Prompts
 from edgepeft.export.webgpu_weights import block_of, embedding, row_embedding, unpacked
 from edgepeft.quant.formats import FORMATS
-from edgepeft.runtime.webgpu import DIGITS, FILE, PACKED, ROWS, pack, pack_routers, widened
+from edgepeft.runtime.webgpu import FILE, PACKED, ROWS, pack, pack_routers, widened
 
 MICROSOFT = "com.microsoft"
 NF4 = 1  # MatMulBnb4's quant_type
@@ -85,13 +85,6 @@ def check_sizes(folder: Path, most_mib: int) -> None:
             f"{name}: takes {sizes[name] / 2**20:.0f} MiB, a shader of this target binds {most_mib} at most. Take a "
             "smaller format (--format, --embedding-format) or another target."
         )
-
-
-def ranks_in(folder: Path) -> dict[str, int] | None:
-    """Return {node: ranks} that a graph for GPUs takes in digits, None for one without a branch for single tokens."""
-    model = onnx.load(str(folder / FILE), load_external_data=False)
-    found = {entry.key: entry.value for entry in model.metadata_props}
-    return {n: e["ranks"] for n, e in json.loads(found[DIGITS]).items()} if DIGITS in found else None
 
 
 class Pass:

@@ -11,12 +11,9 @@
 // Hides a value from the compiler: it neither takes a step for a repetition of the last nor sums in another order.
 #if defined(__x86_64__)
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #define EP_HIDE(x) __asm__ volatile("" : "+v"(x))
 #elif defined(__aarch64__)
 #include <arm_neon.h>
-#include <sys/auxv.h>
 #define EP_HIDE(x) __asm__ volatile("" : "+w"(x))
 #endif
 
@@ -45,7 +42,6 @@ EP_EXPORT uint64_t ep_limit_read(const Words* data, size_t size_bytes) {
 struct Peak {
   const char* name;
   int operations;  // of a step: a product and a sum are two
-  bool (*here)();
   int (*run)(long steps);
 };
 
@@ -114,53 +110,26 @@ static int amx(long steps) {
   return sums[0];
 }
 
-static bool has_avx2() { return __builtin_cpu_init(), __builtin_cpu_supports("avx2"); }
-static bool has_vnni() {
-  return __builtin_cpu_init(), __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw");
-}
-// Linux saves tiles only for a process that has asked for them.
-static bool has_amx() {
-  if (!has_vnni()) return false;
-  unsigned a = 7, b, c = 0, d;
-  __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  constexpr unsigned kTileAndInt8 = 3u << 24;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return (d & kTileAndInt8) == kTileAndInt8 && !syscall(SYS_arch_prctl, kRequestPermission, kTileData);
-}
-
 static const Peak kPeaks[] = {
-    {"amx", 2 * 16 * 16 * 64 * 4, has_amx, amx},
-    {"avx512vnni", 2 * 64 * kWide, has_vnni, avx512vnni},
-    {"avx2", 2 * 32 * 8 * kNarrow, has_avx2, avx2},
+    {"amx", 2 * 16 * 16 * 64 * 4, amx},
+    {"avx512vnni", 2 * 64 * kWide, avx512vnni},
+    {"avx2", 2 * 32 * 8 * kNarrow, avx2},
 };
 #elif defined(__aarch64__)
-__attribute__((target("arch=armv8.2-a+i8mm"))) static int i8mm(long steps) {
-  int8x16_t x = vdupq_n_s8(1), w = x;
-  int32x4_t sum[kWide] = {};
-  for (long i = 0; i < steps; ++i)
-#pragma GCC unroll 16
-    for (int c = 0; c < kWide; ++c) {
-      sum[c] = vmmlaq_s32(sum[c], x, w);
-      EP_HIDE(sum[c]);
-    }
-#pragma GCC unroll 16
-  for (int c = 1; c < kWide; ++c) sum[0] = vaddq_s32(sum[0], sum[c]);
-  return vaddvq_s32(sum[0]);
-}
-
-__attribute__((target("arch=armv8.2-a+dotprod"))) static int dotprod(long steps) {
-  int8x16_t x = vdupq_n_s8(1), w = x;
-  int32x4_t sum[kWide] = {};
-  for (long i = 0; i < steps; ++i)
-#pragma GCC unroll 16
-    for (int c = 0; c < kWide; ++c) {
-      sum[c] = vdotq_s32(sum[c], x, w);
-      EP_HIDE(sum[c]);
-    }
-#pragma GCC unroll 16
-  for (int c = 1; c < kWide; ++c) sum[0] = vaddq_s32(sum[0], sum[c]);
-  return vaddvq_s32(sum[0]);
-}
+#define EP_SUMS_BY(instruction, isa)                                               \
+  __attribute__((target("arch=armv8.2-a+" #isa))) static int isa(long steps) {     \
+    int8x16_t x = vdupq_n_s8(1), w = x;                                            \
+    int32x4_t sum[kWide] = {};                                                     \
+    for (long i = 0; i < steps; ++i)                                               \
+      _Pragma("GCC unroll 16") for (int c = 0; c < kWide; ++c) {                   \
+        sum[c] = instruction(sum[c], x, w);                                        \
+        EP_HIDE(sum[c]);                                                           \
+      }                                                                            \
+    _Pragma("GCC unroll 16") for (int c = 1; c < kWide; ++c) sum[0] = vaddq_s32(sum[0], sum[c]); \
+    return vaddvq_s32(sum[0]);                                                     \
+  }
+EP_SUMS_BY(vmmlaq_s32, i8mm)
+EP_SUMS_BY(vdotq_s32, dotprod)
 
 static int neon(long steps) {
   int8x16_t x = vdupq_n_s8(1), w = x;
@@ -184,26 +153,23 @@ static int neon(long steps) {
   return vaddvq_s32(sum[0]);
 }
 
-static bool has_neon() { return true; }
-static bool has_dotprod() { return getauxval(AT_HWCAP) & 1ul << 20; }  // HWCAP_ASIMDDP
-static bool has_i8mm() { return getauxval(AT_HWCAP2) & 1ul << 13; }    // HWCAP2_I8MM
-
 static const Peak kPeaks[] = {
-    {"i8mm", 2 * 32 * kWide, has_i8mm, i8mm},
-    {"dotprod", 2 * 16 * kWide, has_dotprod, dotprod},
-    {"neon", 2 * 16 * 8 * kNarrow, has_neon, neon},
+    {"i8mm", 2 * 32 * kWide, i8mm},
+    {"dotprod", 2 * 16 * kWide, dotprod},
+    {"neon", 2 * 16 * 8 * kNarrow, neon},
 };
 #else
-static const Peak kPeaks[] = {{"", 0, [] { return false; }, nullptr}};
+static const Peak kPeaks[] = {{"", 0, nullptr}};
 #endif
 
 static const Peak* named(const char* name) {
   for (const Peak& peak : kPeaks)
-    if (!__builtin_strcmp(peak.name, name) && peak.here()) return &peak;
+    if (!__builtin_strcmp(peak.name, name)) return &peak;
   return nullptr;
 }
 
-// Operations of one step of ep_limit_int8 by an instruction set; 0 where this processor has no such one.
+// Operations of one step of ep_limit_int8 by an instruction set; 0 where it has none here. Which of them this processor runs
+// the op library says, which also asks the system for AMX's tiles.
 EP_EXPORT int ep_limit_operations(const char* name) { return named(name) ? named(name)->operations : 0; }
 
 EP_EXPORT int ep_limit_int8(const char* name, long steps) { return named(name) ? named(name)->run(steps) : 0; }

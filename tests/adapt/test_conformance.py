@@ -113,7 +113,7 @@ def test_padding_behind_a_prompt_changes_nothing(subjects: Callable, name: str) 
 def test_a_branch_can_be_switched_off_or_left_out(subjects: Callable, kind: str, name: str) -> None:
     """The runtime's neutral tensors leave the base; a LoRA in a graph of experts has a gate of 1."""
     from edgepeft.export.parity import OnnxModel
-    from edgepeft.runtime.adapters import UP, slots
+    from edgepeft.runtime.adapters import for_graph, slots
 
     subject = subjects(kind, "i4b32")
     model = OnnxModel(subject.export(subject.made(name)), None)
@@ -127,7 +127,7 @@ def test_a_branch_can_be_switched_off_or_left_out(subjects: Callable, kind: str,
     if name in ("experts", *PROMPTS):
         folder = subject.export(subject.made("lora"))
         tensors = {key: value for key, value in read_tensors(folder / ADAPTER_FILE).items() if key in places}
-        lora = {key: value.T if key.endswith(UP) else value for key, value in tensors.items()}
+        lora = for_graph(tensors)
         wanted = subject.logits(subject.model((folder / ADAPTER_FILE).parent))
         assert np.abs(model.logits(subject.batch, {**neutral, **lora}) - wanted).max() <= FLOAT
 

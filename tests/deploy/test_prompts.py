@@ -17,7 +17,6 @@ from edgepeft.artifact import Run, read_json, read_tensors, write_json, write_te
 from edgepeft.backbone.load import quantized_model
 from edgepeft.config import Config
 from edgepeft.deploy import adapters as da
-from edgepeft.deploy import softgpu
 from edgepeft.errors import ArtifactError
 from edgepeft.export import webgpu
 from edgepeft.runtime import load
@@ -78,15 +77,6 @@ def writers(tmp_path_factory: pytest.TempPathFactory) -> Build:
     model = str(tiny_decoder(place / "model"))
     config = Config(model=model, data="none.jsonl", task="text-generation", context=64, threads=1)
     return builder(place, config, False)
-
-
-@pytest.fixture(scope="module")
-def gpu() -> None:
-    """A software GPU in this process."""
-    pytest.importorskip("onnxruntime_ep_webgpu", reason="pip install 'edgepeft[webgpu]'")
-    if reason := softgpu.missing():
-        pytest.skip(reason)
-    softgpu.use(softgpu.available()[0])
 
 
 def peft(run: Run, task: str, folder: Path | None = None) -> Any:

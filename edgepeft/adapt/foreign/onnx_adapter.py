@@ -13,10 +13,9 @@ import re
 from pathlib import Path
 
 from edgepeft.adapt.foreign import PREFIX, Foreign, lora_settings, ranks
-from edgepeft.adapt.terms import ENDINGS
 from edgepeft.errors import ArtifactError
+from edgepeft.runtime.adapters import UP
 
-UP = f".{ENDINGS['b_nr']}"
 MAGIC = b"TORT"  # after the flatbuffer's first offset
 TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.MatMul\.weight$")
 
