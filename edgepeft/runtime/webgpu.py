@@ -194,7 +194,7 @@ def on_device(array: np.ndarray) -> Any:
 def missing() -> str:
     """Say why no GPU can be used here, or return ""."""
     try:
-        import onnxruntime_ep_webgpu  # noqa: F401
+        import onnxruntime_ep_webgpu  # noqa: F401 - is it there?
     except ImportError:
         return f"the package onnxruntime-ep-webgpu is not installed: {INSTALL}"
     try:

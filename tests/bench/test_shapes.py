@@ -93,7 +93,7 @@ def test_a_missing_peer_is_named(name: str, tmp_path: Path, capsys: pytest.Captu
     others = [word for other in shapes.PEERS if other != name for word in (f"--{other}-python", str(tmp_path / "none"))]
     assert shapes.main(["tiny", "--make", "--peers", bare, str(tmp_path / "none"), *others]) == 0
     assert f"{name}: {tmp_path / 'none'} cannot be run" in capsys.readouterr().out
-    assert "left out" in shapes.peer_missing("llama", sys._base_executable)  # type: ignore[attr-defined]
+    assert "left out" in shapes.peer_missing("llama", sys._base_executable)  # type: ignore[attr-defined]  # of a venv
 
 
 def _python(name: str) -> str:
@@ -162,9 +162,9 @@ def test_more_rounds_fit_into_more_time_and_long_prompts_give_way() -> None:
         def ask(self, tokens: int, **_: object) -> dict[str, float]:
             return {"seconds": tokens / 100, "cpu_s": tokens / 100, "busy_s": tokens / 100}
 
-    assert turns._prefill_tokens([Slow()], 2 * 3 * 5.12 + 1, turns.PREFILLS) == 512  # type: ignore[list-item]
-    assert turns._prefill_tokens([Slow()], 2 * 3 * 5.12 - 1, turns.PREFILLS) == 256  # type: ignore[list-item]
-    assert turns._prefill_tokens([Slow()], 0, turns.PREFILLS) == 128  # type: ignore[list-item]
+    assert turns._prefill_tokens([Slow()], 2 * 3 * 5.12 + 1, turns.PREFILLS) == 512  # type: ignore[list-item]  # a stand-in
+    assert turns._prefill_tokens([Slow()], 2 * 3 * 5.12 - 1, turns.PREFILLS) == 256  # type: ignore[list-item]  # a stand-in
+    assert turns._prefill_tokens([Slow()], 0, turns.PREFILLS) == 128  # type: ignore[list-item]  # a stand-in
     (row,) = turns._figures(
         "prefill",
         {

@@ -55,7 +55,7 @@ class Engine:
 if __name__ == "__main__":
     import onnxruntime  # noqa: F401 - packages are imported before the clock starts, as the peers' are
 
-    import edgepeft.runtime.generate  # noqa: F401
+    import edgepeft.runtime.generate  # noqa: F401 - likewise
 
     about = json.loads(sys.argv[1])
     protocol.serve(lambda: Engine(about["folder"], about["threads"]))
