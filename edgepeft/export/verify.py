@@ -170,27 +170,27 @@ def check_effect(work: Subject) -> Figures:
             f"effect: turning the adapter off changes the logits by {effect:.3g}, int8 noise alone by {own_noise:.3g}: "
             "the device could not tell the tuned model from the base. Train longer, or take --activation float."
         )
-    batch = work.sample(DEVICE_TRACED)  # a run for each tensor: a few tokens tell as much
-    full = model.logits(batch)
-    zeros = {name: np.zeros_like(tensor) for name, tensor in work.tensors.items()}
-    same = [name for name, zero in zeros.items() if np.array_equal(model.logits(batch, {name: zero}), full)]
-    idle = [name for name in same if not _arrives(model, batch, name, work.tensors[name])]
+    idle = _idle(model, work.sample(DEVICE_TRACED), work.tensors)  # a run for each: a few tokens tell as much
     if idle:
         raise VerifyError(
-            f"effect: {len(idle)} of {len(zeros)} adapter tensors change nothing when set to zero: "
+            f"effect: {len(idle)} of {len(work.tensors)} adapter tensors change nothing when set to zero: "
             f"{', '.join(idle[:4])}. They are zero or the graph does not use them."
         )
-    return {"adapter_effect": effect, "shipped_noise": own_noise, "tensors_in_use": len(zeros)}
+    return {"adapter_effect": effect, "shipped_noise": own_noise, "tensors_in_use": len(work.tensors)}
 
 
-def _arrives(model: parity.OnnxModel, batch: Mapping[str, np.ndarray], name: str, tensor: np.ndarray) -> bool:
-    """Tell whether a tensor is not zero and the logits [M, ...] hang on it, though zeros in its place change none.
+def _idle(model: parity.OnnxModel, batch: Mapping[str, np.ndarray], tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """Return the tensors that are zero, or on which no logits [M, ...] hang.
 
-    A bias of the keys is such a one: it adds the same to all scores of a query, and a softmax takes it away again.
+    Zeros in the place of one that is in use may change none: a bias of the keys adds the same to all scores of a query,
+    and a softmax takes it away again. NaN in its place tells.
     """
-    if not tensor.any():
-        return False
-    return not np.isfinite(model.logits(batch, {name: np.full_like(tensor, np.nan)})).all()
+    full, idle = model.logits(batch), []
+    for name, tensor in tensors.items():
+        if np.array_equal(model.logits(batch, {name: np.zeros_like(tensor)}), full):
+            used = tensor.any() and not np.isfinite(model.logits(batch, {name: np.full_like(tensor, np.nan)})).all()
+            idle += [] if used else [name]
+    return idle
 
 
 def check_gpu(work: Subject) -> Figures:

@@ -228,9 +228,8 @@ def test_a_tensor_whose_effect_cancels_is_in_use_and_one_that_is_zero_or_not_wir
     batch = {"scores": np.array([1.0, 2.0, 4.0])}
     full = Scores().logits(batch, {})
     assert np.array_equal(Scores().logits(batch, {"bias": np.zeros(1)}), full)
-    assert stage._arrives(Scores(), batch, "bias", np.ones(1))
-    assert not stage._arrives(Scores(), batch, "bias", np.zeros(1))
-    assert not stage._arrives(Scores(), batch, "unused", np.ones(1))
+    assert stage._idle(Scores(), batch, {"bias": np.ones(1), "unused": np.ones(1)}) == ["unused"]
+    assert stage._idle(Scores(), batch, {"bias": np.zeros(1)}) == ["bias"]
 
 
 def test_wrong_int8_kernel_is_found(tiny, monkeypatch):
