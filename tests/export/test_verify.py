@@ -218,8 +218,8 @@ def test_planted_fault_is_named(copy, fault):
 class Scores:
     """Plays a model whose keys have a bias, which a softmax takes away; it takes a tensor that nothing uses."""
 
-    def logits(self, batch, given):
-        bias, _ = given.get("bias", np.ones(1)), given.get("unused")
+    def logits(self, batch, given=()):
+        bias = given["bias"] if "bias" in given else np.ones(1)
         scores = batch["scores"] + bias
         return np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
 
