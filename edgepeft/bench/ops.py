@@ -3,8 +3,9 @@
     ours   AdapterMatMul_<format>_g1   int8 activations, adapter float16
     peer   MatMulNBits (4 bits, block 32, accuracy_level 4) + (x A) B, adapter float32 constants
 
-Both run in one process, turn by turn, on the same x; a row reports medians, the median ratio of paired turns and its
-quartiles. One thread is timed by its own CPU time, which other programs hardly disturb; several by the wall clock.
+Both run in one process, by turns in a drawn order, on the same x; a row reports medians, the median ratio of paired
+turns and its quartiles. One thread is timed by its own CPU time, which other programs hardly disturb; several by the
+wall clock.
 Before a row is timed both outputs are held to the float32 result of their weights. Rank 0 of ours beside rank R of ours
 gives what an adapter costs, next to the share of the bytes that it adds.
 
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from edgepeft.bench.report import publish
+from edgepeft.bench.timing import orders
 from edgepeft.errors import EdgePeftError
 from edgepeft.quant.formats import FORMATS
 
@@ -141,14 +143,14 @@ def interleave(
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
-    start_s = time.perf_counter()
+    start_s, order = time.perf_counter(), orders(list(runs))
     while (spent_s := time.perf_counter() - start_s) < seconds or len(next(iter(times.values()))) < MIN_TURNS:
         if spent_s > PATIENCE * max(1.0, seconds):
             raise EdgePeftError(f"{clock.__name__} stands still from call to call: too coarse a clock for this op.")
         turn = {}
-        for name, run in runs.items():
+        for name in next(order):
             start = clock()
-            run()
+            runs[name]()
             turn[name] = clock() - start
         if min(turn.values()) > 0:  # a virtual machine's CPU clock may stand still for a call
             for name, value in turn.items():

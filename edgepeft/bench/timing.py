@@ -1,16 +1,18 @@
 """Timing that can be trusted on a shared machine: interleaved, warmed up, medians, and it says when it was disturbed.
 
 Candidates take turns within a round and rounds go on until the budget is spent, so that a neighbour who comes and goes
-hits all of them alike. Each run's wall time stands beside the CPU time of this process: where they part, the process
-waited for a core. `others_cpus` is how many cores others kept busy meanwhile (Linux: /proc/stat less our own).
+hits all of them alike. A round's order is drawn: what one leaves in the caches is met by each of the others as often.
+Each run's wall time stands beside the CPU time of this process: where they part, the process waited for a core.
+`others_cpus` is how many cores others kept busy meanwhile (Linux: /proc/stat less our own).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,20 @@ def busy_cpu_s() -> float | None:
     return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
 
+def orders(names: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the order of each round, by one seed: nobody comes twice in a row, and each as often behind any other.
+
+    With an order that only turns round, one would always find the caches as the same neighbour left them.
+    """
+    draw, last = random.Random(0), ""
+    while True:
+        order = list(names)
+        draw.shuffle(order)
+        if order[0] != last or len(order) == 1:
+            last = order[-1]
+            yield order
+
+
 def interleave(candidates: Mapping[str, Callable[[], object]], budget_s: float = 1.0) -> dict[str, Timing]:
     """Run candidates in turns for about budget_s seconds and return their timings.
 
@@ -53,13 +69,11 @@ def interleave(candidates: Mapping[str, Callable[[], object]], budget_s: float =
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
     for call in candidates.values():
         _warm_up(call)
-    names = list(candidates)
     before, own, started = busy_cpu_s(), time.process_time(), time.perf_counter()
-    for turn in range(MAX_ROUNDS):
+    for turn, order in zip(range(MAX_ROUNDS), orders(list(candidates)), strict=False):
         if _enough(turn, time.perf_counter() - started, budget_s):
             break
-        for step in range(len(names)):
-            name = names[(turn + step) % len(names)]
+        for name in order:
             cpu, wall = time.process_time(), time.perf_counter()
             candidates[name]()
             spent[name].append((time.perf_counter() - wall, time.process_time() - cpu))

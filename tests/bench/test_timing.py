@@ -1,20 +1,31 @@
 from __future__ import annotations
 
+import collections
+import itertools
 import time
 
 import pytest
 
 from edgepeft.bench import timing
-from edgepeft.bench.timing import FEWEST_ROUNDS, MIN_ROUNDS, WARM_UP, Timing, disturbed, interleave
+from edgepeft.bench.timing import FEWEST_ROUNDS, MIN_ROUNDS, WARM_UP, Timing, disturbed, interleave, orders
 
 
-def test_candidates_take_turns_and_each_goes_first_as_often() -> None:
+def test_candidates_take_turns_and_each_comes_once_a_round() -> None:
     order: list[str] = []
     found = interleave({name: lambda name=name: order.append(name) for name in "abc"}, budget_s=0)
     assert order[: 3 * WARM_UP] == [*"aaabbbccc"]
-    rounds = ["".join(order[at : at + 3]) for at in range(9, len(order), 3)]
-    assert rounds[:3] == ["abc", "bca", "cab"]
+    assert all(sorted(order[at : at + 3]) == [*"abc"] for at in range(9, len(order), 3))
     assert {name: t.rounds for name, t in found.items()} == dict.fromkeys("abc", MIN_ROUNDS)
+
+
+@pytest.mark.parametrize("names", ["a", "ab", "abc", "abcde"])
+def test_each_comes_behind_any_other_as_often(names: str) -> None:
+    rounds = 3000
+    order = [name for turn in itertools.islice(orders(names), rounds) for name in turn]
+    pairs = collections.Counter(itertools.pairwise(order))
+    assert len(names) == 1 or not any(pairs[name, name] for name in names)
+    for name, before in itertools.permutations(names, 2):
+        assert pairs[before, name] == pytest.approx(rounds / (len(names) - 1), rel=0.1)
 
 
 def test_slow_candidates_get_fewer_rounds_and_one_call_to_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
