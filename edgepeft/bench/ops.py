@@ -5,7 +5,7 @@
 
 Both run in one process, by turns in a drawn order, on the same x; a row reports medians, the median ratio of paired
 turns and its quartiles. One thread is timed by its own CPU time, which other programs hardly disturb; several by the
-wall clock.
+wall clock, and they sleep while the others are timed.
 Before a row is timed both outputs are held to the float32 result of their weights. Rank 0 of ours beside rank R of ours
 gives what an adapter costs, next to the share of the bytes that it adds.
 
@@ -28,6 +28,7 @@ from edgepeft.bench.report import publish
 from edgepeft.bench.timing import orders
 from edgepeft.errors import EdgePeftError
 from edgepeft.quant.formats import FORMATS
+from edgepeft.runtime.session import REST
 
 SHAPES = ((384, 1536), (896, 4864), (2048, 2048), (2048, 8192), (8192, 2048))  # (K, N)
 MS = (1, 128, 512)
@@ -116,6 +117,7 @@ def session(model: bytes, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    options.add_session_config_entry(*REST)
     options.register_custom_ops_library(str(host_library()))
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
@@ -133,13 +135,13 @@ def _check(name: str, y_mn: np.ndarray, expected_mn: np.ndarray) -> None:
         raise EdgePeftError(f"{name}: expected an output within {LIMIT} of float32, found {error:.3g}. Do not time it.")
 
 
-def interleave(
-    runs: dict[str, Callable[[], Any]], seconds: float, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
-    """Time several functions turn by turn for about `seconds` (at least 5 turns); returns `clock` per call by name.
+def interleave(runs: dict[str, Callable[[], Any]], seconds: float, threads: int = 1) -> dict[str, list[float]]:
+    """Time several functions turn by turn for about `seconds` (at least 5 turns); returns seconds per call by name.
 
+    One thread is timed by its own CPU time, several by the wall clock.
     Raises EdgePeftError when the clock hardly ever moves between two calls.
     """
+    clock = time.thread_time if threads == 1 else time.perf_counter
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -182,7 +184,7 @@ def measure(case: Case, seconds: float = 1.0) -> dict[str, Any]:
     for name, tag in (("ours", case.format), ("peer", "i4b32")):
         spec = FORMATS[tag]
         _check(f"{case} {name}", runs[name](), x_mk @ spec.dequantize(spec.quantize(w_nk)).T + (x_mk @ a_rk.T) @ b_nr.T)
-    times = interleave(runs, seconds, time.thread_time if case.threads == 1 else time.perf_counter)
+    times = interleave(runs, seconds, case.threads)
     low, ratio, high = _spread(times["peer"], times["ours"])
     row = {**dataclasses.asdict(case), **{f"{name}_us": statistics.median(t) * 1e6 for name, t in times.items()}}
     row |= {f"{name}_min_us": min(t) * 1e6 for name, t in times.items()}

@@ -18,6 +18,7 @@ import numpy as np
 from edgepeft.errors import EdgePeftError
 from edgepeft.runtime.adapters import DEFAULT
 from edgepeft.runtime.manifest import check_bundle
+from edgepeft.runtime.session import REST
 from edgepeft.runtime.tasks import Prediction, predictions
 from edgepeft.runtime.tokens import NAMES, Tokens
 
@@ -36,6 +37,7 @@ class Peer:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
+        options.add_session_config_entry(*REST)  # or the threads of either would burden the other's next run
         self.session = onnxruntime.InferenceSession(str(model_file), options, providers=["CPUExecutionProvider"])
 
     def run(self, arrays: dict[str, np.ndarray], adapter: str = DEFAULT) -> np.ndarray:

@@ -33,6 +33,8 @@ from edgepeft.runtime.mixing import Mixes
 
 WEIGHTS_ELSEWHERE = (1, 21)  # ONNX Runtime that can be told where the weights of a model given as bytes are
 QUIET = 3  # ONNX Runtime's severity "error": it warns once for every overridable initializer
+# ONNX Runtime's threads wait for a next run with a core each at full load, for more than a second after an answer.
+REST = ("session.force_spinning_stop", "1")
 # Widens float16 initializers that no kernel takes; it ends the process over a function's body in 1.23 to 1.29.
 BROKEN_OPTIMIZERS = ("FuseFp16InitializerToFp32NodeTransformer",)
 DEVICES = ("cpu", "webgpu", "vulkan", "auto")  # GPUS, and what may be without one
@@ -160,6 +162,7 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = QUIET
     options.intra_op_num_threads = threads
+    options.add_session_config_entry(*REST)
     options.inter_op_num_threads = 1
     source = _model_source(manifest, options, activation, library, onnxruntime.__version__, kv_cache)
     try:

@@ -143,6 +143,14 @@ def test_threads_with_different_adapters_do_not_disturb_each_other(bundle: Path)
     assert not wrong
 
 
+def test_no_core_is_kept_busy_behind_an_answer(sealed: Path) -> None:
+    model = load(sealed, threads=3)
+    model.logits(TEXTS)
+    busy = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - busy < 0.05
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
