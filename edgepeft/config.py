@@ -72,6 +72,12 @@ def _targets() -> Iterable[str]:
     return target_names()
 
 
+def _has_classes(task: str) -> bool:
+    from edgepeft.train.tasks import TASKS
+
+    return task in TASKS and TASKS[task].classes
+
+
 TEACHERS = ("none", "self", "tuned")  # or a folder
 # More than the cores only slows a machine down, and thousands of waiting threads take it away from its user.
 MOST_THREADS = 4 * (os.cpu_count() or 1)
@@ -192,6 +198,11 @@ class Config:
                 for name, plain in (("teacher", "none"), ("start", "default"))
                 if getattr(self, name) != plain
             ]
+        if self.teacher == "self" and _has_classes(self.task) and not self.lesson_hidden and not self.adapter_from:
+            problems.append(
+                "--teacher self: a backbone knows no classes, so it can teach hidden states alone. Give "
+                "--lesson-hidden 1, or take --teacher tuned."
+            )
         if self.size and self.embedding_format == "float":
             problems.append("--size chooses the embeddings' formats too. Leave out --embedding-format float.")
         if problems:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 class EdgePeftError(Exception):
@@ -50,6 +51,19 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     nearest = next((n for n in names if close and n.lower() == close[0]), None)
     hint = f" Did you mean {nearest!r}?" if nearest else ""
     return f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}."
+
+
+def all_of(*asks: Callable[[], Any]) -> list[Any]:
+    """Return what each gives. Raises one error of the first one's class that says what all of them have to say."""
+    found, errors = [], []
+    for ask in asks:
+        try:
+            found.append(ask())
+        except EdgePeftError as error:
+            errors.append(error)
+    if errors:
+        raise type(errors[0])("\n".join(map(str, errors))) from errors[0]
+    return found
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

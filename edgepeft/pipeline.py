@@ -188,7 +188,12 @@ def open_inputs(config: Config) -> Inputs:
     check_length(config, source)
     for name in ("calibration", "teacher", "adapter_from"):
         OUTSIDE[name].digest(config)
-    return Inputs(source, family, load_splits(config), target)
+    splits = load_splits(config)
+    if config.adapter_from:
+        from edgepeft.train import attach
+
+        attach.check(config, source, family, splits)
+    return Inputs(source, family, splits, target)
 
 
 def _needs(stage: Stage, config: Config) -> list[Stage]:
@@ -271,19 +276,19 @@ def saved_settings(folder: Path) -> dict[str, Any]:
 def build(config: Config, stages: Sequence[Stage] = STAGES) -> Path:
     """Run the stages in order, each that applies, and return the folder of the last one.
 
-    Stages whose result still stands are skipped. The settings stay in the folder for the single-stage commands once a
-    stage was done with them; those of a command that failed at once are not remembered. Raises EdgePeftError from the
-    stage that cannot go on.
+    What it reads is looked at before a folder is made. Stages whose result still stands are skipped. The settings stay
+    in the folder for the single-stage commands once a stage was done with them; those of a command that failed at once
+    are not remembered. Raises EdgePeftError from the stage that cannot go on.
     """
     folder = Path(config.output)
     if world() > 1 and [stage.name for stage in stages] != ["train"]:
         raise ConfigError("several processes (torchrun) can only train. Run the other stages in one: edgepeft ...")
     if not leads():
         return _follow(stages[0], config)
+    if len(stages) > 1 and not Run(folder).records:
+        open_inputs(config)
     with Run(folder).lock():
         run = Run(folder)
-        if len(stages) > 1 and not run.records:
-            open_inputs(config)
         for stage in stages:
             if stage.applies(config):
                 run_stage(stage, config, run)

@@ -42,6 +42,7 @@ def test_a_bad_value_is_named_with_the_nearest_good_one(field, value, said):
     [
         ({"adapter_from": "x", "teacher": "self"}, "--teacher self: nothing is trained with --adapter-from"),
         ({"adapter_from": "x", "start": "pissa"}, "--start pissa: nothing is trained"),
+        ({"teacher": "self"}, "a backbone knows no classes.*--lesson-hidden 1"),
         ({"size": "12MB", "embedding_format": "float"}, "--size chooses the embeddings' formats too"),
     ],
 )

@@ -2,14 +2,17 @@
 
 Weights are read from the folder's mapped file and dequantized one at a time, when a term needs them (DoRA's norms) or
 a merge changes them. Left out: everything that is not in the folder, such as the heads.
+
+A model that is still to be packed is seen in the same way, so that an adapter can be judged before any work is done:
+what will be packed by its name and shape, its weight in float where it is asked for.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -18,21 +21,62 @@ from edgepeft.backbone.families import FAMILIES, Family
 from edgepeft.quant import native
 from edgepeft.quant.formats import EMBEDDING_FORMATS, Packed
 
+if TYPE_CHECKING:
+    from edgepeft.backbone.load import ModelSource
+    from edgepeft.config import Config
+
 LINEAR_KINDS = ("linear", "head")
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A folder of packed weights. tensors: as stored.  about: quantized.json.  folder: None for tensors in memory."""
+    """A folder of packed weights. tensors: as stored.  about: quantized.json.  folder: None for tensors in memory.
+
+    unpacked: of a model that is still to be packed, what reads a module's weight, float32 [N, K]. Its `tensors` are
+    those that will stay in float, matrices among them by their shape alone.
+    """
 
     tensors: Mapping[str, np.ndarray]
     about: Mapping[str, Any]
     folder: Path | None = None
+    unpacked: Callable[[str], np.ndarray] | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Self:
         """Map a folder that `quantize` or `merge` wrote."""
         return cls(read_tensors(folder / "weights.safetensors"), read_json(folder / "quantized.json"), folder)
+
+    @classmethod
+    def planned(cls, source: ModelSource, family: Family, config: Config) -> Self:
+        """Return what a model folder will be once it is packed. Its digest is "" where calibration may change it."""
+        from edgepeft.backbone.checkpoint import backbone_names, iter_tensors, tensor_shapes
+        from edgepeft.quant.calibration import calibrated
+        from edgepeft.quant.stage import format_for
+
+        found, kinds, tied = tensor_shapes(source), family.tensors(source.settings), family.tied(source.settings)
+        names = {new: old for old, new in backbone_names(source, family).items()}
+        shapes = {**family.shapes(source.settings), **{new: found[old] for new, old in names.items()}}
+        parts, tensors = [], {}
+        for name, kind in kinds.items():
+            module, format_ = name.removesuffix(".weight"), format_for(config, kind, shapes[name], tied)[0]
+            if format_ is None:
+                tensors[name] = np.broadcast_to(np.float32(0), shapes[name])
+            if kind in (*LINEAR_KINDS, "embedding"):
+                parts.append({"name": module, "kind": kind, "shape": list(shapes[name])})
+            if tied and kind == "embedding":
+                parts.append({**parts[-1], "name": family.head, "kind": "head", "tied_to": module})
+        vectors = {old: new for new, old in names.items() if kinds.get(new) in ("bias", "norm")}
+        tensors |= {vectors[old]: array for old, array in iter_tensors(source, vectors)}
+
+        def weight(module: str) -> np.ndarray:
+            name = f"{module}.weight"
+            if name not in names:  # it will be drawn
+                return np.zeros(shapes[name], np.float32)
+            return next(array for _, array in iter_tensors(source, {names[name]}))
+
+        digest = "" if calibrated(config) else source.digest
+        about = {"base_digest": digest, "family": family.tag, "format": config.format, "layers": parts, "kept": []}
+        return cls(tensors, about, source.path, weight)
 
     @property
     def digest(self) -> str:
@@ -84,6 +128,8 @@ class Base:
 
     def weight(self, module: str) -> np.ndarray:
         """Return a linear's weight as it multiplies, float32 [N, K]."""
+        if self.unpacked is not None:
+            return self.unpacked(self.stored(module))
         packed = self.packed(module)
         if packed is None:
             return np.asarray(self.tensors[f"{self.stored(module)}.weight"], np.float32)

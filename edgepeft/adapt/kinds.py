@@ -297,7 +297,9 @@ def _no_terms(module: Module, base: Base | None) -> Terms:
     raise NotImplementedError("a prompt adapts no module")
 
 
-LORA_SETTINGS = "r lora_alpha use_rslora rank_pattern alpha_pattern bias use_dora lora_bias use_qalora"
+LORA_SETTINGS = (
+    "r lora_alpha use_rslora rank_pattern alpha_pattern bias use_dora lora_bias use_qalora ensure_weight_tying"
+)
 KINDS: dict[str, Kind] = {
     row.peft_type: row
     for row in (

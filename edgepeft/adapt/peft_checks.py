@@ -1,11 +1,13 @@
 """What speaks against an adapter folder: its settings, tensors, shapes and base, each problem in words.
 
-Every function returns all it finds, so that `peft_files.read` can name everything at once. Nothing is let through that
-the kind's row (`kinds`) does not understand.
+Every function returns all it finds, and of what others have found unfit it says nothing more, so that
+`peft_files.read` can name everything at once. What is said of many modules names the first few. Nothing is let through
+that the kind's row (`kinds`) does not understand.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 INITS_OF_A_AND_B = {True, False, "gaussian", "orthogonal", "eva"}  # the others change the base weights too
 SAME_ERROR = 1e-3
+SHOWN = 4  # modules that a problem is told of one by one
+OWN_MODEL = "save the model with that tensor in it, give that as --model, and leave it out of the adapter"
+HEAD = "lm_head"
 RANKS = ("r", "init_r")
 ALPHAS = ("lora_alpha", "alpha")
 
@@ -55,15 +60,15 @@ def setting_problems(settings: Mapping[str, Any]) -> list[str]:
         problems.append("use_qalora: expected a whole qalora_group_size and no use_dora, which PEFT has not together.")
     if settings.get("use_dora") and settings.get("lora_bias"):
         problems.append("use_dora with lora_bias: PEFT leaves that bias out, so it says two things; train with one.")
-    return problems + _number_problems(settings)
+    return problems + number_problems(settings)
 
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _number_problems(settings: Mapping[str, Any]) -> list[str]:
-    """Check ranks, alpha and their two patterns."""
+def number_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Check ranks, alpha and their two patterns, without which no rank can be told."""
     problems = []
     ranks, alphas = ([name for name in names if name in settings] for names in (RANKS, ALPHAS))
     patterns = (("rank_pattern", ranks), ("alpha_pattern", alphas)) if settings["peft_type"] != "ADALORA" else ()
@@ -96,17 +101,18 @@ def _saved(inner: str, settings: Mapping[str, Any]) -> bool:
 def tensor_problems(adapter: Adapter) -> list[str]:
     """Each tensor belongs to a module, to a head or is a bias; all are finite floats; modules are complete."""
     settings, kind = adapter.settings, adapter.kind
-    with_bias = settings.get("bias", "none") != "none"
-    common = {f"base_model.{name}" for name in kind.common}
-    strange, broken = [], []
-    for name, value in sorted(adapter.tensors.items()):
-        inner = name.removeprefix(PREFIX)
-        biased = with_bias and inner.endswith(".bias")
-        if not (kind.match(inner) or name in common or _saved(inner, settings) or biased):
-            strange.append(name)
-        if value.dtype.kind != "f" or not np.isfinite(value).all():
-            broken.append(f"{name} ({value.dtype})")
-    problems = _incomplete(adapter)
+    strange = sorted(name for name in adapter.tensors if not _known(adapter, name))
+    broken = [
+        f"{name} ({value.dtype})"
+        for name, value in sorted(adapter.tensors.items())
+        if value.dtype.kind != "f" or not np.isfinite(value).all()
+    ]
+    problems = few(_incomplete(adapter))
+    if left_out := [name for name in adapter.modules if not _targeted(name, settings)]:
+        problems.append(
+            f"{some(left_out)}: target_modules does not name them ({len(left_out)} of {len(adapter.modules)} modules), "
+            "so PEFT leaves their tensors out. Name them there, or save the adapter again."
+        )
     if strange:
         problems.append(f"{len(strange)} tensors belong to nothing that is supported: {some(strange)}.")
     if broken:
@@ -114,6 +120,34 @@ def tensor_problems(adapter: Adapter) -> list[str]:
     if not adapter.modules and not adapter.whole and not kind.prompt:
         problems.append(f"no {settings['peft_type']} tensors: it would load and do nothing.")
     return problems
+
+
+def _known(adapter: Adapter, name: str) -> bool:
+    """Tell whether a tensor belongs to a module, to all of them, to a head, or is a bias that was trained."""
+    settings, inner = adapter.settings, name.removeprefix(PREFIX)
+    biased = settings.get("bias", "none") != "none" and inner.endswith(".bias")
+    common = {f"base_model.{name}" for name in adapter.kind.common}
+    return bool(adapter.kind.match(inner)) or name in common or _saved(inner, settings) or biased
+
+
+def _targeted(module: str, settings: Mapping[str, Any]) -> bool:
+    """Tell whether target_modules names a module as PEFT reads it; what it looks up in the model is believed."""
+    targets = settings.get("target_modules")
+    tied = settings.get("ensure_weight_tying") and module.rpartition(".")[2] == HEAD
+    if tied or settings.get("target_parameters"):
+        return True
+    if isinstance(targets, str) and targets != "all-linear":
+        try:
+            return re.fullmatch(targets, module) is not None
+        except re.error:
+            return False
+    return not isinstance(targets, list) or any(f".{module}".endswith(f".{name}") for name in targets)
+
+
+def few(problems: list[str]) -> list[str]:
+    """Return the first of what is said of one module each, and how many more there are."""
+    more = len(problems) - SHOWN
+    return problems if more <= 0 else [*problems[:SHOWN], f"{more} more modules likewise."]
 
 
 def _incomplete(adapter: Adapter) -> list[str]:
@@ -132,6 +166,26 @@ def _incomplete(adapter: Adapter) -> list[str]:
     return problems
 
 
+def tie_problems(adapter: Adapter) -> list[str]:
+    """With ensure_weight_tying an adapted embedding and its head have the same two matrices, and both are saved."""
+    if adapter.kind.peft_type != "LORA" or not adapter.settings.get("ensure_weight_tying"):
+        return []
+    parts = {name: adapter.module(name).tensors for name in adapter.modules}
+    tables = {name: part for name, part in parts.items() if {"lora_embedding_A", "lora_embedding_B"} <= set(part)}
+    heads = {name: part for name, part in parts.items() if name.rpartition(".")[2] == HEAD and name not in tables}
+    alone = {*tables, *heads}
+    for (table, one), (head, other) in itertools.product(tables.items(), heads.items()):
+        turned = {"lora_A.weight": one["lora_embedding_B"].T, "lora_B.weight": one["lora_embedding_A"].T}
+        if all(ending in other and np.array_equal(other[ending], array) for ending, array in turned.items()):
+            alone -= {table, head}
+    if not alone:
+        return []
+    return [
+        f"ensure_weight_tying = True gives an embedding and its head the same two matrices; {some(sorted(alone))} has "
+        "none of the same here. Save the adapter again with PEFT, or set it to false where the model ties nothing."
+    ]
+
+
 def head_problems(adapter: Adapter, heads: Iterable[str]) -> list[str]:
     """Return which trained heads are missing."""
     missing = [head for head in heads if f"{PREFIX}{head}.weight" not in adapter.tensors]
@@ -139,17 +193,30 @@ def head_problems(adapter: Adapter, heads: Iterable[str]) -> list[str]:
 
 
 def shape_problems(adapter: Adapter, shapes: Mapping[str, tuple[int, int]] | None) -> list[str]:
-    """Compare the shapes of a module's tensors with the settings' rank and the base's modules."""
-    problems = []
+    """Compare the shapes of a module's tensors with the settings' rank and the base's modules.
+
+    Modules that lack a tensor are left out, and ranks where the settings' numbers are wrong: both are said elsewhere.
+    """
+    problems, strange = [], [name for name in adapter.modules if shapes is not None and name not in shapes]
+    ranked = not number_problems(adapter.settings)
     for name in adapter.modules:
         tensors = {ending: list(value.shape) for ending, value in adapter.module(name).tensors.items()}
         if len(tensors.get("lora_A.weight", ())) == 2:
             tensors["lora_A.weight"][1] *= lora_group(adapter.settings)
-        if shapes is not None and name not in shapes:
-            problems.append(f"{name}: the base has no such linear.")
-        elif wrong := _wrong_shape(adapter, name, tensors, shapes):
+        whole = ranked and name not in strange and not adapter.kind.missing(tensors)
+        if whole and (wrong := _wrong_shape(adapter, name, tensors, shapes)):
             problems.append(f"{name}: {wrong}")
-    return problems
+    return [*_strangers(strange, len(adapter.modules)), *few(problems)]
+
+
+def _strangers(names: list[str], count: int) -> list[str]:
+    """Say once which modules the base has not."""
+    if not names:
+        return []
+    return [
+        f"{some(names)}: the base has no such linear or embedding ({len(names)} of {count} modules). It is for another "
+        "model, or its names differ: `edgepeft doctor ADAPTER BASE` compares them."
+    ]
 
 
 def _wrong_shape(
@@ -210,22 +277,31 @@ def _product_shape(shapes: Mapping[str, list[int]], name: str) -> list[int]:
 
 def whole_problems(adapter: Adapter, base: Base) -> list[str]:
     """Each whole tensor has a place: a head's, a bias of a linear, or a tensor that the base holds in float."""
-    floats, problems = base.floats(), []
+    floats, packed, problems, lost = base.floats(), {**base.linears, **base.embeddings}, [], []
     tied = {base.stored(name) for name in base.linears if base.stored(name) != name}
     for name, value in adapter.whole.items():
         module = name.rpartition(".")[0]
         linear = name.endswith(".bias") and module in base.linears
+        if not _known(adapter, f"{PREFIX}{name}"):
+            continue
         if name.split(".")[0] in base.heads or (linear and value.shape == base.linears[module][:1]):
             continue
         if module in tied:
-            problems.append(f"{name} replaces an embedding that is the head too, which would change; adapt it by LoRA.")
+            problems.append(
+                f"{name} replaces an embedding that is the head too, which would change; adapt it by LoRA, or "
+                f"{OWN_MODEL}."
+            )
+        elif name not in floats and not (name.endswith(".weight") and module in packed):
+            lost.append(name)
         elif name not in floats:
             problems.append(
                 f"{name} is packed in the base, so a whole new one cannot take its place; adapt it by LoRA "
-                f"(target_modules in place of modules_to_save){_or_float(module, base)}."
+                f"(target_modules in place of modules_to_save){_or_float(module, base)}, or {OWN_MODEL}."
             )
         elif value.shape != floats[name]:
             problems.append(f"{name}: expected {list(floats[name])}, found {list(value.shape)}.")
+    if lost:
+        problems.append(f"{some(lost)}: the base has no such tensor. Is the adapter for another model, or task?")
     return problems
 
 
@@ -243,12 +319,13 @@ def copy_problems(copies: Mapping[str, np.ndarray], base: Base) -> list[str]:
         module, _, part = name.removeprefix(PREFIX).partition(".base_layer.")
         if module not in {**base.linears, **base.embeddings}:
             same = False
-        elif part != "weight":
-            same = np.array_equal(base.tensors[f"{base.stored(module)}.{part}"], value)
+        elif part != "weight":  # of packed bits, which are not there yet where the base is still to be packed
+            held = base.tensors.get(f"{base.stored(module)}.{part}")
+            same = base.unpacked is not None or (held is not None and np.array_equal(held, value))
         else:
             wanted, measured = base.weight(module), base.relative_error(module)
             found = np.linalg.norm(value - wanted) / np.linalg.norm(value) if value.shape == wanted.shape else np.inf
-            same = abs(float(found) - measured) <= SAME_ERROR * max(measured, SAME_ERROR)
+            same = abs(float(found) - measured) <= SAME_ERROR * (measured or 1)
         if not same:
             problems.append(
                 f"{name} is not the base's own: the vocabulary was resized or the embedding trained. Give the model "

@@ -147,7 +147,8 @@ def read(
     if base is not None:
         base_digest, shapes, heads = base.digest, {**base.linears, **base.embeddings}, heads or base.heads
     adapter = Adapter(settings, tensors, metadata)
-    problems = checks.base_problems(metadata, None if foreign and "edgepeft.base" not in metadata else base_digest)
+    unnamed = foreign and "edgepeft.base" not in metadata
+    problems = checks.base_problems(metadata, None if unnamed else base_digest or None)
     if settings.get("peft_type") not in KINDS:
         known = ", ".join(sorted(KINDS))
         problems.append(
@@ -156,18 +157,16 @@ def read(
         )
         raise ArtifactError("\n".join(f"{folder}: {problem}" for problem in problems))
     problems += checks.setting_problems(settings) + checks.tensor_problems(adapter)
-    problems += checks.head_problems(adapter, heads)
+    problems += checks.tie_problems(adapter) + checks.head_problems(adapter, heads)
     if adapter.kind.prompt:
         about = base.settings if base is not None else None
         problems += prompts.problems(adapter.tensors.get(prompts.inner(prompts.ROWS)), settings, about)
-    if not problems:
-        adapter = _with_common(adapter, shapes)
-        problems = checks.shape_problems(adapter, shapes)
-    if not problems and base is not None:
-        problems = checks.whole_problems(adapter, base) + checks.copy_problems(copies, base)
+    problems += checks.shape_problems(adapter, shapes)
+    if base is not None:
+        problems += checks.whole_problems(adapter, base) + checks.copy_problems(copies, base)
     if problems:
         raise ArtifactError("\n".join(f"{folder}: {problem}" for problem in problems))
-    return adapter
+    return _with_common(adapter, shapes)
 
 
 def _tensors(folder: Path, prompt: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:

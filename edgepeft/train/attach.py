@@ -1,6 +1,7 @@
 """An adapter that was trained elsewhere takes the place of training: read exactly or refused, judged, stamped.
 
-    PEFT folder ─► checked against the packed base ─► labels in the data's order ─► figures ─► adapter folder
+    PEFT folder ─► checked against the model ┄► checked against the packed base ─► labels in the data's order ─► figures
+                   before anything is packed                                                         ─► adapter folder
 
 Such a folder names its base by a name at most, so the model given is taken for it: every module has to be there with
 these shapes, and what is known of both names is printed. The folder written names the base's digest, and all later
@@ -16,7 +17,8 @@ labels than the data has.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +26,18 @@ import numpy as np
 
 from edgepeft.adapt import peft_files
 from edgepeft.adapt.base import Base
+from edgepeft.adapt.device import write_form
 from edgepeft.adapt.terms import PREFIX
-from edgepeft.artifact import Run, file_digest, key_of, read_json, write_json
+from edgepeft.artifact import Run, file_digest, key_of, read_json, tensor_header, write_json
 from edgepeft.console import say
-from edgepeft.errors import ArtifactError
+from edgepeft.errors import ArtifactError, all_of
 from edgepeft.train.data import load_splits
 
 if TYPE_CHECKING:
+    from edgepeft.backbone.families import Family
+    from edgepeft.backbone.load import ModelSource
     from edgepeft.config import Config
+    from edgepeft.train.data import Splits
 
 LABELS, TRAINING = "labels.json", "training.json"
 
@@ -53,6 +59,17 @@ def folder_digest(config: Config) -> str:
     return key_of([file_digest(path) if path.is_file() else "" for path in files])
 
 
+def check(config: Config, source: ModelSource, family: Family, splits: Splits[Any]) -> None:
+    """Raise ArtifactError that lists every reason against the adapter of config.adapter_from, before a base is packed.
+
+    It is brought all the way to its device form, and away again.
+    """
+    folder, base = Path(config.adapter_from).expanduser(), Base.planned(source, family, config)
+    adapter, _ = _read(folder, base, splits.labels)
+    with tempfile.TemporaryDirectory(prefix="edgepeft-") as name:
+        write_form(Path(name), adapter, base)
+
+
 def attach(config: Config, run: Run, out: Path) -> dict[str, Any]:
     """Write the adapter of config.adapter_from and training.json to `out`, and return its figures.
 
@@ -65,10 +82,10 @@ def attach(config: Config, run: Run, out: Path) -> dict[str, Any]:
 
     folder, quantized = Path(config.adapter_from).expanduser(), run.path("quantized")
     base, splits = Base.open(quantized), load_splits(config)
-    adapter = peft_files.read(folder, base=base, foreign=True)
-    tensors = in_order(dict(adapter.tensors), splits.labels, base.heads, folder)
+    adapter, order = _read(folder, base, splits.labels)
+    tensors = in_order(dict(adapter.tensors), order, base.heads)
     adapter.effect(base)  # what has no terms is refused before anything is written
-    peft_files.write(out, dict(adapter.settings), tensors, base.digest, base.about["format"])
+    peft_files.write(out, _untied(adapter), tensors, base.digest, base.about["format"])
     _tell(adapter, config, folder)
     with quiet():
         model = layers.load(quantized_model(quantized, splits.labels, config), out).eval()
@@ -82,19 +99,49 @@ def attach(config: Config, run: Run, out: Path) -> dict[str, Any]:
     return figures
 
 
-def in_order(
-    tensors: dict[str, np.ndarray], labels: Sequence[str], heads: Sequence[str], folder: Path
-) -> dict[str, np.ndarray]:
-    """Return the tensors with the rows of the heads in the order of the data's labels.
+def _read(folder: Path, base: Base, labels: Sequence[str]) -> tuple[peft_files.Adapter, list[int]]:
+    """Return a folder's adapter, and which row of its heads each label is.
+
+    Raises ArtifactError that lists every reason against both.
+    """
+    adapter, order = all_of(
+        lambda: peft_files.read(folder, base=base, foreign=True), lambda: row_order(folder, labels, base.heads)
+    )
+    return adapter, order
+
+
+def _untied(adapter: peft_files.Adapter) -> dict[str, Any]:
+    """Return the settings of an adapter, of one that PEFT ties as those of the two that it holds.
+
+    A packed base has two modules for one weight, so that PEFT would see nothing there to tie.
+    """
+    settings = dict(adapter.settings)
+    if settings.get("ensure_weight_tying"):
+        settings |= {"ensure_weight_tying": False, "target_modules": adapter.modules}
+    return settings
+
+
+def row_order(folder: Path, labels: Sequence[str], heads: Sequence[str]) -> list[int]:
+    """Return which row of an adapter's heads each label is, [] where there are no labels or heads.
 
     Raises ArtifactError where the folder does not say which row is which, or has other labels than the data.
     """
-    rows = [name for head in heads for name in tensors if name.startswith(f"{PREFIX}{head}.")]
+    shapes = {name: entry["shape"] for name, entry in tensor_header(folder / peft_files.TENSORS)[0].items()}
+    rows = _head_tensors(shapes, heads)
     if not rows or not labels:
-        return tensors
-    own = _labels(folder, len(tensors[rows[0]]), labels)
-    order = [own.index(label) for label in labels]
+        return []
+    own = _labels(folder, shapes[rows[0]][0], labels)
+    return [own.index(label) for label in labels]
+
+
+def in_order(tensors: dict[str, np.ndarray], order: Sequence[int], heads: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the tensors with the rows of the heads in an order."""
+    rows = _head_tensors(tensors, heads) if order else []
     return {**tensors, **{name: np.ascontiguousarray(tensors[name][order]) for name in rows}}
+
+
+def _head_tensors(names: Iterable[str], heads: Sequence[str]) -> list[str]:
+    return [name for head in heads for name in names if name.startswith(f"{PREFIX}{head}.")]
 
 
 def _labels(folder: Path, count: int, labels: Sequence[str]) -> list[str]:

@@ -41,7 +41,8 @@ class Task:
     scores(answers, labels) -> [M, 2], per row what adds up to the metric `select`, and how many labels it has.
     metrics(answers, labels) -> {name: float}; `select` names the one by which the best checkpoint is chosen: the
     highest, or the lowest where `lower`.
-    packs: whether several examples may share a row.  eval_batch: rows to evaluate at a time, 0 as many as to train.
+    classes: whether a row has one of the data's labels.  packs: whether several examples may share a row.
+     eval_batch: rows to evaluate at a time, 0 as many as to train.
     """
 
     tag: str
@@ -57,6 +58,7 @@ class Task:
     scores: Callable[[np.ndarray, np.ndarray], np.ndarray]
     taught: Callable[[Any, Lesson], contextlib.AbstractContextManager[None]]
     answering: Callable[[Any], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    classes: bool = False
     lower: bool = False
     packs: bool = False
     eval_batch: int = 0
@@ -197,7 +199,7 @@ TASKS: dict[str, Task] = {
         Task(
             tag="text-classification", auto_class="AutoModelForSequenceClassification", peft_type="SEQ_CLS",
             select="accuracy", answer="softmax", read=read_labelled, collate=pad, loss=cross_entropy,
-            metrics=classification_metrics, scores=right_answers, taught=learn_classes, eval_batch=64,
+            metrics=classification_metrics, scores=right_answers, taught=learn_classes, classes=True, eval_batch=64,
             defaults={"epochs": 8, "batch_size": 32, "learning_rate": 2e-3, "max_length": 64},
         ),
         Task(

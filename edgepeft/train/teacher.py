@@ -94,11 +94,6 @@ def _teacher(splits: Splits[Any], tokenizer: Any, config: Config, work: Path) ->
     if folder := teacher_folder(config):
         return _other_teacher(folder, splits.labels, tokenizer, config)
     model = float_model(resolve_model(config), splits.labels, config)
-    if config.teacher == SELF and splits.labels and not config.lesson_hidden:
-        raise ConfigError(
-            "--teacher self: a backbone knows no classes, so it can teach hidden states alone. Give --lesson-hidden 1, "
-            "or take --teacher tuned."
-        )
     if config.teacher == TUNED:
         say("  the teacher: the same training on the float backbone first")
         work.mkdir(exist_ok=True)

@@ -87,7 +87,7 @@ def test_every_layout_becomes_the_same_adapter(name: str, llama: Path, tmp_path:
 
 def test_patterns_follow_their_modules_names(llama: Path, tmp_path: Path) -> None:
     odd = {n.replace("model.model.layers", "model.base.layers"): t for n, t in lay.peft_tensors(lay.pairs()).items()}
-    settings = {"alpha_pattern": {"base.layers.0.self_attn.k_proj": 64}, "target_modules": ["k_proj"]}
+    settings = {"alpha_pattern": {"base.layers.0.self_attn.k_proj": 64}}
     report = diagnose(lay.write_peft(tmp_path / "peft", odd, **settings), llama)
     assert report.usable, report.text()
     convert(report.adapter, tmp_path / "out")

@@ -74,6 +74,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "QA-LoRA of no blocks": ({"use_qalora": True, "qalora_group_size": 0.5}, "a whole qalora_group_size"),
     "trained tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     "a setting nobody knows": ({"use_something_new": 3}, "use_something_new = 3"),
+    "modules that PEFT leaves out": ({"target_modules": ["value"]}, "target_modules does not name them (1 of 1"),
+    "modules outside the expression": ({"target_modules": ".*value"}, "target_modules does not name them (1 of 1"),
     "PiSSA unconverted": ({"init_lora_weights": "pissa"}, "changed the base weights"),
     "rank of another file": ({"r": 8}, "expected lora_A [8, K]"),
     "rank 0": ({"r": 0}, "r should be a number above 0"),
@@ -115,10 +117,33 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, case: str) -> None:
 
 
 def test_all_reasons_come_at_once(tmp_path: Path) -> None:
-    folder = adapter(tmp_path, use_dora=True, use_qalora=True, tensors={A: np.full((4, 64), np.nan, np.float32)})
+    """Of settings, values, shapes, modules, heads and the base; each once, of many modules the first few."""
+    query = f"{PREFIX}layer.{{}}.query.lora_{{}}.weight"
+    sides = [(i, side) for i in range(1, 10) for side in ("A", "B")]
+    more = {query.format(i, s): np.ones((4, 64) if s == "A" else (32, 4), np.float32) for i, s in sides}
+    more |= {A: np.full((4, 64), np.nan, np.float32), query.format(2, "B"): np.ones((8, 4), np.float32)}
+    folder = adapter(tmp_path, use_dora=True, use_qalora=True, tensors=more)
     with pytest.raises(ArtifactError) as caught:
-        peft_files.read(folder, "cd" * 32)
-    assert [word for word in ("use_dora", "use_qalora", "NaN", "another base") if word not in str(caught.value)] == []
+        peft_files.read(folder, "cd" * 32, {f"layer.{i}.query": (32, 64) for i in range(3)}, ["score"])
+    told = str(caught.value)
+    words = ("use_dora", "use_qalora", "NaN", "another base", "head 'score' is missing", "adapter's [8, ")
+    assert [word for word in words if word not in told] == []
+    assert "layer.6.query and 3 more: the base has no such linear or embedding (7 of 10 modules)" in told
+    assert "6 more modules likewise" in told
+    assert len(told.splitlines()) == len(set(told.splitlines())) <= 14
+
+
+def test_matrices_that_peft_ties_are_the_same_turned_round(tmp_path: Path) -> None:
+    """PEFT saves an embedding's and its head's; others than each other's, or one alone, are refused."""
+    a_rk, b_nr = np.ones((4, 64), np.float32), np.arange(40, dtype=np.float32).reshape(10, 4)
+    pair = {f"{PREFIX}lm_head.lora_A.weight": a_rk, f"{PREFIX}lm_head.lora_B.weight": b_nr}
+    twin = {f"{PREFIX}embed.lora_embedding_A": b_nr.T.copy(), f"{PREFIX}embed.lora_embedding_B": a_rk.T.copy()}
+    given = {"target_modules": ["query", "embed"], "ensure_weight_tying": True}
+    peft_files.read(adapter(tmp_path / "fine", tensors={**pair, **twin}, **given))
+    other = {**twin, f"{PREFIX}embed.lora_embedding_A": b_nr.T * 2}
+    for name, tensors in {"head": pair, "embedding": twin, "other": {**pair, **other}}.items():
+        with pytest.raises(ArtifactError, match="the same two matrices"):
+            peft_files.read(adapter(tmp_path / name, tensors=tensors, **given))
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,20 @@ import numpy as np
 import pytest
 from builders import LABELS, conversations, tiny_bert, tiny_data, tiny_decoder, write_rows
 
-from edgepeft.artifact import Run
+from edgepeft import pipeline
+from edgepeft.adapt import peft_files
+from edgepeft.adapt.base import Base
+from edgepeft.adapt.terms import PREFIX
+from edgepeft.artifact import Run, read_json, read_tensors, write_tensors
+from edgepeft.backbone.check import check_model
+from edgepeft.backbone.load import resolve_model
 from edgepeft.config import Config
 from edgepeft.errors import EdgePeftError
 from edgepeft.pipeline import STAGES, run_stage, stage_named
 from edgepeft.runtime import load
-from edgepeft.train.attach import in_order
+from edgepeft.train.attach import in_order, row_order
+
+HEADS = ("classifier",)
 
 
 def saved(model: Path, folder: Path, auto: str, task: str, **settings) -> Path:
@@ -80,15 +88,26 @@ def test_a_foreign_classifier_becomes_a_bundle(encoder, tmp_path: Path) -> None:
 def test_an_adapter_that_was_trained_here_brings_its_labels(tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text(json.dumps({"labels": ["b", "a"]}))
     tensors = {"base_model.model.classifier.weight": np.array([[1.0], [2.0]], np.float32)}
-    found = in_order(tensors, ["a", "b"], ("classifier",), tmp_path)
+    write_tensors(tmp_path / peft_files.TENSORS, tensors)
+    found = in_order(tensors, row_order(tmp_path, ["a", "b"], HEADS), HEADS)
     assert found["base_model.model.classifier.weight"].tolist() == [[2.0], [1.0]]
 
 
-def test_a_foreign_decoder_adapter_becomes_a_bundle(tmp_path: Path) -> None:
-    model = tiny_decoder(tmp_path / "model", "qwen2")
+DECODERS = {  # how they are made: flavour of the model, settings
+    "dora": ("qwen2", {"use_dora": True, "target_modules": "all-linear"}),
+    "tied": ("llama3", {"ensure_weight_tying": True, "target_modules": ["q_proj", "embed_tokens"]}),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_foreign_decoder_adapter_becomes_a_bundle(tmp_path: Path, name: str) -> None:
+    """It is verified against PEFT on the way."""
+    flavour, settings = DECODERS[name]
+    model = tiny_decoder(tmp_path / "model", flavour)
     data = write_rows(tmp_path / "chats.jsonl", conversations(40))
-    adapter = saved(model, tmp_path / "adapter", "AutoModelForCausalLM", "CAUSAL_LM", r=4, use_dora=True,
-                    target_modules="all-linear")  # fmt: skip
+    adapter = saved(model, tmp_path / "adapter", "AutoModelForCausalLM", "CAUSAL_LM", r=4, **settings)
+    if name == "tied":
+        assert f"{PREFIX}lm_head.lora_A.weight" in read_tensors(adapter / peft_files.TENSORS), "PEFT adapts it as well"
     config = Config(
         model=str(model), data=str(data), task="text-generation", adapter_from=str(adapter), max_length=64,
         output=str(tmp_path / "out"),
@@ -111,9 +130,10 @@ def test_a_foreign_decoder_adapter_becomes_a_bundle(tmp_path: Path) -> None:
 def test_labels_are_never_guessed(tmp_path: Path, labels, match: str) -> None:
     if labels is not None:
         (tmp_path / "labels.json").write_text(json.dumps(labels))
-    tensors = {"base_model.model.classifier.weight": np.zeros((3, 4), np.float32)}
+    head = {"base_model.model.classifier.weight": np.zeros((3, 4), np.float32)}
+    write_tensors(tmp_path / peft_files.TENSORS, head)
     with pytest.raises(EdgePeftError, match=match):
-        in_order(tensors, sorted(LABELS), ("classifier",), tmp_path)
+        row_order(tmp_path, sorted(LABELS), HEADS)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +160,49 @@ def test_what_is_not_exact_is_refused_and_leaves_nothing(encoder, tmp_path: Path
     with pytest.raises(EdgePeftError, match=match):
         run_stage(stage_named("train"), config, run)
     assert not run.path("adapter").exists()
+
+
+def odd_copy(adapter: Path, place: Path, labels: bool = True, **changes) -> Path:
+    """The adapter with other settings, a value that is none, and a pair that does not fit the model."""
+    tensors = {name: np.array(value) for name, value in read_tensors(adapter / peft_files.TENSORS).items()}
+    a, b = (next(name for name in tensors if ending in name) for ending in ("value.lora_A", "query.lora_B"))
+    tensors[a][0, 0], tensors[b] = np.nan, tensors[b][:-8]
+    peft_files.write(place, {**read_json(adapter / peft_files.SETTINGS), **changes}, tensors, "", "")
+    write_tensors(place / peft_files.TENSORS, tensors, {"format": "pt"})
+    if labels:
+        (place / "labels.json").write_text((adapter / "labels.json").read_text())
+    return place
+
+
+def test_a_build_tells_all_that_is_wrong_before_it_makes_a_folder(encoder, tmp_path: Path) -> None:
+    model, data, adapter = encoder
+    odd = odd_copy(adapter, tmp_path / "odd", labels=False, use_frob=True)
+    config = Config(model=str(model), data=str(data), adapter_from=str(odd), output=str(tmp_path / "out"))
+    with pytest.raises(EdgePeftError) as caught:
+        pipeline.build(config)
+    told = str(caught.value)
+    reasons = ("use_frob = True", "hold NaN", "the base's linear is [64, 64]", "does not say which label")
+    assert [reason for reason in reasons if reason not in told] == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flavour", ["llama", "llama3"])  # a head of its own, and a tied one
+def test_what_will_be_packed_is_known_before(tmp_path: Path, flavour: str) -> None:
+    """The base that is planned has the modules, shapes and float tensors of the one that is packed."""
+    model = tiny_decoder(tmp_path / "model", flavour)
+    given = {"model": str(model), "data": "x.jsonl", "task": "text-generation", "output": str(tmp_path / "out")}
+    for config in (Config(**given), Config(**given, embedding_format="float")):
+        run = Run(tmp_path / "out" / config.embedding_format)
+        run_stage(stage_named("quantize"), config, run)
+        packed, source = Base.open(run.path("quantized")), resolve_model(config)
+        planned = Base.planned(source, check_model(source), config)
+        assert planned.digest == packed.digest
+        for part in ("linears", "embeddings"):
+            assert getattr(planned, part) == getattr(packed, part)
+        assert planned.floats() == packed.floats()
+        for module in packed.linears:
+            error = planned.weight(module) - packed.weight(module)
+            assert np.linalg.norm(error) <= 0.15 * np.linalg.norm(packed.weight(module))
 
 
 def test_another_models_adapter_is_refused(encoder, tmp_path: Path) -> None:
