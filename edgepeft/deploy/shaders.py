@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 TARGET = "vulkan1.1"
 WORDS_A_LINE = 12
-# What a GPU may have beyond Vulkan 1.1's least: what device.h calls it. A shader sees its name in capitals, defined.
-FEATURES = {"subgroups": "kSubgroups", "float16": "kFloat16"}
+# What a GPU may have beyond Vulkan 1.1's least: what device.h calls it. A shader that VARIANTS compiles for it sees its
+# name in capitals, defined.
+FEATURES = {"subgroups": "kSubgroups", "float16": "kFloat16", "beside": "kBeside"}
 VARIANTS: dict[str, list[tuple[str, ...]]] = {name: [("subgroups",)] for name in ("attend", "linear", "low", "norm")}
 VARIANTS["linear"] += [("float16",), ("float16", "subgroups")]
 VARIANTS["product"] = [("float16",)]

@@ -78,7 +78,7 @@ def device_name(path: Path) -> str:
 
 
 def about(path: Path) -> str:
-    """Return what the GPU in use is taken for and what of its features is in use: "adreno, subgroups of 64".
+    """Return what the GPU in use is taken for and what it uses: "adreno, workgroups of 128, subgroups of 64".
 
     float16 is tried, and then named, once a session asks for it.
     """

@@ -38,9 +38,9 @@ const DeviceClass kClasses[] = {
 #undef EP_CLASS
 };
 
-const DeviceClass& class_of(const vk::PhysicalDeviceProperties& properties) {
+const DeviceClass& class_of(uint32_t vendor) {
   for (const DeviceClass& c : kClasses)
-    if (c.vendor == properties.vendorID || !c.vendor) return c;
+    if (c.vendor == vendor || !c.vendor) return c;
   __builtin_unreachable();
 }
 
@@ -107,11 +107,7 @@ Failure Device::choose() {
     subgroups = own;
   }
   if (!physical) return fail("no GPU with Vulkan 1.1 was found");
-  kind = class_of(properties);
-  if ((subgroups.supportedStages & vk::kComputeStage) && !(kSubgroupsNeed & ~subgroups.supportedOperations) && subgroups.subgroupSize >= 4 &&
-      subgroups.subgroupSize <= kMostThreads)
-    has |= kSubgroups & kind.features;
-  if ((kind.features & kFloat16) && has_float16()) has |= kFloat16;
+  classify();
   const vk::Limits& limits = properties.limits;
   if (limits.maxPerStageDescriptorStorageBuffers < kBindings || limits.maxPushConstantsSize < kWords * 4 ||
       limits.maxComputeWorkGroupInvocations < 128)
@@ -119,6 +115,33 @@ Failure Device::choose() {
                 limits.maxPerStageDescriptorStorageBuffers, limits.maxPushConstantsSize, limits.maxComputeWorkGroupInvocations,
                 kBindings, kWords * 4);
   return nullptr;
+}
+
+void Device::classify() {
+  kind = class_of(properties.vendorID);
+  has = features = 0;
+  if ((subgroups.supportedStages & vk::kComputeStage) && !(kSubgroupsNeed & ~subgroups.supportedOperations) && subgroups.subgroupSize >= 4 &&
+      subgroups.subgroupSize <= kMostThreads)
+    has |= kSubgroups & kind.features;
+  if ((kind.features & kFloat16) && has_float16()) has |= kFloat16;
+  has |= kBeside & kind.features;
+}
+
+void Device::take_for(uint32_t vendor) {
+  const bool asked = features & kFloat16;
+  properties.vendorID = vendor;
+  properties.deviceType = vk::kIntegrated;
+  classify();
+  want(kSubgroups);
+  want(kBeside);
+  if (asked) want(kFloat16);
+}
+
+// A GPU has few tiles for its many threads, so many share a tile; a driver that computes on the CPU has few.
+uint32_t Device::most_threads() const {
+  if (properties.deviceType == vk::kCpu) return 64;
+  const uint32_t allowed = properties.limits.maxComputeWorkGroupInvocations;
+  return allowed < kind.threads ? kMostThreads : kind.threads;
 }
 
 // Whether the driver multiplies in float16; version 1.2 made the extension its own.
@@ -173,7 +196,11 @@ Failure Device::open() {
   GPU_TRY(choose());
   GPU_TRY(make_device());
   GPU_TRY(make_layout());
+  Failure failure = allocate(kBesideWords * 4, Memory::local, &beside);
+  if (!failure) failure = clear(beside);
+  GPU_TRY(failure);
   want(kSubgroups);
+  want(kBeside);
   return nullptr;
 }
 
@@ -244,6 +271,15 @@ void Device::release(Buffer* buffer) {
   }
   sets.count = kept;
   *buffer = {};
+}
+
+Failure Device::clear(const Buffer& target) {
+  Array<char> zeros;
+  zeros.resize(target.size);
+  memset(zeros.data, 0, target.size);
+  Failure failure = fill(target, 0, zeros.data, target.size);
+  zeros.free();
+  return failure;
 }
 
 Failure Device::fill(const Buffer& target, uint64_t offset, const void* bytes, uint64_t count) {
@@ -361,7 +397,8 @@ Failure Device::finish() {
   const vk::SubmitInfo info = {vk::kSubmitInfo, nullptr, 0, nullptr, nullptr, 1, &recording, 0, nullptr};
   GPU_TRY(check(api.QueueSubmit(queue, 1, &info, fence), "vkQueueSubmit"));
   vk::Result result = vk::kTimeout;
-  for (int i = 0; i < kPatience && result == vk::kTimeout; i++) result = api.WaitForFences(device, 1, &fence, 1, kMoment);
+  const int patience = properties.deviceType == vk::kCpu ? 20 * kPatience : kPatience;  // which does not hang, but may be slow
+  for (int i = 0; i < patience && result == vk::kTimeout; i++) result = api.WaitForFences(device, 1, &fence, 1, kMoment);
   GPU_TRY(check(result, "vkWaitForFences"));
   submits++;
   return check(api.ResetFences(device, 1, &fence), "vkResetFences");

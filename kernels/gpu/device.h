@@ -65,7 +65,15 @@ struct Buffer {
 enum class Shader : int;
 
 // What a device may have beyond Vulkan 1.1's least, and shaders have variants for.
-enum Feature : uint32_t { kSubgroups = 1, kFloat16 = 2 };
+// kBeside: A x is computed in the dispatch that reads it, which takes atomics that say what other workgroups wrote.
+enum Feature : uint32_t { kSubgroups = 1, kFloat16 = 2, kBeside = 4 };
+
+// Where an adapted linear has A x from: shaders/linear.comp.
+enum class Low : uint32_t { read, inside, beside, behind };
+// What tiles and ranks of one dispatch tell each other in: words of its state, of each of few rows, and of A x.
+constexpr int64_t kFewRows = 8;  // of x, that the first shader takes
+constexpr int64_t kMostTiles = 1 << 14, kMostRanks = 1 << 10;  // of one row
+constexpr uint64_t kBesideLow = static_cast<uint64_t>(kFewRows * (1 + kMostTiles)), kBesideWords = kBesideLow + kFewRows * kMostRanks;
 
 // What is known of a vendor's GPUs: rows of classes.inc.
 struct DeviceClass {
@@ -111,7 +119,7 @@ struct Device {
   vk::Queue queue = nullptr;
   vk::PhysicalDeviceProperties properties;
   DeviceClass kind;
-  uint32_t has = 0;        // features that the driver says it has and its class allows
+  uint32_t has = 0;        // features that the driver says it has and its class allows, and that were not tried yet
   uint32_t features = 0;   // those that were tried and right
   uint32_t allowed = ~0u;  // those of them that are used
   vk::SubgroupProperties subgroups;
@@ -121,6 +129,8 @@ struct Device {
   Array<Pipeline> pipelines;
   Array<BoundSet> sets;
   Array<vk::Handle> pools;
+  Buffer beside;            // zeros before and behind every dispatch, but for A x
+  bool ranks_last = false;  // of a dispatch, for tests
   uint64_t submits = 0, dispatches = 0, copied = 0;  // copied: bytes of runs, in and out
   // After so many products a command buffer ends, as phones take a GPU that is busy for seconds for one that hangs.
   uint64_t most_products = 8ull << 30;
@@ -132,18 +142,23 @@ struct Device {
   void release(Buffer* buffer);
   // Puts bytes into a buffer that the CPU need not see, by way of one that it does.
   Failure fill(const Buffer& target, uint64_t offset, const void* bytes, uint64_t count);
+  Failure clear(const Buffer& target);
   Failure begin();
   Failure record(const Dispatch& dispatch);
   void copy(const Buffer& from, uint64_t from_offset, const Buffer& to, uint64_t to_offset, uint64_t bytes);
   Failure finish();  // submits what was recorded and waits for it
   void drop();       // forgets what was recorded
   Failure check(vk::Result result, const char* what);
+  // Takes the GPU for one of a vendor's phones from now on, and tries what such have: for tests on drivers of no vendor.
+  void take_for(uint32_t vendor);
+  uint32_t most_threads() const;  // that sum one tile
   // Has a feature used from now on, if the device has it and it computes what the plain shader does. Costs a trial, once.
   void want(Feature feature);
 
  private:
   Failure load();
   Failure choose();
+  void classify();
   bool trial(uint32_t feature);
   bool has_float16();
   Failure make_device();

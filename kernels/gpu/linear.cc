@@ -1,5 +1,5 @@
-// The adapted linear, packed weights of kernels/formats.h: one dispatch for few rows; for many a product behind one that
-// computes A x once. Factors that are their neutral number are not read.
+// The adapted linear, packed weights of kernels/formats.h: one dispatch for few rows, with A x in it wherever the GPU was
+// found to do that right; for many a product behind one that computes A x once. Factors that are their neutral number are not read.
 #include <string.h>
 
 #include "operators.h"
@@ -14,7 +14,7 @@ constexpr uint32_t kHalfFlag = 1, kGateNumber = 2, kGateRows = 4, kGateTexts = 6
 constexpr uint32_t kOffsetHalf = kHalfFlag << 15;  // behind those of three groups,
 constexpr int kTextRows = 16;                      //   and from this bit on how many rows of x a text has
 constexpr uint32_t kProductThreads = 128;
-constexpr int64_t kFewRows = 8;  // of x, that the first shader takes
+constexpr int kLowWord = 5;  // of a dispatch's: where A x begins
 // Up to how many ranks of a linear, and numbers of its A, each workgroup computes A x for itself: measured on an H200.
 constexpr int64_t kInsideRank = 16, kInsideNumbers = 1 << 15;
 
@@ -139,23 +139,28 @@ Failure describe(Run& run, const Step& s, int64_t rows, Dispatch* d, uint32_t* r
   return nullptr;
 }
 
-// How a tile's workgroup is made up. A GPU has few tiles for its many threads, so many share a tile; a driver that
-// computes on the CPU has few threads, so that several tiles share what each of them would compute anew.
+// How a tile's workgroup is made up; where it is on the CPU, several tiles share what each of them would compute anew.
 struct Shape {
   uint32_t threads, tiles;
 };
 Shape shape_for(const Device& device, int64_t k, uint32_t ranks) {
-  if (device.properties.deviceType == vk::kCpu) return {64, ranks ? 4u : 1u};
-  const uint32_t allowed = device.properties.limits.maxComputeWorkGroupInvocations, most = allowed < device.kind.threads ? 128 : device.kind.threads;
   uint32_t threads = 64;
-  while (threads < most && threads * 2 <= k / 4) threads *= 2;
-  return {threads, 1};
+  while (threads < device.most_threads() && threads * 2 <= k / 4) threads *= 2;
+  return {threads, device.properties.deviceType == vk::kCpu && ranks ? 4u : 1u};
 }
 
-void specialise(const FormatInfo& f, uint32_t threads, bool inside, uint32_t tiles, uint32_t blocks, Dispatch* d) {
+// Where few rows have A x from.
+Low where_low(const Device& device, const Step& s, uint32_t tiles, uint32_t ranks) {
+  const int64_t groups = s.whole[kGroups];
+  if (ranks <= kInsideRank * groups && ranks * s.whole[kK] <= kInsideNumbers * groups) return Low::inside;
+  if (!(device.features & device.allowed & kBeside) || tiles > kMostTiles || ranks > kMostRanks) return Low::read;
+  return device.ranks_last ? Low::behind : Low::beside;
+}
+
+void specialise(const FormatInfo& f, uint32_t threads, Low low, uint32_t tiles, uint32_t blocks, Dispatch* d) {
   d->constant_count = 0;
   for (uint32_t value : {threads, static_cast<uint32_t>(f.bits), static_cast<uint32_t>(f.block), uint32_t{f.nf4},
-                         uint32_t{f.half_scale}, uint32_t{inside}, tiles, blocks})
+                         uint32_t{f.half_scale}, static_cast<uint32_t>(low), tiles, blocks})
     d->constant(value);
 }
 
@@ -184,19 +189,22 @@ Failure run_linear(Run& run, const Step& s) {
   GPU_TRY(describe(run, s, rows, &d, &ranks, &blocks));
   if (rows == 0) return nullptr;
   const uint32_t tiles = static_cast<uint32_t>(s.whole[kN] / kTileRows), m = static_cast<uint32_t>(rows);
-  const bool few = rows <= kFewRows, inside = few && ranks <= kInsideRank * s.whole[kGroups] && ranks * s.whole[kK] <= kInsideNumbers * s.whole[kGroups];
+  const bool few = rows <= kFewRows;
+  const Low low = few ? where_low(run.device, s, tiles, ranks) : Low::read;
+  const bool inside = low == Low::inside, beside = low == Low::beside || low == Low::behind;
   const Shape shape = shape_for(run.device, s.whole[kK], inside ? ranks : 0);
-  if (ranks && !inside) {
+  if (ranks && low == Low::read) {
     d.shader = Shader::low;
-    specialise(f, shape.threads, false, 1, 0, &d);
+    specialise(f, shape.threads, Low::read, 1, 0, &d);
     d.groups[0] = ranks;
     d.groups[1] = m;
     GPU_TRY(run.record(d));
   }
   d.shader = few ? Shader::linear : Shader::product;
+  if (beside) d.buffers[7] = &run.device.beside, d.words[kLowWord] = kBesideLow;
   if (run.program.float16) d.features |= kFloat16;
-  specialise(f, few ? shape.threads : kProductThreads, inside, few ? shape.tiles : 1, blocks, &d);
-  d.groups[0] = few ? (tiles + shape.tiles - 1) / shape.tiles : (tiles + 3) / 4;
+  specialise(f, few ? shape.threads : kProductThreads, low, few ? shape.tiles : 1, blocks, &d);
+  d.groups[0] = few ? (tiles + shape.tiles - 1) / shape.tiles + (beside ? ranks : 0) : (tiles + 3) / 4;
   d.groups[1] = few ? m : (m + 31) / 32;
   run.products += static_cast<uint64_t>(rows * s.whole[kK] * s.whole[kN]);
   return run.record(d);

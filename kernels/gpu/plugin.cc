@@ -166,13 +166,13 @@ EP_EXPORT const char* edgepeft_vulkan_device() {
   const Device* own = device(&reason);
   return own ? own->properties.deviceName : "";
 }
-// What of the device's is in use, and what it is taken for: "adreno: subgroups of 64".
+// What of the device's is in use, and what it is taken for: "adreno, workgroups of 128, subgroups of 64".
 EP_EXPORT const char* edgepeft_vulkan_about() {
   Failure reason;
   const Device* own = device(&reason);
   static char text[128];
   if (!own) return "";
-  int at = snprintf(text, sizeof(text), "%s", own->properties.deviceType == vk::kCpu ? "software" : own->kind.name);
+  int at = snprintf(text, sizeof(text), "%s, workgroups of %u", own->properties.deviceType == vk::kCpu ? "software" : own->kind.name, own->most_threads());
   if (own->features & own->allowed & kSubgroups) at += snprintf(text + at, sizeof(text) - static_cast<size_t>(at), ", subgroups of %u", own->subgroups.subgroupSize);
   if (own->features & own->allowed & kFloat16) snprintf(text + at, sizeof(text) - static_cast<size_t>(at), ", float16");
   return text;
@@ -200,6 +200,20 @@ EP_EXPORT void edgepeft_vulkan_plant(int fault) {
 EP_EXPORT void edgepeft_vulkan_split(uint64_t products) {
   Failure reason;
   if (Device* own = device(&reason)) own->most_products = products;
+}
+// Takes the GPU for one of a vendor's from now on, with its workgroups and what of its features is found right, for tests.
+EP_EXPORT void edgepeft_vulkan_take_for(uint32_t vendor) {
+  Failure reason;
+  Device* own = device(&reason);
+  if (!own) return;
+  pthread_mutex_lock(&own->lock);
+  own->take_for(vendor);
+  pthread_mutex_unlock(&own->lock);
+}
+// Puts the workgroups that compute A x behind those that wait for it, for tests.
+EP_EXPORT void edgepeft_vulkan_ranks_last(int last) {
+  Failure reason;
+  if (Device* own = device(&reason)) own->ranks_last = last != 0;
 }
 // Uses no other features than these from now on (bits of enum Feature), for tests and comparisons; returns those in use.
 EP_EXPORT uint32_t edgepeft_vulkan_use(uint32_t features) {

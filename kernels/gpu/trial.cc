@@ -1,5 +1,5 @@
 // What a driver says it can is tried before it is used: a small adapted linear and a norm, by the plain shader and by the
-// variant. Drivers are known that fail to compile what is right, or compute something else.
+// variant; A x inside of each workgroup and beside the others, ranks first and ranks last. Drivers are known that fail to compile what is right, or compute something else.
 #include <math.h>
 #include <string.h>
 
@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr uint32_t kK = 512, kRank = 8, kThreads = 128;
+constexpr uint32_t kK = 512, kRank = 8, kThreads = 128, kTiles = 8, kN = kTiles * kTileRows;
 constexpr uint64_t kPart = 1 << 15;  // bytes of each part of the buffer
 enum Part : uint64_t { kCodes, kScales, kX, kAdapter, kY, kParts };
 constexpr float kExact = 1e-5f, kRounded = 4e-3f;  // of the largest number: sums in another order, products of 11 bits
@@ -30,14 +30,17 @@ void write_inputs(char* memory) {
   }
 }
 
-Dispatch adapted_linear(const Buffer& all) {
+Dispatch adapted_linear(const Buffer& all, Low low, const Buffer& beside) {
   Dispatch d;
   d.shader = Shader::linear;
-  for (uint32_t constant : {kThreads, 4u, 32u, 0u, 1u, 1u, 1u}) d.constant(constant);
+  const bool inside = low == Low::inside;
+  for (uint32_t constant : {kThreads, 4u, 32u, 0u, 1u, static_cast<uint32_t>(low), 1u, 0u}) d.constant(constant);
   for (const Buffer*& buffer : d.buffers) buffer = &all;
+  if (!inside) d.buffers[7] = &beside;
+  d.groups[0] = kTiles + (inside ? 0 : kRank);
   d.offsets[1] = kScales * kPart;
   const uint64_t floats = kPart / 4;
-  const uint64_t words[] = {kK, 1, 1, kX * floats, 0xffffffffu, 0, 0, kRank, kTileRows, kRank, kAdapter * floats,
+  const uint64_t words[] = {kK, 1, kTiles, kX * floats, 0xffffffffu, inside ? 0 : kBesideLow, 0, kRank, kN, kRank, kAdapter * floats,
                             kAdapter * floats + kK * kRank, 0xffffffffu, 0xffffffffu, 0xffffffffu, kY * floats};
   for (uint64_t word : words) d.word(word);
   for (int i = 0; i < 16; i++) d.word(0);
@@ -50,19 +53,19 @@ Dispatch norm(const Buffer& all) {
   for (uint32_t constant : {64u, 0u, 1u}) d.constant(constant);
   for (const Buffer*& buffer : d.buffers) buffer = &all;
   const uint64_t floats = kPart / 4;
-  for (uint64_t word : {uint64_t{kK}, kX * floats, uint64_t{0}, kY * floats + kTileRows, kY * floats + kTileRows, kAdapter * floats, kAdapter * floats})
+  for (uint64_t word : {uint64_t{kK}, kX * floats, uint64_t{0}, kY * floats + kN, kY * floats + kN, kAdapter * floats, kAdapter * floats})
     d.word(word);
   d.word(bits(1e-6f));
   return d;
 }
 
-constexpr int kNumbers = kTileRows + kK;
+constexpr int kNumbers = kN + kK;
 
-Failure compute(Device* device, const Buffer& all, uint32_t features, float* y) {
+Failure compute(Device* device, const Buffer& all, uint32_t features, Low low, float* y) {
   device->features = features;
   memset(all.mapped + kY * kPart, 0xff, kPart);  // which are no numbers
   GPU_TRY(device->begin());
-  for (Dispatch d : {adapted_linear(all), norm(all)}) {
+  for (Dispatch d : {adapted_linear(all, low, device->beside), norm(all)}) {
     d.features = ~0u;
     if (Failure failure = device->record(d)) return device->drop(), failure;
   }
@@ -87,9 +90,13 @@ bool Device::trial(uint32_t feature) {
   write_inputs(all.mapped);
   float want[kNumbers], got[kNumbers];
   const uint32_t with = features | feature;
-  bool right = !compute(this, all, 0, want) && !compute(this, all, with, got) && features == with;
-  right = right && alike(got, want, kTileRows, feature == kFloat16 ? kRounded : kExact) &&
-          alike(got + kTileRows, want + kTileRows, kK, kExact);
+  bool right = !compute(this, all, 0, Low::inside, want);
+  const auto as_wanted = [&](Low low) {
+    return !compute(this, all, with, low, got) && features == with && alike(got, want, kN, with & kFloat16 ? kRounded : kExact) &&
+           alike(got + kN, want + kN, kK, kExact);
+  };
+  if (feature != kBeside) right = right && as_wanted(Low::inside);
+  else for (Low low : {Low::beside, Low::behind, Low::beside}) right = right && as_wanted(low);
   release(&all);
   submits = dispatches = 0;
   return right;

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgepeft.deploy import shaders, softgpu
+from edgepeft.deploy import gpus, shaders, softgpu
 from edgepeft.deploy.compile import host_vulkan_library
 from edgepeft.errors import TargetError
 from edgepeft.export import ops
@@ -26,8 +28,9 @@ RELATIVE = 2e-6  # what drivers may lose in exp, tanh and roots
 ROUNDED = 1e-3  # of the largest output, by products of 11 bits; measured: 3e-4
 # Half a minute each on a software GPU: one by default, the others in the longer run.
 ONE_OF_FORMATS = [tag if tag == "i4b32" else pytest.param(tag, marks=pytest.mark.slow) for tag in FORMATS]
+DRIVER = os.environ.get("EDGEPEFT_TEST_GPU") or next(iter(softgpu.DRIVERS))
 ALL = 0xFF  # of the features that a GPU may have
-FEATURES = {"plain": 0, "subgroups": 1}  # as device.h numbers them
+FEATURES = {"plain": 0, "subgroups": 1, "beside": 5}  # as device.h numbers them
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def gpu():
     """A software GPU in this process, and the provider's library."""
     if reason := softgpu.missing():
         pytest.skip(reason)
-    softgpu.use(os.environ.get("EDGEPEFT_TEST_GPU", softgpu.available()[0]))
+    softgpu.use(DRIVER)
     return host_vulkan_library()
 
 
@@ -176,6 +179,69 @@ def test_branches(gpu, name: str) -> None:
         assert np.abs(found - wanted).max(initial=0) <= 2 * one_branch.TIGHT * np.abs(wanted).max(initial=0)
 
 
+# Ranks of each group, beyond those that a workgroup computes for itself; rows of x.
+MANY_RANKS = [([130], 1), ([64, 0, 33], 1), ([17, 70], 7), ([300], 8)]
+
+
+@pytest.mark.parametrize("ranks_last", [False, True])
+@pytest.mark.parametrize(("ranks", "m"), MANY_RANKS)
+def test_an_adapter_of_any_rank_takes_no_dispatch_more(gpu, ranks: list[int], m: int, ranks_last: bool) -> None:
+    """Ranks that come last are waited for by every tile, and the last of them ends all."""
+    code, rows = vulkan.load_library(gpu), [48, 32, 16][: len(ranks)]
+    assert code.edgepeft_vulkan_use(ALL) & FEATURES["beside"] == FEATURES["beside"]
+    code.edgepeft_vulkan_ranks_last(ranks_last)
+    values = inputs("i4b32", 384, rows, (m,), ranks, scaled=True, gate="per row")
+    fed = [name for name in ops.input_names(len(rows)) if name not in ("w", "w_scale")]
+    session = vulkan.open_session(gpu, linear("i4b32", 384, rows, values, fed))
+    feeds = {n: value for n, value in zip(ops.input_names(len(rows)), values, strict=True) if n in fed}
+    before = vulkan.counts(gpu)
+    for _ in range(3):  # what tiles and ranks tell each other in is as before
+        agree("i4b32", "float", rows, values, session.run(None, feeds))
+    took = vulkan.counts(gpu).since(before)
+    code.edgepeft_vulkan_ranks_last(False)
+    assert took.dispatches in (3, 4)  # a first run may find its memory too small
+    code.edgepeft_vulkan_use(FEATURES["subgroups"])
+    before = vulkan.counts(gpu)
+    agree("i4b32", "float", rows, values, session.run(None, feeds))
+    assert vulkan.counts(gpu).since(before).dispatches == 2  # A x before
+    code.edgepeft_vulkan_use(ALL)
+
+
+CLASSES = """
+import numpy as np
+from edgepeft.deploy import gpus
+from edgepeft.runtime import vulkan
+from tests.kernels.test_vulkan import DRIVER, ROUNDED, agree, host_vulkan_library, inputs, run_linear, softgpu
+
+softgpu.use(DRIVER)
+library = host_vulkan_library()
+cases = [("i4b32", 1, 5), ("nf4b64", 2, 40), ("i8c", 40, 5)]
+shared = [(format, rows, inputs(format, 1024, [48, 16], (rows,), rank)) for format, rows, rank in cases]
+for name in ("adreno", "mali", "powervr", "other"):
+    vulkan.load_library(library).edgepeft_vulkan_take_for(gpus.load_gpu(name).vendor)
+    for format, rows, values in shared:
+        found, rounded = (run_linear(library, format, 1024, [48, 16], values, precision=p) for p in vulkan.PRECISIONS)
+        agree(format, "float", [48, 16], values, found)
+        for y, wanted in zip(rounded, found, strict=True):
+            assert np.abs(y - wanted).max() <= ROUNDED * np.abs(wanted).max()
+    print(vulkan.about(library))
+"""
+
+
+def test_each_class_of_gpus_computes_its_own_way(gpu) -> None:
+    about = vulkan.about(gpu)
+    done = subprocess.run([sys.executable, "-c", CLASSES], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        name, workgroups, *features = line.split(", ")
+        kind = gpus.load_gpu(name)
+        assert workgroups in (f"workgroups of {kind.threads}", "workgroups of 128")
+        assert any("subgroups" in feature for feature in features) == ("subgroups" in kind.features)
+        assert ("float16" in features) == ("float16" in kind.features and softgpu.DRIVERS[DRIVER].float16)
+    assert [line.split(",")[0] for line in done.stdout.splitlines()] == ["adreno", "mali", "powervr", "other"]
+    assert about.startswith("software, workgroups of 64")
+
+
 def test_a_driver_that_does_not_compile_a_variant_gets_the_plain_shader(gpu) -> None:
     code, values = vulkan.load_library(gpu), inputs("i4b32", 128, [16], (1,), 7)
     assert "subgroups" in vulkan.about(gpu)
@@ -198,6 +264,12 @@ def test_a_graph_with_a_node_that_has_no_shader_is_refused_by_its_name(gpu) -> N
 def test_the_kept_words_are_of_these_shaders() -> None:
     assert shaders.digest() == shaders.kept_digest(), "python -m edgepeft.deploy.shaders write"
     assert sorted(shaders.words()) == shaders.names()
+
+
+@pytest.mark.skipif(not shutil.which("glslc"), reason="no glslc: apt-get install glslc")
+@pytest.mark.parametrize("name", shaders.names())
+def test_the_compiler_makes_a_valid_shader_of_every_source(name: str) -> None:
+    assert shaders.compiled(name)[:4] == shaders.words()[name][:1].tobytes()  # SPIR-V's magic number
 
 
 @pytest.mark.skipif(not shutil.which("spirv-val"), reason="no spirv-val: apt-get install spirv-tools")

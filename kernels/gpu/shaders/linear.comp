@@ -1,6 +1,8 @@
 #version 450
 #extension GL_GOOGLE_include_directive : require
-// An adapted linear for few rows: a workgroup sums one tile of 16 outputs of one row over all columns.
+// An adapted linear for few rows: a workgroup sums one tile of 16 outputs of one row over all columns. A x was computed
+// before (READ), or by each workgroup for itself (INSIDE), or by the dispatch's first workgroups, one a rank (BESIDE); BEHIND
+// makes them the last ones, for tests.
 #include "linear.glsl"
 
 shared vec4 sums[THREADS];
@@ -58,6 +60,105 @@ float add_up_16(float v) {
 }
 #endif
 
+// ---- BESIDE: nobody waits for A x, as no GPU promises to run what is waited for -----------------------------------------
+//
+//   of a row of x     state: ranks that are there | tiles that are done << 16      pending: 1 for each tile left without B
+//
+// A tile whose W x is summed before all ranks are there is put down without its adapter, and left to the workgroup of the
+// last rank. One that was told so too late takes it itself: whoever takes the 1 out of `pending` ends the tile. All of it is
+// 0 again when the dispatch ends.
+layout(std430, binding = 3) coherent buffer YNow { float y_now[]; };
+layout(std430, binding = 7) coherent buffer State { uint state[]; };
+layout(std430, binding = 7) coherent buffer TNow { float t_now[]; };
+const uint MOST_ROWS = 8u, RANKS_MASK = 0xffffu, TILE = 0x10000u;
+shared uint seen;
+
+uint pending(uint m, uint tile) { return MOST_ROWS + m * p.tiles + tile; }
+
+// Makes what the workgroup wrote seen by whoever reads behind the next atomic.
+void publish() {
+  memoryBarrierBuffer();
+  barrier();
+  if (gl_LocalInvocationID.x == 0u) memoryBarrierBuffer();
+}
+
+// What thread 0 found, for all; behind it what others published is there.
+uint told() {
+  barrier();
+  const uint found = seen;
+  barrier();
+  memoryBarrierBuffer();
+  return found;
+}
+
+// Counts something in, and returns what was there before.
+uint arrive(uint m, uint what) {
+  publish();
+  if (gl_LocalInvocationID.x == 0u) {
+    seen = atomicAdd(state[m], what);
+    if (seen + what == p.ranks + p.tiles * TILE) atomicExchange(state[m], 0u);
+  }
+  return told();
+}
+
+bool all_ranks(uint found) { return (found & RANKS_MASK) == p.ranks; }
+
+uint look(uint m) {
+  if (gl_LocalInvocationID.x == 0u) seen = atomicAdd(state[m], 0u);
+  return told();
+}
+
+bool take(uint m, uint tile) {
+  if (gl_LocalInvocationID.x == 0u) seen = atomicExchange(state[pending(m, tile)], 0u);
+  return told() == 1u;
+}
+// -----------------------------------------------------------------------------------------------------------------------
+
+// y of row n of a group: what W x is, and B A x.
+void end(uint g, uint rank, uint m, uint n, float v) {
+  if (n >= p.group[g].n) return;
+  for (uint r = 0u; r < p.group[g].rank; r++) {
+    const uint at = p.t + m * p.ranks + rank + r;
+    v += b_at(g, n, r) * (LOW == INSIDE ? low[r] : LOW == READ ? t[at] : t_now[at]);
+  }
+  finish(g, m, n, v);
+}
+
+// A x of one rank, and the tiles that waited for the last one.
+void one_rank(uint rank, uint m) {
+  const uint id = gl_LocalInvocationID.x;
+  uint g = 0u, row = rank;
+  while (g < 2u && row >= p.group[g].rank) row -= p.group[g++].rank;
+  float sum = 0.0;
+  for (uint k8 = id; k8 < p.k / 8u; k8 += THREADS) sum += low8(g, row, m, k8);
+  add_up(vec4(sum, 0.0, 0.0, 0.0));
+  if (id == 0u) t_now[p.t + m * p.ranks + rank] = gated(g, row, m, row_sum(0u) + row_sum(4u) + row_sum(8u) + row_sum(12u));
+  const uint before = arrive(m, 1u);
+  if (!all_ranks(before + 1u) || before < TILE) return;
+  for (uint tile = id; tile < p.tiles; tile += THREADS) {
+    if (atomicExchange(state[pending(m, tile)], 0u) == 0u) continue;
+    memoryBarrierBuffer();
+    uint first, from;
+    const uint own = group_of(tile, first, from);
+    for (uint n = tile * 16u - first; n < min(tile * 16u + 16u - first, p.group[own].n); n++)
+      end(own, from, m, n, y_now[p.group[own].y + m * p.group[own].n + n]);
+  }
+}
+
+// Ends a tile of which each of the first 16 threads holds v, or leaves it.
+void end_beside(uint tile, uint g, uint first, uint rank, uint m, float v) {
+  const uint id = gl_LocalInvocationID.x, n = tile * 16u + id - first;
+  const bool ready = all_ranks(look(m));
+  if (!ready) {
+    if (id < 16u && n < p.group[g].n) y_now[p.group[g].y + m * p.group[g].n + n] = v;
+    publish();
+    if (id == 0u) atomicExchange(state[pending(m, tile)], 1u);
+  }
+  const uint before = arrive(m, TILE);
+  if (!ready && (!all_ranks(before) || !take(m, tile))) return;
+  if (id < 16u) end(g, rank, m, n, v);
+}
+
 void low_rank(uint g, uint m) {  // 16 threads for a row of A
   const uint lane = gl_LocalInvocationID.x % 16u;
   for (uint first = 0u; first < p.group[g].rank; first += THREADS / 16u) {
@@ -105,24 +206,28 @@ vec4 part(uint tile, uint vector, uint m) {
 }
 
 void main() {
-  const uint id = gl_LocalInvocationID.x, vector = id % LANES, m = gl_WorkGroupID.y;
+  const uint id = gl_LocalInvocationID.x, vector = id % LANES, m = gl_WorkGroupID.y, group = gl_WorkGroupID.x;
+  const uint before = LOW == BESIDE ? p.ranks : 0u;
+  if (LOW == BESIDE && group < p.ranks) {
+    one_rank(group, m);
+    return;
+  }
+  if (LOW == BEHIND && group >= gl_NumWorkGroups.x - p.ranks) {
+    one_rank(group + p.ranks - gl_NumWorkGroups.x, m);
+    return;
+  }
   uint done = NONE;
   load_table();
   for (uint i = 0u; i < TILES; i++) {
-    const uint tile = gl_WorkGroupID.x * TILES + i;
+    const uint tile = (group - before) * TILES + i;
     if (tile >= p.tiles) return;
     uint first, rank;
     const uint g = group_of(tile, first, rank);
-    if (LOW_INSIDE && g != done) low_rank(g, m);
+    if (LOW == INSIDE && g != done) low_rank(g, m);
     done = g;
     add_up(part(tile, vector, m));
-    if (id < 16u) {
-      const uint n = tile * 16u + id - first;
-      float v = row_sum(id);
-      if (n < p.group[g].n)
-        for (uint r = 0u; r < p.group[g].rank; r++)
-          v += b_at(g, n, r) * (LOW_INSIDE ? low[r] : t[p.t + m * p.ranks + rank + r]);
-      finish(g, m, n, v);
-    }
+    const float v = id < 16u ? row_sum(id) : 0.0;
+    if (LOW == BESIDE || LOW == BEHIND) end_beside(tile, g, first, rank, m, v);
+    else if (id < 16u) end(g, rank, m, tile * 16u + id - first, v);
   }
 }

@@ -7,10 +7,11 @@ layout(constant_id = 1) const uint BITS = 4;
 layout(constant_id = 2) const uint BLOCK = 32;        // columns that share a scale; 0: the whole row
 layout(constant_id = 3) const bool NF4 = false;
 layout(constant_id = 4) const bool HALF_SCALE = true;
-layout(constant_id = 5) const bool LOW_INSIDE = false; // A x is computed by each workgroup for itself, not read
+layout(constant_id = 5) const uint LOW = 0;           // where A x comes from, one of the next line's
 layout(constant_id = 6) const uint TILES = 1;          // tiles a workgroup goes through, one after the other
 layout(constant_id = 7) const uint OFFSETS = 0;        // blocks of a row's columns, 0 without offsets
 
+const uint READ = 0u, INSIDE = 1u, BESIDE = 2u, BEHIND = 3u;
 const uint NONE = 0xffffffffu;
 const uint HALF = 1u, GATE_NUMBER = 2u, GATE_ROWS = 4u, S_OUT_NUMBER = 8u, BIAS_NUMBER = 16u;
 const uint LANES = BITS * 4u;    // vectors in a unit
