@@ -29,6 +29,8 @@ export interface Model {
   readonly adapters: string[];
   /** The adapter in use. */
   readonly adapter: string;
+  /** Resolves, behind the load, to whether the browser keeps all adapters too: from then on no call needs the network. */
+  readonly kept: Promise<boolean>;
   /** Take another adapter, or "none", for the calls that name none. */
   use(adapter: string): Promise<void>;
   /** Free its memory; it cannot be used after. */
@@ -109,7 +111,8 @@ export interface Generator extends Model {
 
 /**
  * Load a bundle: every file is checked by its digest and kept by the browser, so that the next time needs no network.
+ * What it is depends on the bundle's task: name it, as in load<Classifier>(url), or ask `"classify" in model`.
  *
  * Throws EdgePeftError for a folder that is no bundle, a file that was changed, a device or an adapter that cannot be had.
  */
-export function load(url: string | URL, options?: LoadOptions): Promise<Classifier | Generator>;
+export function load<Task extends Model = Classifier | Generator>(url: string | URL, options?: LoadOptions): Promise<Task>;

@@ -79,6 +79,7 @@ export async function load(url, { adapter = DEFAULT, device = "auto", onProgress
   const model = new Task(files, engine, tokens, new Adapters(files, engine));
   await model.use(adapter);
   await model.prepare();
+  model.kept = files.keep();
   onProgress({ stage: "ready", file: "", loaded: 1, total: 1 });
   return model;
 }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -175,18 +178,74 @@ def test_the_page_classifies_and_writes(pages) -> None:
         page.run("model.use('default')")
 
 
-def test_it_loads_again_without_the_server_and_only_what_changed(bundles, browsers) -> None:
-    served = bundles("classifier")
-    page = browsers("wasm").open(served.url)
+OFFLINE = [("classifier", "wasm"), pytest.param("writer", "webgpu", marks=pytest.mark.slow)]
+ANSWERS = {
+    "classifier": "model.logits('turn off the lamp', {adapter: %s}).then(row => [...row])",
+    "writer": "model.generate('turn on', {adapter: %s, maxNewTokens: 4}).then(found => found.tokens)",
+}
+
+
+@pytest.mark.parametrize(("kind", "device"), OFFLINE)
+def test_all_adapters_answer_without_the_server(bundles, browsers, tmp_path: Path, kind: str, device: str) -> None:
+    served = Served(shutil.copytree(bundles(kind).folder, tmp_path / "bundle"))  # of which nothing is kept yet
+    page = browsers(device).open(served.url)
     page.wait("return navigator.serviceWorker.controller !== null")
-    before = page.run("model.classify('turn off the lamp')")
+    assert page.run("model.kept")
+    default = page.run(ANSWERS[kind] % "'default'")
+    page.go(served.url)
+    fetched = page.run("performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert not [name for name in fetched if name.endswith((".data", ".onnx", ".wasm", ".safetensors"))]
     served.stop()
-    try:
-        page.go(served.url)
-        assert page.text("status").startswith("Ready")
-        assert page.run("model.classify('turn off the lamp')") == before
-    finally:
-        served.again()
+    page.go(served.url)
+    assert page.text("status").startswith("Ready")
+    assert page.run("model.device") == device
+    assert page.run(ANSWERS[kind] % "'default'") == default
+    model = load(served.folder, library="none")
+    for adapter in ("other", "none"):  # of which none was in use while the server was there
+        found = page.run(ANSWERS[kind] % json.dumps(adapter))
+        if kind == "classifier":
+            _same(found, model.logits(["turn off the lamp"], adapter)[0])
+        else:
+            assert found == model.generate("turn on", adapter=adapter, max_new_tokens=4).tokens
+    page.close()
+
+
+def test_loading_tells_how_far_it_is(pages) -> None:
+    code = """(async () => {
+      const seen = [];
+      const { load } = await import("/edgepeft.js");
+      await (await load("/", { device: "wasm", onProgress: (at) => seen.push(at) })).close();
+      return seen;
+    })()"""
+    seen = pages("classifier", "wasm").run(code)
+    stages = [at["stage"] for at in seen]
+    assert stages == sorted(stages, key=["load", "prepare", "ready"].index)
+    assert set(stages) == {"load", "prepare", "ready"}
+    loads = [at for at in seen if at["stage"] == "load"]
+    assert {"model.onnx", "model.onnx.data"} <= {at["file"] for at in loads}
+    for at, later in itertools.pairwise(loads):
+        assert 0 < at["loaded"] <= at["total"]
+        assert later["loaded"] > at["loaded"] or at["loaded"] == at["total"]
+    assert loads[-1]["loaded"] == loads[-1]["total"]
+
+
+def test_a_gpu_that_is_lost_is_said_and_the_cpu_goes_on(bundles, browsers) -> None:
+    page = browsers("webgpu").open(bundles("classifier").url)
+    wanted = page.run("model.classify('turn off the lamp')")["label"]
+    page.run("model.engine.gpu.destroy()")
+    with pytest.raises(RuntimeError, match=r"If the GPU was lost or is full, load again, or with device 'wasm'"):
+        page.run("model.classify('turn off the lamp')")
+    page.go(bundles("classifier").url + "?device=wasm")
+    assert page.run("model.classify('turn off the lamp')")["label"] == wanted
+    page.close()
+
+
+def test_a_gpu_without_memory_leaves_the_model_to_the_cpu(bundles, browsers) -> None:
+    full = "GPUDevice.prototype.createBuffer = () => { throw new RangeError('out of memory') };"
+    page = browsers("webgpu").open(bundles("classifier").url, full)
+    assert page.text("status") == "Ready, on the CPU (WebAssembly)."
+    assert "this GPU does not run it" in page.text("notes")
+    assert page.run("model.classify('turn off the lamp')")["label"]
     page.close()
 
 
@@ -215,6 +274,57 @@ def test_what_cannot_be_is_said(pages) -> None:
         with pytest.raises(RuntimeError) as caught:
             page.run(call)
         assert says in str(caught.value)
+
+
+INTERFACE = re.compile(r"export interface (\w+)(?: extends \w+)? \{(.*?)^\}", re.M | re.S)
+MEMBER = re.compile(r"^  (?:readonly )?(\w+)\??[(:]", re.M)
+
+
+def test_the_types_are_of_what_there_is(pages) -> None:
+    text = (web.PAGE / "edgepeft.d.ts").read_text()
+    members = {name: sorted(set(MEMBER.findall(body))) for name, body in INTERFACE.findall(text)}
+    for kind, name in (("classifier", "Classifier"), ("writer", "Generator")):
+        page = pages(kind, "wasm")
+        for member in [*members["Model"], *members[name]]:
+            assert page.run(f"'{member}' in model"), member
+        own = "Object.getOwnPropertyNames(Object.getPrototypeOf(model)).filter(name => name != 'constructor')"
+        public = set(page.run(own)) - {"prepare", "template"}
+        assert public <= set(members[name]), kind
+    answer = pages("writer", "wasm").run("model.generate('a', {maxNewTokens: 1})")
+    assert sorted(answer) == members["Answer"]
+    prediction = pages("classifier", "wasm").run("model.classify('a')")
+    assert sorted(prediction) == members["Prediction"]
+    code = "".join(path.read_text() for path in sorted(web.PAGE.rglob("*.js")))
+    for options in ("LoadOptions", "ClassifyOptions", "GenerateOptions"):
+        assert not [name for name in members[options] if not re.search(rf"\b{name}\b", code)]
+
+
+USE = """
+import { load, Classifier, Generator, Model, EdgePeftError } from "./edgepeft";
+
+export async function use(show: (text: string) => void): Promise<number[]> {
+  const classifier = await load<Classifier>("./", { onProgress: ({ loaded, total }) => show(String(loaded / total)) });
+  const { label, scores } = await classifier.classify("a", { adapter: "other", topK: 2 });
+  show(label + String(scores[label]) + classifier.notes.join());
+  const one = await load("./", { device: "wasm" });
+  if ("classify" in one) return [(await one.classify(["a"]))[0].score];
+  for await (const piece of one.chat("a", { stream: true })) show(piece);
+  return (await one.generate("a", { maxNewTokens: 3 })).tokens;
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("tsc"), reason="no tsc: npm install --global typescript")
+def test_the_types_are_good_typescript(tmp_path: Path) -> None:
+    shutil.copy(web.PAGE / "edgepeft.d.ts", tmp_path)
+
+    def compiled(text: str) -> str:
+        (tmp_path / "use.ts").write_text(text)
+        command = ["tsc", "--noEmit", "--strict", "--target", "es2022", "--module", "nodenext", "use.ts"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False).stdout
+
+    assert compiled(USE) == ""
+    assert "topk" in compiled(USE.replace("topK: 2", "topk: 2"))
 
 
 def test_packages_that_cannot_be_had_are_said(monkeypatch, tmp_path: Path, capsys) -> None:

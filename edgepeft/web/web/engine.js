@@ -63,6 +63,7 @@ export class Engine {
     const { device: gpu, reason } = device === "wasm" ? { reason: "it was asked for" } : await findGpu();
     if (reason && device === "webgpu") throw new EdgePeftError(`device 'webgpu': ${reason}. 'wasm' works everywhere.`);
     const engine = new Engine(gpu, (names) => files.read(names, (seen) => onProgress({ stage: "load", ...seen })));
+    engine.prepares = () => onProgress({ stage: "prepare", file: "", loaded: 1, total: 1 });
     await engine.#start(reason, device);
     return engine;
   }
@@ -132,6 +133,7 @@ export class Engine {
       preferredOutputLocation: Object.fromEntries(present),
       extra: { session: { disable_cpu_ep_fallback: "1" } },
     };
+    this.prepares();
     this.session = await this.ort.InferenceSession.create(this.graph.bytes, {
       executionProviders: [provider === "webgpu" ? { name: provider, device: this.gpu } : provider],
       externalData: [...this.graph.locations].map((path) => ({ path, data: bytes[path] })),

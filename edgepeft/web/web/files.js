@@ -12,6 +12,7 @@ export class EdgePeftError extends Error {
   name = "EdgePeftError";
 }
 
+const ADAPTERS = "adapters/";
 const AGAIN = "Copy or build the bundle again.";
 const DIGEST = /"digest": "([0-9a-f]{64})"/;
 
@@ -66,6 +67,19 @@ export class Files {
       progress({ file: name, loaded: before, total });
     }
     return out;
+  }
+
+  /** Keep all adapters too, so that each can be taken without a network; resolves to whether they are. */
+  async keep() {
+    if (!this.cache) return false;
+    try {
+      for (const name of Object.keys(this.manifest.files).filter((name) => name.startsWith(ADAPTERS))) {
+        if (!(await this.cache.match(this.#key(this.manifest.files[name].sha256)))) await this.read([name]);
+      }
+    } catch (error) {
+      this.notes.push(`not all adapters are kept for later: ${error.message}`);
+    }
+    return !this.notes.length;
   }
 
   async json(name) {

@@ -37,6 +37,7 @@ function show(model) {
   $("adapter").value = model.adapter;
   $("form").hidden = false;
   document.body.dataset.device = model.device;
+  model.kept.then(() => ($("notes").textContent = model.notes.join(". ")));
 }
 
 async function classify(model, text) {
