@@ -64,7 +64,7 @@ def _sealed(folder: Path, seal: Callable[..., None], exported: Path, quantized: 
 
 
 def _classifier(place: Path) -> Path:
-    config, run = tiny_run.make_run(place)
+    config, run = tiny_run.make_run(place, activation="float")  # as the manifest says
     exported = tiny_run.export_run(config, run)
     tiny_run.random_adapter(run, place / "trained", rank=6, seed=5)
     other = exported / "adapters" / "other"
