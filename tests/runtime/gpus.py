@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from builders import LABELS
 
+from edgepeft.runtime.library import platform_tag
 from tests.runtime import standin, writer
 
 
@@ -33,11 +34,15 @@ def writing(session, new: int, past: int, keep: int) -> dict[str, np.ndarray]:
     return {**feeds, "logits_to_keep": np.array([keep], np.int64)}
 
 
-def sealed_bundle(exported_folder: Path, bundle: Path, kind: str) -> Path:
-    """Make a bundle of an exported folder."""
+def sealed_bundle(exported_folder: Path, bundle: Path, kind: str, provider: Path | None = None) -> Path:
+    """Make a bundle of an exported folder, with a library for Vulkan if one is given."""
     quantized = exported_folder.parent / "quantized"
     about = json.loads((quantized / "quantized.json").read_text())
     shutil.copytree(exported_folder, bundle)
+    if provider:
+        place = bundle / "lib" / platform_tag()
+        place.mkdir(parents=True)
+        shutil.copy(provider, place)
     for name in ("tokenizer.json", "config.json"):
         shutil.copy(quantized / name, bundle)
     same = {"base_digest": about["base_digest"], "format": about["format"], "activation": "float"}

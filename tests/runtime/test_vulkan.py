@@ -209,7 +209,8 @@ try:
             print(error)
 except TargetError as error:
     print(error)
-print("memory of auto:", load(bundle, device="auto", library="none").memory)
+model = load(bundle, device="auto")
+print("auto:", "the CPU" if model.memory is None else "the GPU", model.classify("turn off the lamp").label)
 """
 
 
@@ -223,14 +224,16 @@ print("memory of auto:", load(bundle, device="auto", library="none").memory)
     ],
 )
 def test_a_driver_that_fails_ends_in_a_sentence_and_the_cpu(gpu, exported, tmp_path: Path, fault: int, words) -> None:
-    bundle = sealed_bundle(exported("bert", "i4b32"), tmp_path / "bundle", "bert")
+    bundle = sealed_bundle(exported("bert", "i4b32"), tmp_path / "bundle", "bert", gpu)
     nothing = {"VK_ICD_FILENAMES": "/none.json", "VK_DRIVER_FILES": "/none.json"}
     env = {**os.environ, **(nothing if fault == 3 else softgpu.environment(softgpu.available()[0]))}
     argv = [sys.executable, "-c", FAULTS, str(gpu), str(bundle), str(fault)]
     done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     *said, last = done.stdout.splitlines()
-    assert last == "memory of auto: None"
+    label = load(bundle, library="none").classify("turn off the lamp").label
+    assert last == f"auto: {'the CPU' if fault else 'the GPU'} {label}"
+    assert bool(re.search(f"running on the CPU: .*{words[-1]}", done.stderr)) == bool(fault)
     assert len(said) == len(words)
     for line, wanted in zip(said, words, strict=True):
         assert re.search(wanted, line)
