@@ -148,11 +148,17 @@ def memory(session: Any) -> Memory | None:
 
 
 @functools.cache
-def _register(path: Path) -> None:
+def _devices(path: Path) -> list[Any]:
+    """Return the devices of a library, which it has from its registration on: each bundle may come with its own."""
     import onnxruntime
 
+    def known() -> list[Any]:
+        return [device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER]
+
     try:
-        onnxruntime.register_execution_provider_library("edgepeft-vulkan", str(path))
+        others = len(known())
+        onnxruntime.register_execution_provider_library(f"edgepeft-vulkan-{others}", str(path))
+        return known()[others:]
     except AttributeError:
         raise TargetError(f"ONNX Runtime {onnxruntime.__version__} takes no plugins: 1.23 or newer does.") from None
     except Exception as error:  # ORT's own exceptions share no base
@@ -168,13 +174,12 @@ def open_session(path: Path, model: Path | bytes, precision: str = PRECISIONS[0]
 
     if reason := missing(path):
         raise TargetError(f"device 'vulkan': {reason}. device='cpu' works everywhere.")
-    _register(path)
+    devices = _devices(path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = SEVERITY
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    found = [device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER]
-    options.add_provider_for_devices(found[:1], {"precision": precision})
+    options.add_provider_for_devices(devices[:1], {"precision": precision})
     if precision == "float16" and isinstance(model, Path):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
         model = rewrite.with_float16_cache(model.read_bytes())

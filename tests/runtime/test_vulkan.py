@@ -18,6 +18,7 @@ from edgepeft.deploy.compile import host_vulkan_library
 from edgepeft.errors import ConfigError, TargetError
 from edgepeft.runtime import load, vulkan
 from edgepeft.runtime.adapters import slots
+from edgepeft.runtime.library import platform_tag
 from tests.adapt.conformance import Subject
 from tests.runtime import writer
 from tests.runtime.gpus import sealed_bundle, stock_session, writing
@@ -107,6 +108,16 @@ def test_a_loaded_bundle_answers_there_as_on_the_cpu(gpu, exported, tmp_path: Pa
         ]
         assert words[0] == words[1]
         assert {finish for _, finish in words[0]} == {"stop", "length"}  # the others go on in a run of fewer rows
+
+
+def test_bundles_with_a_library_each_share_a_process(gpu, exported, tmp_path: Path) -> None:
+    texts = ["turn off the lamp", "play a jazz in the hall please"]
+    for name in ("one", "other"):
+        bundle = sealed_bundle(exported("bert", "i4b32"), tmp_path / name, "bert", gpu)
+        model, wanted = load(bundle, device="vulkan"), load(bundle, library="none").logits(texts)
+        assert np.abs(model.logits(texts) - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+        own = bundle / "lib" / platform_tag() / vulkan.FILE_NAME
+        assert vulkan.counts(own).submits > 0  # by its own library, not by the one that came first
 
 
 def test_a_long_run_is_several_submits_of_the_same_numbers(gpu, exported) -> None:
@@ -227,7 +238,8 @@ def test_a_driver_that_fails_ends_in_a_sentence_and_the_cpu(gpu, exported, tmp_p
     bundle = sealed_bundle(exported("bert", "i4b32"), tmp_path / "bundle", "bert", gpu)
     nothing = {"VK_ICD_FILENAMES": "/none.json", "VK_DRIVER_FILES": "/none.json"}
     env = {**os.environ, **(nothing if fault == 3 else softgpu.environment(softgpu.available()[0]))}
-    argv = [sys.executable, "-c", FAULTS, str(gpu), str(bundle), str(fault)]
+    own = bundle / "lib" / platform_tag() / vulkan.FILE_NAME
+    argv = [sys.executable, "-c", FAULTS, str(own), str(bundle), str(fault)]
     done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     *said, last = done.stdout.splitlines()
