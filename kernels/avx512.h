@@ -108,8 +108,7 @@ struct Avx512 {
   }
   static EP_INLINE void quantize_unit(const float* x, float step, int8_t* q) {
     const I a = _mm512_cvtps_epi32(mul(load(x), set1(step))), b = _mm512_cvtps_epi32(mul(load(x + 16), set1(step)));
-    _mm_storeu_si128((__m128i*)q, _mm512_cvtsepi32_epi8(a));
-    _mm_storeu_si128((__m128i*)(q + 16), _mm512_cvtsepi32_epi8(b));
+    _mm256_storeu_si256((__m256i*)q, _mm256_set_m128i(_mm512_cvtsepi32_epi8(b), _mm512_cvtsepi32_epi8(a)));
   }
   static EP_INLINE int32_t correction(const int8_t* q, int32_t zero, int n) {
     __m256i sums = _mm256_setzero_si256();  // of signed bytes as unsigned ones, 128 up

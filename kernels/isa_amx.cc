@@ -146,10 +146,10 @@ struct AmxTile : Tile<Avx512, AmxChunk<F>, kJobRows> {
     if (job.rank) this->template adapter_rows<6>(this->adapter, 0), this->first = false;
     for (int64_t m = this->first ? 0 : job.m; m < (job.m + kRows - 1) / kRows * kRows; m++)
       for (int t = 0; t < Avx512::tiles; t++) acc[m][t] = _mm512_setzero_ps();
+    int64_t rows = 0;  // configured
     for (int64_t k0 = 0; k0 < job.k; k0 += kChunk) {
       const int64_t k1 = job.k - k0 < kChunk ? job.k : k0 + kChunk;
       chunk.fill(job, k0, k1);
-      int64_t rows = 0;
       for (int64_t m = 0; m < job.m; m += kRows) {
         const int64_t left = job.m - m < kRows ? job.m - m : kRows;
         if (left != rows) configure(static_cast<int>(rows = left), AmxChunk<F>::step);
