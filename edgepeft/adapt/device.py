@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,8 @@ def write_form(folder: Path, adapter: peft_files.Adapter, base: Base | None, exa
     if effect.prompt:
         settings, tensors = prompt_form(adapter)
     else:
-        settings, tensors = own_form(effect, adapter.settings) if ours else peft_form(effect, adapter.settings, base)
+        source = adapter.settings
+        settings, tensors = own_form(effect, source) if ours else peft_form(effect, source, base, adapter.tables)
     if not exact:
         halves = [name for name in tensors if name.endswith(HALVES)]
         tensors.update({name: tensors[name].astype(np.float16) for name in halves})
@@ -84,9 +85,12 @@ def own_form(effect: Effect, source: Mapping[str, Any]) -> tuple[dict[str, Any],
 
 
 def peft_form(
-    effect: Effect, source: Mapping[str, Any], base: Base | None
+    effect: Effect, source: Mapping[str, Any], base: Base | None, tables: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the settings and tensors (float32) under which PEFT computes an effect; `source` names base and task."""
+    """Return the settings and tensors (float32) under which PEFT computes an effect; `source` names base and task.
+
+    tables: the modules that are embeddings.
+    """
     sums = {name: terms for name, terms in effect.modules.items() if terms.a_rk is not None}
     scaled = [name for name, t in effect.modules.items() if t.s_in is not None or t.s_out is not None]
     scales = {name: effect.modules[name] for name in scaled if name not in sums}
@@ -102,7 +106,7 @@ def peft_form(
         raise ArtifactError("IA3 beside trained biases has no form that PEFT loads. Train them apart.")
     if scales:
         return {**kept, **_ia3(scales, tensors, base)}, tensors
-    settings = _lora(sums, biases, tensors, base, source)
+    settings = _lora(sums, biases, tensors, base, source, tables)
     return {**kept, **settings, "bias": "all" if biases or loose else "none"}, tensors
 
 
@@ -123,15 +127,14 @@ def _ia3(scales: Mapping[str, Terms], tensors: dict[str, np.ndarray], base: Base
 
 def _lora(
     sums: Mapping[str, Terms], biases: Mapping[str, np.ndarray], tensors: dict[str, np.ndarray], base: Base | None,
-    source: Mapping[str, Any],
+    source: Mapping[str, Any], tables: Collection[str],
 ) -> dict[str, Any]:  # fmt: skip
     """Add a LoRA's tensors and return the settings under which PEFT scales by exactly 1 everywhere."""
     sums = dict(sums) or _idle(base)
-    turned = base.embeddings if base is not None else {}
     dora = any(terms.s_out is not None for terms in sums.values())
     for name, terms in sums.items():
         a_rk, b_nr = terms.low_rank
-        embedding = name in turned
+        embedding = name in tables
         a_name, b_name = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
         tensors |= {f"{PREFIX}{name}.{a_name}": a_rk, f"{PREFIX}{name}.{b_name}": b_nr}
         if dora and embedding:

@@ -71,6 +71,11 @@ class Adapter:
         return Module(name, self._by_module[name], self.settings, common)
 
     @property
+    def tables(self) -> set[str]:
+        """The adapted modules that are embeddings, as PEFT names their tensors."""
+        return {name for name, tensors in self._by_module.items() if "lora_embedding_A" in tensors}
+
+    @property
     def heads(self) -> dict[str, np.ndarray]:
         """The tensors trained in full, float32, under PEFT's names; biases of linears among them."""
         return {f"{PREFIX}{name}": value for name, value in self.whole.items()}

@@ -180,7 +180,7 @@ def _digest_of(base: Path) -> str:
 
 
 def write_device(source: Source, out: Path, manifest: mf.Manifest, places: Mapping[str, ad.Slot]) -> None:
-    """Write the device form of an adapter below `out`, and its labels."""
+    """Write the device form of an adapter below `out`."""
     if source.device_form:
         for path in sorted(source.folder.iterdir()):
             if path.name in (ad.TENSORS, TERMS_FILE):
@@ -189,8 +189,12 @@ def write_device(source: Source, out: Path, manifest: mf.Manifest, places: Mappi
                 shutil.copyfile(path, out / path.name)
     else:
         _convert(source, out, manifest, places)
+
+
+def write_labels(source: Source, out: Path, manifest: mf.Manifest) -> None:
+    """Write the labels of an adapter below `out`, where the bundle has some."""
     if "labels" in manifest.values:
-        write_json(out / LABELS, _labels(source, out, list(manifest["labels"])))
+        write_json(out / LABELS, _labels(source, list(manifest["labels"])))
 
 
 def _name_base(source: Path, out: Path, manifest: mf.Manifest) -> None:
@@ -207,7 +211,7 @@ def _convert(source: Source, out: Path, manifest: mf.Manifest, places: Mapping[s
     """Write the device form of what PEFT saved."""
     from edgepeft.adapt import peft_files
 
-    expected: dict[str, Any] = {"shapes": linears(places)}
+    expected: dict[str, Any] = {"shapes": {**linears(places), **tables(manifest.folder)}}
     if source.packed is not None:
         from edgepeft.adapt.base import Base
 
@@ -216,6 +220,19 @@ def _convert(source: Source, out: Path, manifest: mf.Manifest, places: Mapping[s
     for path in (out / ad.TENSORS, out / TERMS_FILE):
         if path.exists():
             _name_base(path, path, manifest)
+
+
+def tables(bundle: Path) -> dict[str, tuple[int, int]]:
+    """Return {module: (V, K)} of the embeddings that a bundle's config.json tells the sizes of."""
+    from edgepeft.backbone.families import FAMILIES
+
+    settings = read_json(bundle / "config.json")
+    family = next(row for row in FAMILIES.values() if settings["model_type"] in row.model_types)
+    sizes = {"word": ("vocab_size", "hidden_size"), **family.sizes}
+    return {
+        f"{family.prefix}.{name}": (settings[sizes[role][0]], settings[sizes[role][1]])
+        for role, name in family.embeddings.items()
+    }
 
 
 def linears(places: Mapping[str, ad.Slot]) -> dict[str, tuple[int, int]]:
@@ -229,10 +246,10 @@ def linears(places: Mapping[str, ad.Slot]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _labels(source: Source, out: Path, of_bundle: list[str]) -> list[str]:
+def _labels(source: Source, of_bundle: list[str]) -> list[str]:
     """Return the labels of an adapter's head; the bundle's where it has as many and names none."""
-    shapes = tensor_shapes(out)
-    rows = next((shape[0] for name, shape in shapes.items() if name.endswith("classifier.bias")), None)
+    tensors = tensor_header(source.folder / ad.TENSORS)[0]
+    rows = next((entry["shape"][0] for name, entry in tensors.items() if name.endswith("classifier.bias")), None)
     if source.labels is not None:
         return list(source.labels)
     if rows is not None and rows != len(of_bundle):

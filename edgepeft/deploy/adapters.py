@@ -42,8 +42,9 @@ from edgepeft.deploy.adapter_source import (
     tensor_file,
     tensor_shapes,
     write_device,
+    write_labels,
 )  # fmt: skip
-from edgepeft.errors import ArtifactError, ConfigError, VerifyError, unknown
+from edgepeft.errors import ArtifactError, ConfigError, VerifyError, all_of, unknown
 from edgepeft.runtime import adapters as ad
 from edgepeft.runtime import manifest as mf
 from edgepeft.runtime import prompts, webgpu
@@ -213,14 +214,16 @@ def add(
                 "the graph holds it: give another --name" if name == ad.DEFAULT else "give --replace or another --name"
             )
             raise ConfigError(f"{bundle}: has an adapter {name!r} already; {how}.")
-        source = find(folder)
-        known_by = proof(source, manifest, base, trust_base)
-        before = _load(place)
+        source, before = find(folder), _load(place)
         places = ad.slots(before.session)
         new = place / "adapters" / name
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
-        write_device(source, new, manifest, places)
+        known_by, *_ = all_of(
+            lambda: proof(source, manifest, base, trust_base),
+            lambda: write_device(source, new, manifest, places),
+            lambda: write_labels(source, new, manifest),
+        )
         write_json(new / ABOUT, {**source.about, "base": known_by})
         _widen(place, new, {*places, *prompts.pasts(before.session)})
         _for_gpus(place)

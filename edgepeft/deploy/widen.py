@@ -4,31 +4,35 @@ Every separate export has inputs for A and B of every linear. The others are the
 
     s_in, s_out, bias of a fused linear       the node's constant input becomes an overridable one
     a tensor of the base (norm, bias, head)   its constant becomes one, under the adapter's name
+    A and B of an embedding                   the nodes that `export.emitter` has for them, behind the table's rows
 
-Defaults are neutral: ones, or the base's own values, which go into adapters/base.safetensors as well, for adapters that
-leave them alone. Nothing else of the graph changes, so the shipped adapter computes what it did, bit for bit.
+Defaults are neutral: ones, rank 0, or the base's own values, which go into adapters/base.safetensors as well, for
+adapters that leave them alone. Nothing else of the graph changes, so the shipped adapter computes what it did, bit for
+bit.
 
 Needs the onnx package. Left out, and refused: an s_in of one linear of several that share a node, scales of a linear
-that was kept in float, adapted embeddings, norms that are stored with an offset: they take other nodes.
+that was kept in float, norms that are stored with an offset: they take other nodes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from edgepeft.adapt.terms import PREFIX
 from edgepeft.artifact import read_json, read_tensors, write_bytes, write_tensors
 from edgepeft.errors import ArtifactError
 from edgepeft.export.ops import DOMAIN, GROUP_INPUTS, NAME, SHARED_INPUTS
+from edgepeft.runtime.adapters import DOWN, UP
 
 OWN = "base.safetensors"
+PACKED = "is packed, so a whole new one has no place; adapt it by LoRA (target_modules in place of modules_to_save)"
 EXPORT_AGAIN = "Build with this adapter's method, and add the bundle's present adapter to that one."
 
 
@@ -53,9 +57,14 @@ class _Wide:
         module, _, term = inner.rpartition(".")
         if inner in self.constants:
             return self._replace(name, inner, shape)
+        if inner.endswith(f".{DOWN}"):
+            return self._adapt_table(inner.removesuffix(f".{DOWN}"), shape)
+        if inner.endswith(f".{UP}") and name in self.constants:  # it came with A
+            return None
         if term in ("s_in", "s_out", "bias") and module in self.fused:
             return self._feed(name, module, term, shape)
-        return f"{inner}: the graph has no place for it"
+        packed = term == "weight" and f"{module}.qweight" in self.constants
+        return f"{inner}: {PACKED}" if packed or module in self.fused else f"{inner}: the graph has no place for it"
 
     def _replace(self, name: str, inner: str, shape: tuple[int, ...]) -> str | None:
         """Turn a constant into an input."""
@@ -92,14 +101,54 @@ class _Wide:
         self._input(name, value)
         return None
 
+    def _adapt_table(self, module: str, shape: tuple[int, ...]) -> str | None:
+        """Add B·A[:, ids] to the rows of an embedding; shape: of A [R, V]."""
+        nodes = list(self.graph.node)
+        place = next((i for i, node in enumerate(nodes) if _is_table(node, module)), None)
+        if place is None:
+            return f"{module}: the graph has no place for its adapter"
+        table, out = nodes[place], nodes[place].output[0]
+        ids = table.input[1 if table.op_type == "Gather" else 0]
+        sizes, of_ids, rank = self._sizes(out), self._sizes(ids), f"{module}.rank"
+        a, b = (f"{PREFIX}{module}.{side}" for side in (DOWN, UP))
+        table.output[0] = table.name = f"{out}:table"
+        order = [*range(1, len(of_ids) + 1), 0]
+        made: list[tuple[str, tuple[str, ...], str, int, list[Any], dict[str, Any]]] = [
+            # operator, inputs, output, its type and sizes, attributes
+            ("Gather", (a, ids), f"{out}:a", TensorProto.FLOAT16, [rank, *of_ids], {"axis": 1}),
+            ("Cast", (f"{out}:a",), f"{out}:a:float32", TensorProto.FLOAT, [rank, *of_ids], {"to": TensorProto.FLOAT}),
+            ("Transpose", (f"{out}:a:float32",), f"{out}:ranks", TensorProto.FLOAT, [*of_ids, rank], {"perm": order}),
+            ("Cast", (b,), f"{b}:float32", TensorProto.FLOAT, [rank, sizes[-1]], {"to": TensorProto.FLOAT}),
+            ("MatMul", (f"{out}:ranks", f"{b}:float32"), f"{out}:b", TensorProto.FLOAT, sizes, {}),
+            ("Add", (f"{out}:table", f"{out}:b"), out, TensorProto.FLOAT, sizes, {}),
+        ]
+        self.graph.value_info.append(helper.make_tensor_value_info(f"{out}:table", TensorProto.FLOAT, sizes))
+        for _, _, name, kind, dims, _ in made[:-1]:
+            self.graph.value_info.append(helper.make_tensor_value_info(name, kind, dims))
+        nodes[place + 1 : place + 1] = [
+            helper.make_node(op, inputs, [name], name=name, **attributes) for op, inputs, name, _, _, attributes in made
+        ]
+        del self.graph.node[:]
+        self.graph.node.extend(nodes)
+        for name, size in ((a, shape[1]), (b, sizes[-1])):
+            self._input(name, np.zeros((0, size), np.float16), [rank, size])
+        return None
+
+    def _sizes(self, name: str) -> list[Any]:
+        """Return the sizes of a value, each a number or a name."""
+        found = next(v for v in (*self.graph.value_info, *self.graph.input) if v.name == name)
+        return [dim.dim_param or dim.dim_value for dim in found.type.tensor_type.shape.dim]
+
     def _size(self, node: onnx.NodeProto, group: int, term: str) -> tuple[int, ...]:
         numbers = {attribute.name: attribute.i for attribute in node.attribute}
         return (numbers["K"] if term == "s_in" else numbers[f"n{group}"],)
 
-    def _input(self, name: str, value: np.ndarray) -> None:
+    def _input(self, name: str, value: np.ndarray, sizes: Sequence[Any] | None = None) -> None:
+        """Add an overridable input; sizes: where one of them may be any, its name."""
         tensor = numpy_helper.from_array(value, name)
         self.graph.initializer.append(tensor)
-        self.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, value.shape))
+        self.constants[name] = tensor
+        self.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, sizes or value.shape))
 
     def _value(self, tensor: onnx.TensorProto) -> np.ndarray:
         """Return a constant's value, read from its file where it lies in one."""
@@ -126,6 +175,12 @@ class _Wide:
         return {"format": "pt", "edgepeft.base": values["base_digest"], "edgepeft.format": values["format"]}
 
 
+def _is_table(node: onnx.NodeProto, module: str) -> bool:
+    """Tell whether a node gives the rows of an embedding, before they are scaled where a family does so."""
+    rows = node.op_type == "Gather" or node.op_type.startswith(("PackedEmbedding", "RowEmbedding"))
+    return rows and node.output[0] in (module, f"{module}:rows")
+
+
 def widen(folder: Path, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Give the graph of a bundle's folder an input for each wanted name, with a neutral default.
 
@@ -134,7 +189,8 @@ def widen(folder: Path, wanted: Mapping[str, tuple[int, ...]]) -> None:
     wide = _Wide(folder)
     problems = list(_problems(wide, wanted))
     if problems:
-        raise ArtifactError(f"{folder / 'model.onnx'}: " + "; ".join(problems[:5]) + f". {EXPORT_AGAIN}")
+        advice = "" if all(problem.endswith(PACKED) for problem in problems) else f" {EXPORT_AGAIN}"
+        raise ArtifactError("model.onnx: " + "; ".join(problems[:5]) + f".{advice}")
     wide.save()
 
 

@@ -339,12 +339,91 @@ def test_a_graph_is_widened_and_computes_what_a_build_would(second, wide, bundle
     assert da.details(bundle, "wide")["others"]
 
 
+def with_tables(run: Run) -> None:
+    """Let the run's adapter adapt the words' and the types' embeddings too, one packed and one in float."""
+    path, rng = run.path("adapter"), np.random.default_rng(4)
+    about = read_json(run.path("quantized") / "quantized.json")
+    tensors = {n: np.array(t) for n, t in read_tensors(path / peft_files.TENSORS).items()}
+    rank = next(len(array) for name, array in tensors.items() if name.endswith("lora_A.weight"))
+    for part in [*about["layers"], *about["kept"]]:
+        if part["name"].endswith(("word_embeddings", "token_type_embeddings")):
+            name, (v, k) = f"base_model.model.{part['name']}.lora_embedding_", part["shape"]
+            tensors |= {f"{name}A": rng.normal(size=(rank, v)), f"{name}B": rng.normal(size=(k, rank))}
+    tensors = {name: array.astype(np.float32) for name, array in tensors.items()}
+    settings = read_json(path / "adapter_config.json")
+    targets = [*settings["target_modules"], "word_embeddings", "token_type_embeddings"]
+    peft_files.write(path, {**settings, "target_modules": targets}, tensors, about["base_digest"], about["format"])
+
+
+@pytest.fixture(scope="module")
+def tables(first, tmp_path_factory):
+    """A build whose adapter adapts embeddings."""
+    config, run = first
+    folder = tmp_path_factory.mktemp("tables") / "tables"
+    shutil.copytree(run.path("quantized"), folder / "quantized")
+    other = Run(folder)
+    random_adapter(other, other.path("adapter"), rank=3, seed=7)
+    with_tables(other)
+    write_json(folder / "run.json", {"version": 1, "stages": {}})
+    return finish(config, other, list(LABELS))
+
+
+@pytest.mark.parametrize("source", ["build", "peft"])
+def test_embeddings_are_adapted_as_a_build_would(source, second, tables, bundle, tmp_path):
+    import onnx
+
+    da.add(bundle, second.folder)
+    before = {name: logits(bundle, name) for name in ("default", "none", "support")}
+    peft = foreign(tables, tmp_path / "peft")
+    write_json(peft / "labels.json", list(LABELS))
+    da.add(bundle, tables.folder if source == "build" else peft, "tables", trust_base=source == "peft")
+    np.testing.assert_array_equal(logits(bundle, "tables"), logits(tables.path("bundle")))
+    for name, wanted in before.items():
+        np.testing.assert_array_equal(logits(bundle, name), wanted)
+    nodes, wanted = (
+        [
+            (node.op_type, [*node.input], [*node.output])
+            for node in onnx.load(path / "model.onnx", load_external_data=False).graph.node
+            if "embeddings" in node.output[0] or "embeddings" in node.input[0]
+        ]
+        for path in (bundle, tables.path("bundle"))
+    )
+    assert nodes == wanted
+    assert load(bundle, adapter="tables").classify(TEXTS[0]).label in LABELS
+    shown = read_tensors(bundle / "adapters" / "tables" / peft_files.TENSORS)
+    assert "base_model.model.bert.embeddings.word_embeddings.lora_embedding_A" in shown, "as PEFT reads it"
+    da.add(bundle, second.folder, "again")  # the graph has what it needs
+
+
+def test_all_that_speaks_against_an_adapter_is_said_at_once(second, bundle, tmp_path):
+    def odd(tensors):
+        name = next(name for name in tensors if name.endswith("query.lora_B.weight"))
+        return {**tensors, name: tensors[name][:-8]}
+
+    folder, before = foreign(second, tmp_path / "odd", odd, use_frob=True), digests(bundle)
+    (folder / "labels.json").unlink()
+    with pytest.raises(ArtifactError) as caught:
+        da.add(bundle, folder, "odd")
+    words = ("--trust-base", "use_frob = True", "the base's linear is", "its head has 4 labels")
+    assert [word for word in words if word not in str(caught.value)] == []
+    assert digests(bundle) == before
+
+
 def test_an_adapter_that_needs_the_packed_weights_is_sent_to_a_build_of_its_own(wide, bundle, tmp_path):
     alone = shutil.copytree(wide.path("adapter"), tmp_path / "alone", ignore=shutil.ignore_patterns("training.json"))
     before = digests(bundle)
     with pytest.raises(ArtifactError, match=r"depend on the packed weights.*edgepeft build --adapter-from FOLDER"):
         da.add(bundle, alone)
     assert digests(bundle) == before
+
+
+def test_a_whole_tensor_in_place_of_a_packed_one_is_sent_to_lora(second, bundle, tmp_path):
+    def whole(tensors):
+        return {**tensors, "base_model.model.bert.embeddings.word_embeddings.weight": np.ones((122, 64), np.float32)}
+
+    folder = foreign(second, tmp_path / "x", whole, modules_to_save=["classifier", "word_embeddings"])
+    with pytest.raises(ArtifactError, match=r"word_embeddings.weight: is packed.*adapt it by LoRA \(.*\)\.$"):
+        da.add(bundle, folder, "x", trust_base=True)
 
 
 def test_what_no_input_can_be_made_for_is_named(second, bundle, tmp_path):
