@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from edgepeft.adapt.base import Base
     from edgepeft.adapt.peft_files import Adapter
 
-INITS_OF_A_AND_B = {True, False, "gaussian", "orthogonal", "eva"}  # the others change the base weights too
+INITS_OF_A_AND_B = {True, False, "gaussian", "orthogonal", "eva", "mica"}  # the others change the base weights too
+CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")  # what they begin with is what they took from the base
 SAME_ERROR = 1e-3
 SHOWN = 4  # modules that a problem is told of one by one
 OWN_MODEL = "save the model with that tensor in it, give that as --model, and leave it out of the adapter"
@@ -51,10 +52,11 @@ def setting_problems(settings: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name} = {settings[name]!r} is not supported; train without it.")
     start = settings.get("init_lora_weights", True)
     if "init_lora_weights" in kind.training and str(start) not in {str(value) for value in INITS_OF_A_AND_B}:
+        convert = "convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), or "
         problems.append(
-            f"init_lora_weights = {start!r} changed the base weights as well; convert it with PEFT's "
-            "save_pretrained(path_initial_model_for_weight_conversion=...), or give the changed base as the model and "
-            "set init_lora_weights to true."
+            f"init_lora_weights = {start!r} changed the base weights as well; "
+            f"{convert if str(start).startswith(CONVERTIBLE) else ''}give the changed base as the model and set "
+            "init_lora_weights to true."
         )
     if settings.get("use_qalora") and (settings.get("use_dora") or not _whole(settings.get("qalora_group_size", 16))):
         problems.append("use_qalora: expected a whole qalora_group_size and no use_dora, which PEFT has not together.")
