@@ -301,14 +301,16 @@ def for_graph(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 class Later(Mapping[str, Any]):
-    """A mapping that is made when something first looks into it."""
+    """A mapping that is made when something first looks into it, and then lets go of what it is made of."""
 
     def __init__(self, make: Callable[[], Mapping[str, Any]]) -> None:
         self._make = make
 
     @functools.cached_property
     def _made(self) -> Mapping[str, Any]:
-        return self._make()
+        made = self._make()
+        self._make = lambda: made
+        return made
 
     def __getitem__(self, name: str) -> Any:
         return self._made[name]
@@ -321,10 +323,15 @@ class Later(Mapping[str, Any]):
 
 
 def _feeds(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Return one OrtValue for every array, whatever number of names it has."""
+    """Return one OrtValue for every array, whatever number of names it has.
+
+    Parts of a mapped file are copied: as long as one of them is in use, memory holds the rest of it too, each B a
+    second time.
+    """
     from onnxruntime import OrtValue
 
-    made = {id(array): OrtValue.ortvalue_from_numpy(array) for array in {id(a): a for a in arrays.values()}.values()}
+    own = {id(array): array if array.base is None else array.copy() for array in arrays.values()}
+    made = {key: OrtValue.ortvalue_from_numpy(array) for key, array in own.items()}
     return {name: made[id(array)] for name, array in arrays.items()}
 
 

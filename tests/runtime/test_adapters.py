@@ -1,17 +1,26 @@
 """What does not go together in an adapter's file is told when it is loaded, not by ONNX Runtime when it runs."""
 
+import dataclasses
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import LABELS, tiny_bert
 
-from edgepeft.artifact import read_tensors, tensor_header, write_tensors
+from edgepeft.adapt import peft_files
+from edgepeft.adapt.base import Base
+from edgepeft.artifact import read_tensors, tensor_header, write_json, write_tensors
+from edgepeft.deploy.bundle import bundle
 from edgepeft.errors import ArtifactError
 from edgepeft.export.emitter import ADAPTER_FILE
 from edgepeft.export.parity import OnnxModel
 from edgepeft.runtime import adapters as ad
 from tests.adapt.conformance import Subject
+from tests.export.tiny_run import export_run, make_run, random_adapter
 
 DENSE = "base_model.model.bert.encoder.layer.0.output.dense"
 Change = Callable[[dict[str, np.ndarray]], None]
@@ -74,3 +83,46 @@ def test_parts_that_do_not_go_together_are_named(exported: Callable, tmp_path: P
     write_tensors(file, tensors, metadata)
     with pytest.raises(ArtifactError, match=words):
         loaded(subject, tmp_path, places)
+
+
+COST = """
+import sys
+from pathlib import Path
+from edgepeft.runtime import load
+
+
+def held() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
+
+
+model, text = load(sys.argv[1], threads=1, library="none"), ["turn off the lamp"]
+for name in ("default", "none", "warm"):
+    model.logits(text, name)
+before = held()
+for i in range(50):
+    model.logits(text, f"a{i}")
+print(held() - before)
+"""
+
+
+def test_fifty_adapters_cost_what_their_files_hold(tmp_path: Path) -> None:
+    """Of rank 16, all in use, mapped files included: at most 1.1 times their bytes."""
+    config, run = make_run(tmp_path, model=tiny_bert(tmp_path / "model", hidden=256), hidden=256)
+    training = {"labels": list(LABELS), "config": dataclasses.asdict(config)}
+    write_json(run.path("adapter") / "training.json", training)
+    export_run(config, run)
+    run.path("verify").mkdir()
+    write_json(run.path("verify") / "report.json", {"checks": {}})
+    run.make("bundle", "", lambda out: bundle(config, run, out))
+    place = run.path("bundle") / "adapters"
+    random_adapter(run, tmp_path / "peft", rank=16, hidden=256)
+    base = Base.open(run.path("quantized"))
+    peft_files.write_device(place / "warm", tmp_path / "peft", base=base, heads=("classifier",))
+    for i in range(50):
+        shutil.copytree(place / "warm", place / f"a{i}")
+    held = subprocess.run(
+        [sys.executable, "-c", COST, str(run.path("bundle"))], capture_output=True, text=True, check=True
+    )
+    files = 50 * (place / "warm" / ad.TENSORS).stat().st_size
+    assert 0.5 * files <= int(held.stdout) <= 1.1 * files
