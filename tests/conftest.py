@@ -48,4 +48,4 @@ def gpu() -> None:
     pytest.importorskip("onnxruntime_ep_webgpu", reason="pip install 'edgepeft[webgpu]'")
     if reason := softgpu.missing():
         pytest.skip(reason)
-    softgpu.use(softgpu.available()[0])
+    softgpu.use(os.environ.get("EDGEPEFT_TEST_GPU", softgpu.available()[0]))
