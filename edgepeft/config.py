@@ -3,7 +3,7 @@
 Every field is a key of the file (`rank = 16`) and a flag of the command line (`--rank 16`); the help text and the set
 of allowed names live with the field, so the three cannot drift apart. Fields that name a member of a table are checked
 against that table when the record is made. A setting that tasks have of their own defaults to 0, which the record
-replaces by the task's value.
+replaces by the task's value; the format defaults to the best that the target has.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ class Config:
     label_column: str = _field("label", "Column that holds the label.", group="data")
     task: str = _field("text-classification", "What the model is tuned for.", _tasks, group="data")
     target: str = _field("host", "Where the bundle will run.", _targets, group="deploy")
-    format: str = _field("i4b32", "Weight format of the frozen linear layers.", _formats, group="quantize")
+    format: str = _field("", "Weight format of the frozen linear layers.", _formats, group="quantize")
     embedding_format: str = _field("i4b32", "Weight format of the embeddings.", _embedding_formats, group="quantize")
     double_quant: bool = _field(False, "nf4 only: store the block scales in 8 bits, as QLoRA does.", group="quantize")
     solver: str = _field("rtn", "How codes and scales are found.", _solvers, group="quantize")
@@ -178,12 +178,17 @@ class Config:
     output: str = _field("edgepeft-out", "Folder for all that is made: new, empty or of an earlier build.", group="run")
 
     def __post_init__(self) -> None:
-        for name, value in own_settings(self.task).items():
+        formats = target_formats(self.target)
+        for name, value in {**own_settings(self.task), **({"format": formats[0]} if formats else {})}.items():
             if not getattr(self, name):
                 object.__setattr__(self, name, value)
         unset = set() if own_settings(self.task) else tasks_own()  # which 0 each stands for, no task says
+        unset |= {"format"} if not formats and not self.format else set()  # nor a target
         known = [field for field in dataclasses.fields(self) if field.name not in unset]
         problems = [problem for field in known if (problem := _problem(field, getattr(self, field.name)))]
+        if formats and self.format in _formats() and self.format not in formats:
+            what = f"--format: {self.format} does not run on every GPU of --target {self.target}"
+            problems.append(f"{what}. Take one of {', '.join(formats)}.")
         if self.double_quant and not self.format.startswith("nf4"):
             problems.append(f"--double-quant needs --format nf4b64, found {self.format!r}.")
         if self.size and bytes_of(self.size) is None:
@@ -240,13 +245,22 @@ def own_settings(task: str) -> Mapping[str, Any]:
     return TASKS[task].defaults if task in TASKS else {}
 
 
+def target_formats(target: str) -> Sequence[str]:
+    """Return the formats that a target has, the best first; none for one that there is not."""
+    from edgepeft.deploy.targets import load_target
+
+    return load_target(target).formats if target in _targets() else ()
+
+
 def tasks_own() -> set[str]:
     """Return the names of the settings that tasks have of their own."""
     return {name for task in _tasks() for name in own_settings(task)}
 
 
 def default_text(field: dataclasses.Field) -> str:
-    """Return the default of a field in words; of one that tasks have of their own, each task's."""
+    """Return the default of a field in words; of one that tasks or targets have of their own, each one's."""
+    if field.name == "format":
+        return f"the target's best, {', '.join(dict.fromkeys(target_formats(target)[0] for target in _targets()))}"
     own = {task: found[field.name] for task in _tasks() if field.name in (found := own_settings(task))}
     return ", ".join(f"{value} for {task}" for task, value in own.items()) or str(field.default)
 

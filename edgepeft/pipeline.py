@@ -176,7 +176,7 @@ class Inputs(NamedTuple):
 
 def open_inputs(config: Config) -> Inputs:
     """Open all that a build reads. Raises EdgePeftError for what a stage would refuse, before the first one works."""
-    from edgepeft.backbone.check import check_length, check_model
+    from edgepeft.backbone.check import check_bindable, check_length, check_model
     from edgepeft.backbone.families import check_task
     from edgepeft.backbone.load import resolve_model
     from edgepeft.deploy.targets import load_target
@@ -186,6 +186,8 @@ def open_inputs(config: Config) -> Inputs:
     family = check_model(source)
     check_task(family, config.task, str(source.path))
     check_length(config, source)
+    if "webgpu" in target.gpu:
+        check_bindable(config, source, family, target.gpu_buffer_mib)
     for name in ("calibration", "teacher", "adapter_from"):
         OUTSIDE[name].digest(config)
     splits = load_splits(config)

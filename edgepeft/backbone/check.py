@@ -10,6 +10,7 @@ model is built.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from edgepeft.backbone.load import ModelSource, model_json
 from edgepeft.config import Config, own_settings
 from edgepeft.errors import ConfigError, ModelError, blaming
 
-SHOWN, LEAST_TOKENS = 4, 4
+SHOWN, LEAST_TOKENS, FLOAT_BITS = 4, 4, 32
 SAVE_TOKENIZER = "Save the model's tokenizer there again, as a fast one: tokenizer.save_pretrained(FOLDER)."
 
 
@@ -38,6 +39,27 @@ def check_model(source: ModelSource) -> Family:
     _check_tied(source, family)
     _check_tokenizer(source, shapes[f"{family.prefix}.{family.embeddings['word']}.weight"][0])
     return family
+
+
+def check_bindable(config: Config, source: ModelSource, family: Family, most_mib: int) -> None:
+    """Raise ModelError for tensors whose codes are more than a shader of the target binds, in MiB.
+
+    Formats that --size chooses are not known yet: the export looks at those.
+    """
+    from edgepeft.quant.stage import format_for
+
+    kinds, shapes, tied = family.tensors(source.settings), tensor_shapes(source), family.tied(source.settings)
+    large = []
+    for old, name in backbone_names(source, family).items():
+        fmt, _ = format_for(config, kinds[name], shapes[old], tied)
+        size = math.prod(shapes[old]) * (fmt.bits if fmt else FLOAT_BITS) / 8 / 2**20
+        if size > most_mib and not config.size:
+            large.append(f"{name}: {size:.0f} MiB as {fmt.tag if fmt else 'float32'}")
+    if large:
+        raise ModelError(
+            f"{source.path}: a shader of --target {config.target} binds {most_mib} MiB at most: {', '.join(large)}. "
+            "Take a smaller format (--format, --embedding-format) or another target."
+        )
 
 
 def text_limit(config: Config, positions: int | None, prompt: int) -> int:

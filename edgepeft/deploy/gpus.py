@@ -1,6 +1,6 @@
 """The classes of GPUs: one TOML file each says what a vendor's GPUs have, and which of our shaders are tried on them.
 
-    targets/gpus/<name>.toml -> Gpu ──► a target's limits, by which a bundle is built
+    targets/gpus/<name>.toml -> Gpu ──► a target's formats and limits, by which a bundle is built
                                    └──► kernels/gpu/classes.inc, by which the Vulkan provider picks on the device
 
 A bundle for phones is one for all: the provider looks at the vendor of the GPU that it finds, takes that class's sizes
@@ -47,6 +47,7 @@ class Gpu:
     shared_kib: int  # a workgroup's own memory
     memory: str  # where its memory is
     threads: int  # of a workgroup that sums one tile, at most
+    formats: tuple[str, ...]  # of linears' weights, that shaders of ours or ONNX Runtime's read there, the best first
     features: tuple[str, ...]  # of shaders.FEATURES, that are worth a trial
     troubles: tuple[str, ...]  # that its drivers are known for
 
@@ -61,11 +62,14 @@ def load_gpu(name: str) -> Gpu:
     """Return a class by name. Raises TargetError naming the nearest one, or all that is wrong in its file."""
     if name not in gpu_names():
         raise TargetError(unknown("class of GPUs", name, gpu_names()))
+    from edgepeft.quant.formats import FORMATS
+
     path = _folder() / f"{name}.toml"
     table = records.read_table(path)
     if not (problems := records.problems(Gpu, table)):
         kept = ("float16_storage", "float16_arithmetic", "int8_dot")
         problems = [unknown(key, table[key], HOW_MANY) for key in kept if table[key] not in HOW_MANY]
+        problems += [unknown("weight format", tag, FORMATS) for tag in table["formats"] if tag not in FORMATS]
         problems += [unknown("feature", feature, FEATURES) for feature in table["features"] if feature not in FEATURES]
     if problems:
         raise TargetError("\n".join(f"{path}: {problem}" for problem in problems))

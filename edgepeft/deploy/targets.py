@@ -18,6 +18,7 @@ from edgepeft.deploy import gpus, records
 from edgepeft.deploy.compile import PACKAGE, PLATFORMS, host_platform
 from edgepeft.errors import TargetError, unknown
 
+CPU_FORMATS = ("i4b32", "i4b64", "i4b128", "nf4b64", "i8c")  # the op has kernels for all
 # The runtime's other wheels; their aarch64 builds run on every ARMv8-A core.
 NUMPY = "numpy>=1.26,<3"
 TOKENIZERS = "tokenizers>=0.20"
@@ -53,6 +54,12 @@ class Target:
     def gpu_buffer_mib(self) -> int:
         """What a shader may bind at most on any of its GPUs."""
         return min(gpus.load_gpu(name).buffer_mib for name in self.gpu_classes)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats of linears' weights that run on it, the best first: that all of its GPUs have."""
+        first, *others = [gpus.load_gpu(name).formats for name in self.gpu_classes] or [CPU_FORMATS]
+        return tuple(tag for tag in first if all(tag in formats for formats in others))
 
     @property
     def requirements(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import pytest
 from models import settings, tensors
 
 from edgepeft.artifact import Run, read_tensors
-from edgepeft.backbone.check import check_model
+from edgepeft.backbone.check import check_bindable, check_model
 from edgepeft.backbone.load import open_folder
 from edgepeft.config import Config
 from edgepeft.errors import ConfigError, ModelError
@@ -159,3 +159,12 @@ def test_a_row_knows_the_shape_of_every_tensor(bert):
     found = {family.rename(name): array.shape for name, array in read_tensors(bert / "model.safetensors").items()}
     shapes = family.shapes(source.settings)
     assert {name: shapes.get(name) for name in found} == found
+
+
+def test_a_tensor_that_no_shader_of_the_target_binds_is_named_before_a_build(model):
+    source = open_folder(model)
+    family = check_model(source)
+    check_bindable(Config(), source, family, 1)
+    with pytest.raises(ModelError, match=r"--target web binds 0 MiB at most: .*encoder.layer.0.*i4b32.*smaller format"):
+        check_bindable(Config(target="web"), source, family, 0)
+    check_bindable(Config(size="1MB"), source, family, 0)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from edgepeft.config import Config
 from edgepeft.deploy import gpus, targets
 from edgepeft.deploy.compile import kernel_folder
-from edgepeft.errors import TargetError
+from edgepeft.errors import ConfigError, TargetError
 
 
 @pytest.mark.parametrize("name", gpus.gpu_names())
@@ -34,6 +37,22 @@ def test_a_target_reaches_known_classes(name: str) -> None:
     target = targets.load_target(name)
     assert bool(target.gpu) == bool(target.gpu_classes)
     assert not target.gpu or target.gpu_buffer_mib == 128
+
+
+def test_a_build_takes_the_best_format_that_all_gpus_of_its_target_have(monkeypatch) -> None:
+    whole = gpus.load_gpu
+    for name in targets.target_names():
+        assert Config(target=name).format == targets.load_target(name).formats[0] == "i4b32"
+    poor = {"mali": ("nf4b64", "i8c"), "adreno": ("i4b32", "i8c", "nf4b64")}
+
+    def load_gpu(name: str) -> gpus.Gpu:
+        return dataclasses.replace(whole(name), formats=poor.get(name, whole(name).formats))
+
+    monkeypatch.setattr(gpus, "load_gpu", load_gpu)
+    assert Config(target="android-gpu").format == "i8c"
+    assert Config(target="web").format == "i4b32"
+    with pytest.raises(ConfigError, match=r"i4b32 does not run on every GPU of --target android-gpu.*i8c, nf4b64"):
+        Config(target="android-gpu", format="i4b32")
 
 
 def test_an_unknown_class_names_the_nearest() -> None:
