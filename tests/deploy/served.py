@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +37,15 @@ class Served:
     def _start(self, port: int) -> None:
         self._server = serve.server(self.folder, port)
         self.port = self._server.server_port
+        self._connections: list[socket.socket] = []
+        accept = self._server.get_request
+
+        def get_request() -> tuple[socket.socket, Any]:
+            connection, address = accept()
+            self._connections.append(connection)
+            return connection, address
+
+        self._server.get_request = get_request  # type: ignore[method-assign]
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     @property
@@ -44,6 +55,9 @@ class Served:
     def stop(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+        for connection in self._connections:  # which browsers keep open, and would go on to be answered
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def again(self) -> None:
         self._start(self.port)
