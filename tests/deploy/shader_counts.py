@@ -52,9 +52,12 @@ def per_layer(page: Page) -> int:
 
 
 def with_graph(bundle: Path, folder: Path, which: str) -> Path:
-    """Copy a language model's bundle with one of the graphs to compare with as its own for GPUs; return the folder."""
+    """Copy a language model's bundle with another graph for GPUs, to compare with or the CPU's; return the folder."""
     shutil.copytree(bundle, folder)
-    naive(folder, folder, adapter=which == "naive")
+    if which == "cpu":
+        shutil.copy(folder / "model.onnx", folder / "model.webgpu.onnx")
+    else:
+        naive(folder, folder, adapter=which == "naive")
     about = read_json(folder / "manifest.json")
     writer.reseal(folder, **{key: about[key] for key in ("context", "decoder", "base_digest", "format", "activation")})
     return folder

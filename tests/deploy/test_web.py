@@ -137,6 +137,16 @@ def test_an_adapter_costs_as_many_shaders_as_is_said(bundles, browsers, tmp_path
 
 
 @pytest.mark.slow
+def test_a_node_that_is_not_on_the_gpu_leaves_the_model_to_the_cpu(bundles, browsers, tmp_path: Path) -> None:
+    served = Served(shader_counts.with_graph(bundles("writer").folder, tmp_path / "bundle", "cpu"))
+    page = browsers("webgpu").open(served.url)
+    assert page.run("model.device") == "wasm"
+    assert "fallback to CPU EP has been explicitly disabled" in page.text("notes")
+    page.close()
+    served.stop()
+
+
+@pytest.mark.slow
 def test_a_gpu_with_too_few_buffers_leaves_a_language_model_to_the_cpu(bundles, browsers) -> None:
     page = browsers("webgpu").open(bundles("writer").url, shader_counts.GRANTING % 8)
     assert page.run("model.device") == "wasm"

@@ -110,6 +110,30 @@ def test_a_loaded_bundle_answers_there_as_on_the_cpu(gpu, exported, tmp_path: Pa
         assert {finish for _, finish in words[0]} == {"stop", "length"}  # the others go on in a run of fewer rows
 
 
+@pytest.mark.parametrize(("kind", "tokens"), [("llama", 1), ("bert", 5)])
+def test_an_adapter_takes_no_dispatch_of_its_own_whatever_its_rank(gpu, exported, kind: str, tokens: int) -> None:
+    """Of one token, and of the few of a short text."""
+    folder = exported(kind, "i4b32")
+    stock, session = stock_session(folder), vulkan.open_session(gpu, folder / "model.onnx")
+    given = writing(stock, tokens, 7, 1) if kind == "llama" else {n: a[:1, :tokens] for n, a in _classified().items()}
+    took, rng = {}, np.random.default_rng(0)
+    for rank in (0, 4, 100):
+        feeds = dict(given)
+        for name, slot in slots(stock).items():
+            shape = [size if isinstance(size, int) else rank for size in slot.shape]
+            if slot.low_rank:
+                feeds[name] = (rng.normal(size=shape) / 10).astype(slot.dtype)
+            elif slot.gate:
+                feeds[name] = np.ones((*(1 for _ in slot.shape[1:]), max(rank, 1)), np.float32)
+        session.run(["logits"], feeds)
+        before = vulkan.counts(gpu)
+        found = session.run(["logits"], feeds)[0]
+        took[rank] = vulkan.counts(gpu).since(before).dispatches
+        wanted = stock.run(["logits"], feeds)[0]
+        assert np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+    assert len(set(took.values())) == 1, took
+
+
 def test_bundles_with_a_library_each_share_a_process(gpu, exported, tmp_path: Path) -> None:
     texts = ["turn off the lamp", "play a jazz in the hall please"]
     for name in ("one", "other"):

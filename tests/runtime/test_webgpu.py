@@ -243,6 +243,47 @@ def test_a_gpu_that_does_not_run_the_graph_leaves_it_to_the_cpu(gpu, sealed: Pat
     assert "running on the CPU" in capsys.readouterr().err
 
 
+def test_a_node_that_is_not_on_the_gpu_is_refused(gpu, exported, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported("llama", "i4b32"), tmp_path / "bundle")
+    shutil.copy(folder / "model.onnx", folder / webgpu.FILE)  # whose counts are the CPU's
+    with pytest.raises(
+        TargetError, match=r"this GPU does not run it: .*fallback to CPU EP has been explicitly disabled"
+    ):
+        webgpu.open_session(folder)
+
+
+@pytest.mark.parametrize("said", ["the device was lost", "out of memory"])
+def test_a_gpu_that_gives_up_ends_in_a_sentence_and_the_cpu(
+    gpu, exported, tmp_path: Path, monkeypatch, capsys, said: str
+) -> None:
+    from onnxruntime import InferenceSession
+
+    from edgepeft.runtime import load, session
+
+    def gives_up(self, *_: object) -> None:
+        raise RuntimeError(said)
+
+    bundle = sealed_bundle(exported("bert", "i4b32"), tmp_path / "bundle", "bert")
+    model, wanted = load(bundle, device="webgpu"), load(bundle, library="none").classify("turn off the lamp")
+    with monkeypatch.context() as patched:
+        patched.setattr(InferenceSession, "run_with_iobinding", gives_up)
+        with pytest.raises(TargetError, match=rf"the GPU gave up: {said}\. device='cpu' works"):
+            model.classify("turn off the lamp")
+    trial = type(model).trial
+
+    def lost(self) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(InferenceSession, "run_with_iobinding", gives_up)
+            trial(self)
+
+    monkeypatch.setattr(session, "_said", set())
+    monkeypatch.setattr(type(model), "trial", lost)
+    found = load(bundle, device="auto", library="none")
+    assert not found.gpu
+    assert found.classify("turn off the lamp").label == wanted.label
+    assert f"running on the CPU: {bundle}: the GPU gave up: {said}" in capsys.readouterr().err
+
+
 def test_no_provider_and_no_gpu_are_told_apart(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / webgpu.FILE).touch()
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime_ep_webgpu", None)
