@@ -51,7 +51,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def _gpu_report(output: Path) -> dict[str, Any]:
-    found = json.loads((output / "verify" / "report.json").read_text())["gpu"]
+    found = json.loads((output / "verify" / "report.json").read_text())["checks"]["gpu"]
     assert found["status"] == "passed"
     assert found["nodes_on_cpu"] == 0
     assert found["gpu"] in softgpu.available()
@@ -99,12 +99,13 @@ def test_one_command_builds_the_vulkan_bundle_and_its_parity_report(built, task:
     assert 0 < report["vulkan_float_error"] <= TOLERANCE
     assert 0 < report["vulkan_float16_error"] <= 1e-2
     assert 0 < report["webgpu_float_error"] <= DIGITS_TOLERANCE
-    assert json.loads((output / "bundle" / "manifest.json").read_text())["verify"]["gpu"] == report
+    assert json.loads((output / "bundle" / "manifest.json").read_text())["verify"]["checks"]["gpu"] == report
     asked = ["--prompt", TEXT, "--max-new-tokens", "5"] if task == "text-generation" else [TEXT]
     software = softgpu.environment(softgpu.available()[0])
-    said = _edgepeft("run", str(output / "bundle"), *asked, "--device", "vulkan", **software)
     model = load(output / "bundle", library="none")
-    if task == "text-generation":
-        assert said.strip() == model.generate(TEXT, max_new_tokens=5).text.strip()
-    else:
-        assert model.classify(TEXT).label in said
+    for device in ("vulkan", "webgpu"):
+        said = _edgepeft("run", str(output / "bundle"), *asked, "--device", device, **software)
+        if task == "text-generation":
+            assert said.strip() == model.chat(TEXT, max_new_tokens=5).text.strip()
+        else:
+            assert model.classify(TEXT).label in said
