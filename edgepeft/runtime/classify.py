@@ -24,7 +24,7 @@ from edgepeft.runtime import library as lib
 from edgepeft.runtime import webgpu
 from edgepeft.runtime.manifest import Manifest
 from edgepeft.runtime.mixing import Mix
-from edgepeft.runtime.session import Bundle, Name, Names, per_row
+from edgepeft.runtime.session import Bundle, Name, Names, or_on_the_cpu, per_row
 from edgepeft.runtime.tasks import Prediction, predictions
 from edgepeft.runtime.tokens import Tokens, check_texts
 
@@ -109,6 +109,7 @@ class Model(Bundle):
             )
         return found
 
+    @or_on_the_cpu
     def logits(self, texts: Sequence[str], adapter: Name = None, batch_size: int = 32) -> np.ndarray:
         """Return logits float32 [len(texts), labels]; texts of like length share a batch."""
         chosen = self._get(adapter)
@@ -135,6 +136,7 @@ class Model(Bundle):
         self, text: list[str] | tuple[str, ...], adapter: Names = ..., top_k: int | None = ...
     ) -> list[Prediction]: ...
 
+    @or_on_the_cpu
     def classify(
         self, text: str | list[str] | tuple[str, ...], adapter: Names = None, top_k: int | None = None
     ) -> Prediction | list[Prediction]:

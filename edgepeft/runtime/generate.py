@@ -35,7 +35,7 @@ from edgepeft.runtime.cache import Cache, GpuCache, Pool
 from edgepeft.runtime.chat import ChatTemplate
 from edgepeft.runtime.manifest import Manifest
 from edgepeft.runtime.sampling import Sampler, Sampling
-from edgepeft.runtime.session import Bundle, Name, Names, cache_scales, per_row
+from edgepeft.runtime.session import Bundle, Name, Names, cache_scales, or_on_the_cpu, per_row
 from edgepeft.runtime.stream import Decoding, Stops
 from edgepeft.runtime.tokens import Tokens, is_unicode
 
@@ -117,6 +117,7 @@ class Generator(Bundle):
 
     # --- what a caller sees ---
 
+    @or_on_the_cpu
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
@@ -190,6 +191,7 @@ class Generator(Bundle):
             less = f", {columns} of which are the adapter's" if columns else ""
             raise DataError(f"{what}: {count} tokens, this model's context has {self.context}{less}. Shorten it.")
 
+    @or_on_the_cpu
     def logits(self, tokens: Sequence[int], adapter: Name = None, keep: int | None = None) -> np.ndarray:
         """Return logits float32 [len(tokens), vocabulary] of a token list, or of its last `keep`.
 

@@ -182,6 +182,29 @@ def open_session(
         raise ArtifactError(f"{manifest.folder}: {what}") from None
 
 
+class GpuGaveUpError(TargetError):
+    """A run that a GPU began and did not end: it was lost, or its memory is full."""
+
+
+def or_on_the_cpu(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a bundle's method begin again on the CPU, and stay there, where a GPU that device "auto" took gives up."""
+
+    @functools.wraps(call)
+    def called(self: Bundle, *given: Any, **named: Any) -> Any:
+        try:
+            return call(self, *given, **named)
+        except GpuGaveUpError as reason:
+            if self.instead is None:
+                raise
+            _say_once(f"going on on the CPU: {reason}")
+            found, name = self.instead(), self._used
+            found.use(name)
+            self.__dict__ = found.__dict__  # at once, for whoever calls from another thread
+            return call(self, *given, **named)
+
+    return called
+
+
 class Bundle:
     """A loaded bundle, whatever its task: its files, its session and its adapters."""
 
@@ -190,6 +213,8 @@ class Bundle:
         self.session = session
         self.library = library
         self.threads = threads
+        self.instead: Callable[[], Bundle] | None = None  # makes the same on the CPU, where device is "auto"
+        self._used: str | Mapping[str, float] = ad.DEFAULT
         self.gpu = webgpu.is_gpu(session)
         self.memory = vulkan.memory(session)
         self._slots = webgpu.slots(session, ad.slots(session)) if self.gpu else ad.slots(session)
@@ -258,7 +283,7 @@ class Bundle:
 
     def use(self, name: str | Mapping[str, float]) -> None:
         """Take another adapter, or {name: weight} as one, for the calls that name none; only the first use costs."""
-        self._active = self._get(name)
+        self._active, self._used = self._get(name), name
 
     def fed(self, name: str, new_name: str) -> None:
         """Let an adapter be taken under a second name by which it is always fed, as benches compare the two ways."""
@@ -312,7 +337,7 @@ class Bundle:
         except Exception as error:  # ORT's own exceptions share no base
             if not self.gpu and not self.memory:
                 raise
-            raise TargetError(f"{self.manifest.folder}: the GPU gave up: {error}. device='cpu' works.") from None
+            raise GpuGaveUpError(f"{self.manifest.folder}: the GPU gave up: {error}. device='cpu' works.") from None
 
     def trial(self) -> None:
         """Run the least there is, to see whether it runs."""
@@ -386,8 +411,9 @@ def load(
     threads 0 takes all cores; library is "auto", "none" or a path; activation None is as exported. kv_cache "int8"
     keeps a language model's keys and values in a quarter of the memory: see edgepeft.runtime.cache. device "webgpu"
     or "vulkan" runs every node on a GPU, "auto" does so where a first run succeeds and says why where it does not;
-    on "vulkan" a path as library is that of the provider, and precision "float16" halves the memory of keys and values
-    and rounds products where the GPU computes in float16.
+    where a later one fails, an answer begins again on the CPU, unless it is streamed. On "vulkan" a path as library
+    is that of the provider, and precision "float16" halves the memory of keys and values and rounds products where
+    the GPU computes in float16.
 
     Raises ArtifactError for a folder that is no bundle or was changed, TargetError for a library or an ONNX Runtime
     that cannot work here, ConfigError for what does not exist. `check` is "auto", "full" or "quick":
@@ -413,13 +439,17 @@ def load(
         model.use(adapter)
         return model
 
+    def on_cpu() -> Any:
+        found = _library(manifest, library)
+        model = kind(manifest, open_session(manifest, threads, found, activation, kv_cache), found, threads)
+        model.use(adapter)
+        return model
+
     if device in GPUS:
         return on_gpu(device)
     if device == "auto" and cpu_asked:
         _say_once(f"running on the CPU: {cpu_asked} is not for GPUs")
     elif device == "auto" and (model := _on_gpu_if_it_runs(on_gpu)):
+        model.instead = on_cpu
         return model
-    found = _library(manifest, library)
-    model = kind(manifest, open_session(manifest, threads, found, activation, kv_cache), found, threads)
-    model.use(adapter)
-    return model
+    return on_cpu()

@@ -275,6 +275,35 @@ def test_a_driver_that_fails_ends_in_a_sentence_and_the_cpu(gpu, exported, tmp_p
         assert re.search(wanted, line)
 
 
+GOING_ON = """
+import sys
+from edgepeft.runtime import load, vulkan
+bundle, library, fault = sys.argv[1], sys.argv[2], int(sys.argv[3])
+model, said = load(bundle, device="auto"), []
+for planted in (0, fault):
+    vulkan.load_library(library).edgepeft_vulkan_plant(planted)
+    call = getattr(model, "classify", None) or (lambda text: model.generate(text, max_new_tokens=3))
+    answer = call("turn off the lamp " * (3 if planted else 1))
+    print(model.memory is not None, model.adapter, getattr(answer, "label", None) or answer.tokens)
+"""
+
+
+@pytest.mark.parametrize("fault", [1, 2])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_gpu_that_gives_up_later_leaves_the_answer_to_the_cpu(gpu, exported, tmp_path: Path, kind, fault) -> None:
+    bundle = sealed_bundle(exported(kind, "i4b32"), tmp_path / "bundle", kind, gpu)
+    env = {**os.environ, **softgpu.environment(softgpu.available()[0])}
+    own = bundle / "lib" / platform_tag() / vulkan.FILE_NAME
+    argv = [sys.executable, "-c", GOING_ON, str(bundle), str(own), str(fault)]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [["True", "default"], ["False", "default"]]
+    model, text = load(bundle, library="none"), "turn off the lamp " * 3
+    wanted = model.classify(text).label if kind == "bert" else model.generate(text, max_new_tokens=3).tokens
+    assert done.stdout.splitlines()[1].endswith(str(wanted))
+    assert "going on on the CPU" in done.stderr
+
+
 VALIDATED = """
 import sys
 from pathlib import Path
