@@ -15,7 +15,7 @@ export interface Progress {
 export interface LoadOptions {
   /** An adapter's name, or "none" for the base model. Default: "default". */
   adapter?: string;
-  /** "auto" takes WebGPU where it is and says in `notes` why it did not. Default: "auto". */
+  /** "auto" takes WebGPU where it is, goes on on the CPU where it gives up, and says in `notes` why. Default: "auto". */
   device?: "auto" | "webgpu" | "wasm";
   onProgress?: (progress: Progress) => void;
 }

@@ -73,13 +73,24 @@ export async function load(url, { adapter = DEFAULT, device = "auto", onProgress
   const manifest = await files.open();
   const Task = TASKS[manifest.task];
   if (!Task) throw new EdgePeftError(`unknown task '${manifest.task}'. Take a newer edgepeft.`);
-  const engine = await Engine.open(files, device, onProgress);
+  const opened = async (where) => {
+    const engine = await Engine.open(files, where, onProgress);
+    return { engine, all: new Adapters(files, engine) };
+  };
+  const { engine, all } = await opened(device);
   const about = await files.json("tokenizer.json");
   const tokens = new Tokens(about, manifest.task === "text-generation" ? null : manifest.max_length);
-  const model = new Task(files, engine, tokens, new Adapters(files, engine));
+  const model = new Task(files, engine, tokens, all);
   await model.use(adapter);
   await model.prepare();
   model.kept = files.keep();
+  if (device === "auto" && engine.device === "webgpu") {
+    model.instead = async (reason) => {
+      const found = await opened("wasm");
+      found.engine.note = `running on WebAssembly, which is slower: ${reason.message}`;
+      return found;
+    };
+  }
   onProgress({ stage: "ready", file: "", loaded: 1, total: 1 });
   return model;
 }

@@ -239,14 +239,26 @@ def test_loading_tells_how_far_it_is(pages) -> None:
     assert loads[-1]["loaded"] == loads[-1]["total"]
 
 
-def test_a_gpu_that_is_lost_is_said_and_the_cpu_goes_on(bundles, browsers) -> None:
-    page = browsers("webgpu").open(bundles("classifier").url)
-    wanted = page.run("model.classify('turn off the lamp')")["label"]
+@pytest.mark.parametrize("kind", ["classifier", pytest.param("writer", marks=pytest.mark.slow)])
+def test_a_gpu_that_is_lost_is_said_and_the_cpu_goes_on(bundles, browsers, kind: str) -> None:
+    model = load(bundles(kind).folder, library="none")
+    wanted = (
+        model.logits(TEXTS[:1], "other")[0] if kind == "classifier" else model.generate("turn on", max_new_tokens=4)
+    )
+    page = browsers("webgpu").open(bundles(kind).url)
+    page.run("model.engine.gpu.destroy()")
+    if kind == "classifier":
+        page.run("model.use('other')")
+        _same(page.run(f"model.logits('{TEXTS[0]}').then(row => [...row])"), wanted)
+        assert page.run("model.adapter") == "other"
+    else:
+        assert page.run("model.generate('turn on', {maxNewTokens: 4})")["tokens"] == wanted.tokens
+    assert page.run("model.device") == "wasm"
+    assert "running on WebAssembly, which is slower: the run failed" in page.run("model.notes.join()")
+    page.go(bundles(kind).url + "?device=webgpu")
     page.run("model.engine.gpu.destroy()")
     with pytest.raises(RuntimeError, match=r"If the GPU was lost or is full, load again, or with device 'wasm'"):
-        page.run("model.classify('turn off the lamp')")
-    page.go(bundles("classifier").url + "?device=wasm")
-    assert page.run("model.classify('turn off the lamp')")["label"] == wanted
+        page.run("model.classify('turn off')" if kind == "classifier" else "model.generate('turn off')")
     page.close()
 
 

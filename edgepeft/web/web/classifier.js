@@ -16,7 +16,10 @@ export class Classifier extends Model {
   async logits(text, { adapter } = {}) {
     checkText("text", text);
     if (!text.trim()) throw new EdgePeftError("text: empty. There is nothing to classify.");
-    const { feeds, labels, rows } = await this.chosen(adapter);
+    return this.runs(adapter, (chosen) => this.#logits(text, chosen));
+  }
+
+  async #logits(text, { feeds, labels, rows }) {
     const ids = this.tokens.encode(text);
     const tensor = (...about) => this.engine.tensor(...about);
     const { inputs } = this.engine.graph;
@@ -35,7 +38,7 @@ export class Classifier extends Model {
       prompt_batch: tensor("int64", [3], [1, 1, 1]),
       prompt_first: tensor("int64", [1], [rows ? 0 : shown]),
     };
-    const { logits } = await this.inTurn(() => this.engine.run({ ...feeds, ...this.engine.taken(counted) }));
+    const { logits } = await this.engine.run({ ...feeds, ...this.engine.taken(counted) });
     if (logits.dims.at(-1) !== labels.length) {
       throw new EdgePeftError(`its head gives ${logits.dims.at(-1)} logits, the adapter names ${labels.length} labels.`);
     }

@@ -51,6 +51,9 @@ async function findGpu() {
   }
 }
 
+/** A run that the GPU did not end. */
+export class GaveUpError extends EdgePeftError {}
+
 export class Engine {
   /** files: opened. device: of DEVICES. Returns an engine whose `note` says why it is not on the GPU, if so. */
   static async open(files, device, onProgress) {
@@ -179,8 +182,9 @@ export class Engine {
     try {
       return await this.session.run(feeds, fetches);
     } catch (error) {
-      const help = this.device === "webgpu" ? " If the GPU was lost or is full, load again, or with device 'wasm'." : "";
-      throw new EdgePeftError(`the run failed: ${error.message}.${help}`);
+      if (this.device !== "webgpu") throw new EdgePeftError(`the run failed: ${error.message}.`);
+      const help = "If the GPU was lost or is full, load again, or with device 'wasm'.";
+      throw new GaveUpError(`the run failed: ${error.message}. ${help}`);
     }
   }
 

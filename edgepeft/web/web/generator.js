@@ -60,8 +60,7 @@ export class Generator extends Model {
 
   /** Return the logits of the last token of a list: a Float32Array [vocabulary]. */
   async logits(ids, { adapter } = {}) {
-    const chosen = await this.chosen(adapter);
-    return this.inTurn(() => this.#read(ids, chosen));
+    return this.runs(adapter, (chosen) => this.#read(ids, chosen));
   }
 
   // --- how it is done ---
@@ -95,7 +94,7 @@ export class Generator extends Model {
         answer.text += row.stops.push(row.decoding.flush()) + row.stops.flush();
         break;
       }
-      const logits = await this.inTurn(() => this.#read([...ids, ...answer.tokens], chosen));
+      const logits = await this.runs(chosen.name, (own) => this.#read([...ids, ...answer.tokens], own));
       const piece = this.#take(row, row.sampler.pick(logits));
       answer.text += piece;
       if (piece) yield piece;

@@ -1,5 +1,7 @@
 /** What models of every task have: adapters, where they run, and calls that wait for each other. */
 
+import { GaveUpError } from "./engine.js";
+
 export class Model {
   #last = Promise.resolve();
 
@@ -52,6 +54,24 @@ export class Model {
     } finally {
       done();
     }
+  }
+
+  /**
+   * Run a function of an adapter once all before it are done; where the GPU gives up and `instead` makes {engine, all} on
+   * the CPU, again there, and so from then on.
+   */
+  async runs(name, work) {
+    const { name: own } = await this.chosen(name);
+    return this.inTurn(async () => {
+      try {
+        return await work(await this.all.get(own));
+      } catch (error) {
+        if (!this.instead || !(error instanceof GaveUpError)) throw error;
+        Object.assign(this, await this.instead(error), { instead: null });
+        await this.use(this.active.name);
+        return work(await this.all.get(own));
+      }
+    });
   }
 
   async close() {

@@ -26,18 +26,22 @@ function onProgress({ stage, file, loaded, total }) {
     stage === "load" ? `Loading ${file}: ${megabytes(loaded)} of ${megabytes(total)} MB` : "Preparing the model…";
 }
 
-function show(model) {
-  $("name").textContent = document.title = model.name;
+function state(model) {
   $("status").textContent = `Ready, on ${CALLED[model.device]}.`;
   $("notes").textContent = model.notes.join(". ");
+  document.body.dataset.device = model.device;
+}
+
+function show(model) {
+  $("name").textContent = document.title = model.name;
+  state(model);
   $("progress").hidden = true;
   const names = model.adapters.length ? [...model.adapters, "none"] : [];
   for (const name of names) added("option", name, $("adapter")).value = name;
   $("adapter").parentElement.hidden = !names.length;
   $("adapter").value = model.adapter;
   $("form").hidden = false;
-  document.body.dataset.device = model.device;
-  model.kept.then(() => ($("notes").textContent = model.notes.join(". ")));
+  model.kept.then(() => state(model));
 }
 
 async function classify(model, text) {
@@ -72,6 +76,7 @@ async function answer(model) {
   } catch (error) {
     failed(error);
   } finally {
+    state(model);
     $("go").disabled = false;
     $("stop").hidden = true;
   }
