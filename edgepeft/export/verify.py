@@ -183,12 +183,13 @@ def _idle(model: parity.OnnxModel, batch: Mapping[str, np.ndarray], tensors: Map
     """Return the tensors that are zero, or on which no logits [M, ...] hang.
 
     Zeros in the place of one that is in use may change none: a bias of the keys adds the same to all scores of a query,
-    and a softmax takes it away again. NaN in its place tells.
+    and a softmax takes it away again. NaN in its place tells, also of a bias that is zero: it takes the base's place.
     """
     full, idle = model.logits(batch), []
     for name, tensor in tensors.items():
         if np.array_equal(model.logits(batch, {name: np.zeros_like(tensor)}), full):
-            used = tensor.any() and not np.isfinite(model.logits(batch, {name: np.full_like(tensor, np.nan)})).all()
+            told = tensor.any() or name.endswith(".bias")
+            used = told and not np.isfinite(model.logits(batch, {name: np.full_like(tensor, np.nan)})).all()
             idle += [] if used else [name]
     return idle
 

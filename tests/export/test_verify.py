@@ -219,17 +219,20 @@ class Scores:
     """Plays a model whose keys have a bias, which a softmax takes away; it takes a tensor that nothing uses."""
 
     def logits(self, batch, given=()):
-        bias = given["bias"] if "bias" in given else np.ones(1)
-        scores = batch["scores"] + bias
+        bias, scale = (given[name] if name in given else np.ones(1) for name in ("k.bias", "k.s_out"))
+        scores = batch["scores"] * scale + bias
         return np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
 
 
 def test_a_tensor_whose_effect_cancels_is_in_use_and_one_that_is_zero_or_not_wired_is_not():
     batch = {"scores": np.array([1.0, 2.0, 4.0])}
     full = Scores().logits(batch, {})
-    assert np.array_equal(Scores().logits(batch, {"bias": np.zeros(1)}), full)
-    assert stage._idle(Scores(), batch, {"bias": np.ones(1), "unused": np.ones(1)}) == ["unused"]
-    assert stage._idle(Scores(), batch, {"bias": np.zeros(1)}) == ["bias"]
+    assert np.array_equal(Scores().logits(batch, {"k.bias": np.zeros(1)}), full)
+    assert stage._idle(Scores(), batch, {"k.bias": np.ones(1), "unused": np.ones(1)}) == ["unused"]
+    assert stage._idle(Scores(), batch, {"k.bias": np.zeros(1), "unused.bias": np.zeros(1)}) == ["unused.bias"]
+    zero = {"scores": np.zeros(3)}  # for which the scale makes no difference
+    assert stage._idle(Scores(), zero, {"k.s_out": np.ones(1)}) == []
+    assert stage._idle(Scores(), zero, {"k.s_out": np.zeros(1)}) == ["k.s_out"]
 
 
 def test_wrong_int8_kernel_is_found(tiny, monkeypatch):
