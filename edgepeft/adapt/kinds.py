@@ -66,12 +66,16 @@ LYCORIS_TRAINING = {"rank_dropout", "module_dropout", "rank_dropout_scale", "ini
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """One adapted module of a PEFT folder: its tensors by what follows its name, and the folder's settings."""
+    """One adapted module of a PEFT folder: its tensors by what follows its name, and the folder's settings.
+
+    shape: (N, K) of the linear, where it is known.
+    """
 
     name: str
     tensors: Tensors
     settings: Mapping[str, Any]
     common: Tensors
+    shape: tuple[int, int] | None = None
 
     def number(self, name: str, pattern: str, default: float) -> float:
         """Return a setting, or what the first pattern that ends the module's name says, as PEFT resolves it."""
@@ -213,7 +217,7 @@ def _adalora(module: Module, base: Base | None) -> Terms:
 def _vera(module: Module, base: Base | None) -> Terms:
     outer, inner = module["vera_lambda_b"], module["vera_lambda_d"]
     n = len(outer)
-    k = needed(base, module).linears[module.name][1]
+    _, k = module.shape or needed(base, module).linears[module.name]
     a_rk, b_nr = (module.common[name].astype(np.float32) for name in ("vera_A", "vera_B"))
     return Terms(a_rk=a_rk[:, :k], b_nr=outer[:, None] * b_nr[:n] * inner)
 

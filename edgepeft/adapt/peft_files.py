@@ -40,11 +40,15 @@ COPIES = tuple(f".base_layer.{part}" for part in ("weight", "qweight", "qscale")
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """An adapter folder that passed all checks: settings, {PEFT name: array}, safetensors metadata."""
+    """An adapter folder that passed all checks: settings, {PEFT name: array}, safetensors metadata.
+
+    shapes: {module: (N, K)} of the base's linears, as far as they were given.
+    """
 
     settings: Mapping[str, Any]
     tensors: Mapping[str, np.ndarray]
     metadata: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
@@ -68,7 +72,7 @@ class Adapter:
         """Return one adapted module."""
         named = {key: self.tensors.get(f"base_model.{key}") for key in self.kind.common}
         common = {key: value for key, value in named.items() if value is not None}
-        return Module(name, self._by_module[name], self.settings, common)
+        return Module(name, self._by_module[name], self.settings, common, self.shapes.get(name))
 
     @property
     def tables(self) -> set[str]:
@@ -151,7 +155,7 @@ def read(
     copies = {name: tensors.pop(name) for name in list(tensors) if name.endswith(COPIES)}
     if base is not None:
         base_digest, shapes, heads = base.digest, {**base.linears, **base.embeddings}, heads or base.heads
-    adapter = Adapter(settings, tensors, metadata)
+    adapter = Adapter(settings, tensors, metadata, shapes or {})
     unnamed = foreign and "edgepeft.base" not in metadata
     problems = checks.base_problems(metadata, None if unnamed else base_digest or None)
     if settings.get("peft_type") not in KINDS:

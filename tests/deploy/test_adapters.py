@@ -15,6 +15,7 @@ from builders import LABELS
 from click.testing import CliRunner
 
 from edgepeft.adapt import peft_files
+from edgepeft.adapt.base import Base
 from edgepeft.artifact import Run, digests, read_json, read_tensors, tensor_header, write_json, write_tensors
 from edgepeft.cli import cli
 from edgepeft.deploy import adapters as da
@@ -489,3 +490,30 @@ def test_what_is_no_bundle_is_said(tmp_path):
     for ask in (da.entries, lambda path: da.remove(path, "x"), lambda path: da.add(path, path, "x")):
         with pytest.raises(EdgePeftError, match="not a bundle"):
             ask(tmp_path)
+
+
+def test_a_vera_needs_no_packed_weights(first, bundle, tmp_path):
+    """Of the base it takes the linears' sizes alone, which the graph tells; a build's own gives the same answers."""
+    _, run = first
+    shapes = {part["name"]: part["shape"] for part in read_json(run.path("quantized") / "quantized.json")["layers"]}
+    queries = [name for name in shapes if name.endswith(("query", "output.dense"))]
+    rng, rank = np.random.default_rng(0), 6
+    tensors = {"base_model.vera_A": rng.normal(size=(rank, max(shapes[n][1] for n in queries)))}
+    tensors["base_model.vera_B"] = rng.normal(size=(max(shapes[n][0] for n in queries), rank))
+    for name in queries:
+        tensors[f"base_model.model.{name}.vera_lambda_b"] = rng.normal(size=shapes[name][0]) * 0.1
+        tensors[f"base_model.model.{name}.vera_lambda_d"] = rng.normal(size=rank)
+    trained = read_tensors(run.path("adapter") / peft_files.TENSORS)
+    head = {name: np.array(array) for name, array in trained.items() if "classifier" in name}
+    settings = {"peft_type": "VERA", "r": rank, "target_modules": queries, "modules_to_save": ["classifier"]}
+    tensors = {name: array.astype(np.float32) for name, array in {**tensors, **head}.items()}
+    (tmp_path / "vera").mkdir()
+    write_json(tmp_path / "vera" / "adapter_config.json", settings)
+    write_tensors(tmp_path / "vera" / peft_files.TENSORS, tensors, {"format": "pt"})
+    da.add(bundle, tmp_path / "vera", "vera", trust_base=True)
+    assert not np.array_equal(logits(bundle, "vera"), logits(bundle, "none"))
+    base = Base.open(run.path("quantized"))
+    peft_files.write_device(tmp_path / "device", tmp_path / "vera", base=base, foreign=True)
+    places = (tmp_path / "device", bundle / "adapters" / "vera")
+    wanted, found = (read_tensors(place / peft_files.TENSORS) for place in places)
+    assert {n: t.tobytes() for n, t in wanted.items()} == {n: t.tobytes() for n, t in found.items()}
