@@ -180,6 +180,7 @@ def open_inputs(config: Config) -> Inputs:
     from edgepeft.backbone.families import check_task
     from edgepeft.backbone.load import resolve_model
     from edgepeft.deploy.targets import load_target
+    from edgepeft.quant.budget import check_size
     from edgepeft.train.data import load_splits
 
     source, target = resolve_model(config), load_target(config.target)
@@ -188,6 +189,8 @@ def open_inputs(config: Config) -> Inputs:
     check_length(config, source)
     if "webgpu" in target.gpu:
         check_bindable(config, source, family, target.gpu_buffer_mib)
+    if config.size:
+        check_size(config, source, family)
     for name in ("calibration", "teacher", "adapter_from"):
         OUTSIDE[name].digest(config)
     splits = load_splits(config)

@@ -26,17 +26,13 @@ import torch
 
 from edgepeft.config import bytes_of
 from edgepeft.console import progress, say
-from edgepeft.errors import ConfigError
+from edgepeft.quant.budget import EMBEDDINGS, FLOAT_BYTES, HEADER_BYTES, LINEARS, refuse_below
 from edgepeft.quant.statistics import collect
 
 if TYPE_CHECKING:
     from edgepeft.quant.walk import Walk
 
-LINEARS = ("i8c", "i4b32", "i4b128")
-EMBEDDINGS = ("i8b32", "i4b32")
 SAMPLE = 4
-FLOAT_BYTES = 4
-HEADER_BYTES = 160  # of a tensor in a safetensors file, and some more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +62,8 @@ def choose(walk: Walk) -> dict[str, str]:
     if taken is None:
         least = fixed + sum(min(choice.size for choice in part.choices) for part in parts)
         most = fixed + sum(part.choices[0].size for part in parts)
-        raise ConfigError(
-            f"--size {walk.work.config.size}: expected at least {least / 1e6:.2f}MB for this model, found less. Its "
-            f"weights take {least / 1e6:.2f} to {most / 1e6:.2f} MB in the formats {', '.join(LINEARS)}."
-        )
+        refuse_below(walk.work.config, least, most)
+    assert taken is not None, "so the least fits"
     size = fixed + sum(choice.size for choice in taken)
     say(f"formats for {walk.work.config.size}: {size / 1e6:.2f} MB, loss {sum(choice.loss for choice in taken):.3g}")
     return {module: choice.tag for part, choice in zip(parts, taken, strict=True) for module in part.modules}

@@ -33,6 +33,7 @@ from edgepeft.backbone.load import ModelSource, resolve_model
 from edgepeft.config import Config
 from edgepeft.console import progress, say, table
 from edgepeft.errors import ModelError
+from edgepeft.quant.budget import check_size
 from edgepeft.quant.calibration import calibrated
 from edgepeft.quant.formats import EMBEDDING_FORMATS, FORMATS, TIED_FORMATS, TILE_ROWS, Packed, WeightFormat
 from edgepeft.quant.solvers import SOLVERS
@@ -56,6 +57,8 @@ def quantize(config: Config, run: Run, out: Path) -> dict[str, Any]:
     source = resolve_model(config)
     family = check_model(source)
     check_task(family, config.task, str(source.path))
+    if config.size:
+        check_size(config, source, family)
     config = config.replace(max_length=check_length(config, source))
     kinds = family.tensors(source.settings)
     work = Work(config, family, family.tied(source.settings))
