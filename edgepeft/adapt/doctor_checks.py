@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 from edgepeft.adapt import prompts
 from edgepeft.adapt.foreign import ADAPTED, PREFIX, Foreign, some
 from edgepeft.adapt.kinds import lora_group
+from edgepeft.adapt.peft_checks import HEAD, OWN_MODEL
 from edgepeft.errors import unknown
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from edgepeft.adapt.doctor_base import Base
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
@@ -275,14 +278,35 @@ def check_others(adapter: Foreign, base: Base) -> Iterator[Finding]:
     for name, array in adapter.others.items():
         bare = name.removeprefix(PREFIX)
         shape = base.tensors.get(bare)
-        word = next((part for part in VOCABULARY if part in bare), None)
-        if word and array.ndim == 2 and base.vocabulary and array.shape[0] != base.vocabulary:
-            what = f"{bare} has {array.shape[0]} tokens, the base {base.vocabulary}"
+        tokens = _tokens(bare, array)
+        if tokens and base.vocabulary and tokens != base.vocabulary:
+            what = f"{bare} has {tokens} tokens, the base {base.vocabulary}"
             yield Finding(ERROR, what, "Its tokenizer was enlarged: resize the base likewise, or train without.")
         elif shape and all(isinstance(n, int) for n in shape) and tuple(shape) != array.shape and array.ndim > 1:
             yield Finding(ERROR, f"{bare} is {list(array.shape)}, in the base {list(shape)}")
-        elif word:
-            yield Finding(WARNING, f"{bare} was trained too: it has to be added with its whole table, or left out")
+        elif _packed(bare, base):
+            head = HEAD in bare or bool(base.settings.get("tie_word_embeddings"))
+            table = any(part in bare for part in VOCABULARY) and not head
+            what = f"{bare} was trained whole, where a build packs the base's" + (
+                ", unless it is given --embedding-format float" if table else ""
+            )
+            yield Finding(WARNING if table else ERROR, what, f"Adapt it by LoRA, or {OWN_MODEL}.")
+
+
+def _tokens(bare: str, array: np.ndarray) -> int | None:
+    """Return how many tokens a tensor speaks of, or None where it speaks of none."""
+    if array.ndim != 2 or not any(part in bare for part in VOCABULARY):
+        return None
+    if ADAPTED.match(PREFIX + bare):
+        return array.shape[1] if bare.endswith("lora_embedding_A") else None
+    return array.shape[0] if bare.endswith(".weight") else None
+
+
+def _packed(bare: str, base: Base) -> bool:
+    """Tell whether a whole tensor is of a kind that a build packs; PEFT's own copies of adapted ones are not in use."""
+    module = bare.removesuffix(".weight")
+    whole = bare.endswith(".weight") and ".base_layer." not in bare and not ADAPTED.match(PREFIX + bare)
+    return whole and (module in base.linears or any(part in bare for part in VOCABULARY))
 
 
 def check_tokenizer(adapter: Foreign, base: Base) -> Iterator[Finding]:

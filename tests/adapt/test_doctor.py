@@ -241,6 +241,19 @@ def test_a_pickle_is_described_but_never_opened(tmp_path: Path) -> None:
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.parametrize("second", [2, 3, 4, 5])
+def test_a_header_as_long_as_a_pickle_begins_is_no_pickle(second: int, tmp_path: Path) -> None:
+    """The first bytes of safetensors are the length of its header, of which 0x80, 0x02 and so on are some."""
+    name = f"{lay.PREFIX}model.layers.0.self_attn.q_proj.lora_{{}}.weight"
+    pair = {name.format("A"): np.ones((4, 64), np.float32), name.format("B"): np.ones((64, 4), np.float32)}
+    for padding in range(2000):
+        lay.write_tensors(tmp_path / "adapter_model.safetensors", pair, {"format": "pt", "note": "x" * padding})
+        if (tmp_path / "adapter_model.safetensors").read_bytes()[:2] == bytes([0x80, second]):
+            break
+    (tmp_path / "adapter_config.json").write_text(json.dumps(lay.peft_settings()))
+    assert diagnose(tmp_path).adapter.layout == "PEFT safetensors"
+
+
 def test_rows_in_another_order_need_the_base(tmp_path: Path) -> None:
     report = diagnose(gguf_file(tmp_path))
     assert report.usable
@@ -340,3 +353,35 @@ def test_the_command_reports_and_its_status_says_whether_it_can_be_used(tmp_path
     asked = CliRunner().invoke(cli, ["doctor", str(bad)])
     assert asked.exit_code == 1
     assert asked.stdout.splitlines()[-1].split() == ["usable", "no"]
+
+
+TABLES = {  # what an adapter does to embedding and head: (settings, level, what is said of it) or nothing
+    "lora": ({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, None),
+    "enlarged": ({"target_modules": ["q_proj", "embed_tokens"]}, ("error", "has 300 tokens, the base 262")),
+    "whole head": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, ("error", "was trained whole")),
+    "whole table": ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+                    ("warning", "unless it is given --embedding-format float")),
+    "whole linear": ({"target_modules": ["q_proj"], "modules_to_save": ["up_proj"]}, ("error", "was trained whole")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_embeddings_and_heads_are_judged_as_a_build_does(name: str, llama: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    settings, wanted = TABLES[name]
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    if name == "enlarged":
+        model.resize_token_embeddings(300)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **settings)
+    get_peft_model(model, config).save_pretrained(str(tmp_path / "adapter"))
+    report = diagnose(tmp_path / "adapter", llama)
+    found = [(finding.level, str(finding)) for finding in report.findings if "embed" in str(finding) or "proj.w" in
+             str(finding) or "lm_head" in str(finding)]  # fmt: skip
+    if wanted is None:
+        assert (found, report.usable) == ([], True)
+    else:
+        level, said = wanted
+        assert any(level == own and said in text for own, text in found), report.text()
+        assert report.usable is (level == "warning")

@@ -16,11 +16,13 @@ from click.testing import CliRunner
 
 from edgepeft.adapt import peft_files
 from edgepeft.adapt.base import Base
+from edgepeft.adapt.doctor import diagnose
 from edgepeft.artifact import Run, digests, read_json, read_tensors, tensor_header, write_json, write_tensors
 from edgepeft.cli import cli
 from edgepeft.deploy import adapters as da
 from edgepeft.deploy.bundle import bundle as collect
 from edgepeft.errors import ArtifactError, ConfigError, EdgePeftError, VerifyError
+from edgepeft.export.genai import write_onnx_adapter
 from edgepeft.runtime import load
 from edgepeft.runtime.manifest import check_bundle
 from tests.export.tiny_run import export_run, make_run, random_adapter
@@ -394,6 +396,11 @@ def test_embeddings_are_adapted_as_a_build_would(source, second, tables, bundle,
     shown = read_tensors(bundle / "adapters" / "tables" / peft_files.TENSORS)
     assert "base_model.model.bert.embeddings.word_embeddings.lora_embedding_A" in shown, "as PEFT reads it"
     da.add(bundle, second.folder, "again")  # the graph has what it needs
+    write_onnx_adapter(load(bundle, threads=1).feeds("tables"), tmp_path / "tables.onnx_adapter")
+    found = diagnose(tmp_path / "tables.onnx_adapter", bundle).adapter.tensors
+    for name, array in shown.items():
+        if ".lora_" in name:
+            np.testing.assert_array_equal(found[name], array)
 
 
 def test_all_that_speaks_against_an_adapter_is_said_at_once(second, bundle, tmp_path):

@@ -53,14 +53,21 @@ def _file_in(folder: Path) -> Path:
 def _reader(path: Path) -> Callable[[Path], Foreign]:
     """Return what reads a file, by its first bytes."""
     with open(path, "rb") as stream:
-        start = stream.read(8)
+        start = stream.read(9)
     if start[:4] == gguf.MAGIC:
         return gguf.read
     if start[4:8] == onnx_adapter.MAGIC:
         return onnx_adapter.read
-    if start.startswith(PICKLES):
+    if start.startswith(PICKLES) and not _is_safetensors(path, start):
         return peft.unread_pickle
     if path.suffix in (".gguf", ".onnx_adapter"):
-        raise ArtifactError(f"{path}: expected {path.suffix[1:]}, found other first bytes: {start!r}. Copy it again.")
+        raise ArtifactError(
+            f"{path}: expected {path.suffix[1:]}, found other first bytes: {start[:8]!r}. Copy it again."
+        )
     names = tensor_header(path)[0]
     return mlx.read if any(mlx.TENSOR.match(name) for name in names) else peft.read
+
+
+def _is_safetensors(path: Path, start: bytes) -> bool:
+    """Tell whether a file begins with the length of a JSON header, which may begin as a pickle does (640 is 80 02)."""
+    return start[8:] == b"{" and 8 + int.from_bytes(start[:8], "little") <= path.stat().st_size

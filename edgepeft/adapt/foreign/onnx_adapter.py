@@ -5,6 +5,8 @@ are those of the graph it was made for: ours are PEFT's with B turned round; Gen
 
     base_model.model.<module>.lora_A.weight [R, K]       model.layers.0.attn.q_proj.lora_A.MatMul.weight [K, R]
     base_model.model.<module>.lora_B.weight [R, N]       model.layers.0.attn.q_proj.lora_B.MatMul.weight [R, N]
+
+A graph calls an embedding's A and B as it does a linear's; PEFT has names of their own for them.
 """
 
 from __future__ import annotations
@@ -45,4 +47,14 @@ def read(path: Path) -> Foreign:
     tool, changes = ("ONNX Runtime GenAI", ("names of its graph", "A and B transposed")) if turned else ("edgepeft", ())
     settings = lora_settings(ranks(tensors), None, None)
     changes = (*changes, "its own file format")
+    tensors = {_of_table(name): array for name, array in tensors.items()}
     return Foreign(tool, ".onnx_adapter", path, settings, tensors, {}, changes, strange=tuple(strange))
+
+
+def _of_table(name: str) -> str:
+    """Return PEFT's name of a tensor, which is another where it belongs to an embedding."""
+    from edgepeft.backbone.families import FAMILIES
+
+    tables = {f"{row.prefix}.{module}" for row in FAMILIES.values() for module in row.embeddings.values()}
+    module, _, side = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
+    return f"{PREFIX}{module}.lora_embedding_{side}" if module in tables and side in ("A", "B") else name
