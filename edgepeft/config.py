@@ -78,6 +78,12 @@ def _has_classes(task: str) -> bool:
     return task in TASKS and TASKS[task].classes
 
 
+def _stays_apart(method: str) -> bool:
+    from edgepeft.adapt.methods import METHODS
+
+    return method in METHODS and METHODS[method].apart
+
+
 TEACHERS = ("none", "self", "tuned")  # or a folder
 # More than the cores only slows a machine down, and thousands of waiting threads take it away from its user.
 MOST_THREADS = 4 * (os.cpu_count() or 1)
@@ -207,6 +213,11 @@ class Config:
             problems.append(
                 "--teacher self: a backbone knows no classes, so it can teach hidden states alone. Give "
                 "--lesson-hidden 1, or take --teacher tuned."
+            )
+        if self.adapter == "merged" and not self.adapter_from and _stays_apart(self.method):
+            problems.append(
+                f"--adapter merged: --method {self.method} stands before the text or beside the weights and goes into "
+                "none. Give --adapter separate, or auto."
             )
         if self.size and self.embedding_format == "float":
             problems.append("--size chooses the embeddings' formats too. Leave out --embedding-format float.")

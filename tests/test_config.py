@@ -42,6 +42,8 @@ def test_a_bad_value_is_named_with_the_nearest_good_one(field, value, said):
     [
         ({"adapter_from": "x", "teacher": "self"}, "--teacher self: nothing is trained with --adapter-from"),
         ({"adapter_from": "x", "start": "pissa"}, "--start pissa: nothing is trained"),
+        ({"method": "experts", "adapter": "merged"}, "--method experts stands .*--adapter separate, or auto"),
+        ({"method": "prefix", "adapter": "merged"}, "--method prefix stands"),
         ({"teacher": "self"}, "a backbone knows no classes.*--lesson-hidden 1"),
         ({"size": "12MB", "embedding_format": "float"}, "--size chooses the embeddings' formats too"),
     ],

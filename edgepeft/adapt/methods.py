@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "PREFIX", "Method", "Terms"]
 
+BRANCHES = ("EXPERTS", "BOTTLENECK", "PARALLEL")
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -53,6 +55,11 @@ class Method:
     def prompt(self) -> bool:
         """Tell whether it stands before the text, which takes a row of its own then."""
         return self.peft_type in prompts.TYPES
+
+    @property
+    def apart(self) -> bool:
+        """Tell whether it stands before the text or beside the weights, and so goes into none of them."""
+        return self.prompt or self.peft_type in BRANCHES
 
     @property
     def lora_everywhere(self) -> bool:

@@ -73,6 +73,8 @@ def test_what_cannot_be_is_refused(subjects: Callable, form: str) -> None:
     for name in PROMPTS:
         found = cell(subjects("llama", "i4b32"), name, "merged")
         assert found == "refused: a prompt stands before the text and in no weight"
+    apart = [name for name in METHODS if "beside its weight" in cell(subjects("llama", "i4b32"), name, "merged")]
+    assert sorted([*apart, *PROMPTS]) == sorted(name for name, method in METHODS.items() if method.apart)
     with pytest.raises(EdgePeftError, match="is an embedding"):
         merged(subjects("llama", "i4b32"), "embeddings")
 
