@@ -117,6 +117,23 @@ def test_a_foreign_decoder_adapter_becomes_a_bundle(tmp_path: Path, name: str) -
     assert answers[0] != answers[1]
 
 
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+def test_a_prompt_is_judged_before_there_is_a_base(tmp_path: Path, kind: str) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_decoder(tmp_path / "model", "llama")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    adapter = peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    adapter.save_pretrained(str(tmp_path / "adapter"))
+    data = write_rows(tmp_path / "chats.jsonl", conversations(40))
+    given = {"model": str(folder), "data": str(data), "task": "text-generation", "max_length": 64}
+    pipeline.open_inputs(Config(**given, adapter_from=str(tmp_path / "adapter")))
+    wider = tiny_decoder(tmp_path / "wider", "llama", hidden_size=128)
+    with pytest.raises(EdgePeftError, match="prompt_embeddings is for"):
+        pipeline.open_inputs(Config(**{**given, "model": str(wider)}, adapter_from=str(tmp_path / "adapter")))
+
+
 @pytest.mark.parametrize(
     ("labels", "match"),
     [
