@@ -18,8 +18,7 @@ constexpr int64_t kUnitMacs = 512 * 1024;      // of preparation
 constexpr int kSpins = 2000;                   // some microseconds
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t live_stride(const Group& g) { return ceil_div(g.rank, kRankPanel) * (kRankPanel / kRankBlock); }
-int64_t gate_rows(const Call& call, const Group& g) { return ceil_div(call.m, g.gate_each); }
+int64_t gate_rows(const Call& call, const Group& g) { return g.gate ? ceil_div(call.m, g.gate_each) : 1; }
 int64_t job_rows(const Call& call, int64_t m0) { return call.m - m0 < call.rows_per_job ? call.m - m0 : call.rows_per_job; }
 // As many rows of x as the jobs that follow one another find in a core's cache, in whole register tiles.
 int64_t rows_per_job(const Call& call) {
@@ -57,11 +56,9 @@ int64_t lay_out(Call& call, void* base) {
   arena.take(call.sums, call.m * call.blocks);
   for (int g = 0; g < call.groups; g++) {
     const Group& group = call.group[g];
-    const bool gated = group.gate && group.rank;
     arena.take(call.t[g], call.m * group.rank);
-    arena.take(call.live[g], gated ? gate_rows(call, group) * live_stride(group) : 0);
-    arena.take(call.live_any[g], gated ? call.row_tasks * live_stride(group) : 0);
-    arena.take(call.in_place[g], call.row_tasks);
+    arena.take(call.run[g], gate_rows(call, group));
+    arena.take(call.span[g], gate_rows(call, group) * (ceil_div(group.rank, kRankBlock) + 1) / 2);
   }
   arena.take(call.progress, 1);
   return arena.at - static_cast<char*>(base);
@@ -69,61 +66,67 @@ int64_t lay_out(Call& call, void* base) {
 
 const float* gate_of(const Group& g, int64_t m) { return g.gate + m / g.gate_each * g.rank; }
 
-// Marks the live blocks of a row of gates and returns how many there are.
-int64_t mark_live(const Group& g, const float* gate, uint8_t* live) {
-  int64_t count = 0;
-  for (int64_t block = 0; block < live_stride(g); block++) {
-    const int64_t first = block * kRankBlock, left = g.rank - first;
-    uint32_t any = 0;  // of the bits without their sign: NaN is not zero
-    if (g.gate_step == 1 && left >= kRankBlock) for (int64_t i = 0; i < kRankBlock; i++) any |= float_bits(gate[first + i]) << 1;
-    else for (int64_t i = 0; i < kRankBlock && i < left; i++) any |= float_bits(gate[(first + i) * g.gate_step]) << 1;
-    count += live[block] = any != 0;
-  }
-  return count;
+// Whether a block of ranks is live in a row of gates: of the bits without their sign, as NaN is not zero.
+bool is_live(const Group& g, const float* gate, int64_t first) {
+  const int64_t left = g.rank - first;
+  uint32_t any = 0;
+  if (g.gate_step == 1 && left >= kRankBlock) for (int64_t i = 0; i < kRankBlock; i++) any |= float_bits(gate[first + i]) << 1;
+  else for (int64_t i = 0; i < kRankBlock && i < left; i++) any |= float_bits(gate[(first + i) * g.gate_step]) << 1;
+  return any;
 }
 
-// Takes what is live from a group before that has the same gates, as linears of one layout have. False: there is none.
-bool chosen_before(Call& call, int g) {
-  const Group& group = call.group[g];
-  const auto size = [&](int64_t rows) { return static_cast<size_t>(rows * live_stride(group)); };
-  for (int i = 0; group.gate && i < g; i++) {
-    const Group& other = call.group[i];
-    if (other.gate != group.gate || other.gate_each != group.gate_each || other.gate_step != group.gate_step || other.rank != group.rank)
-      continue;
-    if (!call.live[i]) call.live[g] = nullptr;
-    if (call.live[g]) __builtin_memcpy(call.live[g], call.live[i], size(gate_rows(call, group)));
-    if (call.live[g]) __builtin_memcpy(call.live_any[g], call.live_any[i], size(call.row_tasks));
-    __builtin_memcpy(call.in_place[g], call.in_place[i], static_cast<size_t>(call.row_tasks));
-    call.live_ranks[g] = call.live_ranks[i];
-    return true;
+// Writes what is live in row m and those that share its gates, and returns how many spans it is.
+int64_t find_spans(const Group& g, int64_t m, Span* span) {
+  int64_t spans = 0, end = 0;
+  for (int64_t r = 0; r < g.rank; r = end) {
+    end = r + kRankBlock < g.rank ? r + kRankBlock : g.rank;
+    if (g.gate && !is_live(g, gate_of(g, m), r)) continue;
+    if (spans && span[spans - 1].to == r) span[spans - 1].to = end;
+    else span[spans++] = {r, end};
   }
-  return false;
+  return spans;
 }
 
-// Tells jobs whose rows share little of B from the others, and forgets what is live where that is all.
-void choose_adapter_path(Call& call, int g) {
-  if (chosen_before(call, g)) return;
+int64_t ranks_of(const Run& run) {
+  int64_t ranks = 0;
+  for (int64_t s = 0; s < run.spans; s++) ranks += run.span[s].to - run.span[s].from;
+  return ranks;
+}
+
+bool alike(const Run& a, const Run& b) {
+  bool same = a.spans == b.spans;
+  for (int64_t s = 0; same && s < a.spans; s++) same = a.span[s].from == b.span[s].from && a.span[s].to == b.span[s].to;
+  return same;
+}
+
+bool same_gates(const Group& a, const Group& b) {
+  return a.gate == b.gate && a.gate_each == b.gate_each && a.gate_step == b.gate_step && a.rank == b.rank;
+}
+
+// Finds what is live in which rows; a group before this one may know, as linears of one layout share their gates.
+void find_live(Call& call, int g) {
   const Group& group = call.group[g];
-  const int64_t stride = live_stride(group), blocks = ceil_div(group.rank, kRankBlock);
-  const bool gated = group.gate && group.rank;
-  int64_t all = 0;  // live blocks of all rows
-  for (int64_t job = 0, marked = 0, own = blocks; job < call.row_tasks; job++) {
-    const int64_t m0 = job * call.rows_per_job, m1 = m0 + job_rows(call, m0);
-    int64_t in_job = gated ? 0 : (m1 - m0) * blocks;
-    uint8_t* any = call.live_any[g] + job * stride;
-    for (int64_t m = m0, end; gated && m < m1; m = end) {  // rows that share gates
-      const int64_t row = m / group.gate_each;
-      uint8_t* live = call.live[g] + row * stride;
-      end = (row + 1) * group.gate_each < m1 ? (row + 1) * group.gate_each : m1;
-      if (row == marked) own = mark_live(group, gate_of(group, m), live), marked++;
-      for (int64_t block = 0; block < stride; block++) any[block] = live[block] | (m > m0 && any[block]);
-      in_job += own * (end - m);
+  for (int i = 0; i < g; i++)
+    if (same_gates(call.group[i], group)) {
+      call.run[g] = call.run[i];
+      call.live[g] = call.live[i];
+      return;
     }
-    call.in_place[g][job] = in_job <= 2 * blocks || m1 - m0 <= call.ops->tile_m;
-    all += in_job;
+  Run* last = nullptr;
+  Span* span = call.span[g];
+  call.live[g] = 0;
+  for (int64_t m = 0, end; m < call.m; m = end) {
+    end = group.gate && group.gate_each < call.m - m ? m + group.gate_each : call.m;
+    const Run run = {end, span, find_spans(group, m, span)};
+    const int64_t ranks = ranks_of(run);
+    if (ranks > call.live[g]) call.live[g] = ranks;
+    if (last && alike(*last, run)) {
+      last->end = end;
+    } else {
+      *(last = last ? last + 1 : call.run[g]) = run;
+      span += run.spans;
+    }
   }
-  if (all == call.m * blocks) call.live[g] = nullptr;
-  call.live_ranks[g] = all * kRankBlock;
 }
 
 void multiply(float* v, const float* by, int64_t step, int64_t n) {
@@ -131,30 +134,38 @@ void multiply(float* v, const float* by, int64_t step, int64_t n) {
   else for (int64_t i = 0; i < n; i++) v[i] *= by[i * step];
 }
 
-// Ranks r0..r1 of t = gate . (A.x) for rows m0..m1 that have the same live blocks, where they are live.
-void project_alike(const Call& call, int g, const uint8_t* live, int64_t m0, int64_t m1, int64_t r0, int64_t r1) {
+// As one stream, which a processor foresees, as it does not those of the few ranks that several rows are multiplied by at once.
+void fetch(const char* at, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+}
+
+// Columns c0..c1 of t = gate . (A.x) for rows m0..m1 of a run.
+void project_run(const Call& call, int g, const Run& run, int64_t m0, int64_t m1, int64_t c0, int64_t c1) {
   const Group& group = call.group[g];
-  const int64_t row_bytes = call.k * (group.half ? 2 : 4);
-  float* t = call.t[g] + m0 * group.rank;
-  for (int64_t r = r0, end; r < r1; r = end) {
-    const bool on = !live || live[r / kRankBlock];
-    for (end = r; end < r1 && on == (!live || live[end / kRankBlock]);) end += kRankBlock;
-    if (end > r1) end = r1;
-    if (!on) continue;
-    call.ops->project(static_cast<const char*>(group.a) + r * row_bytes, group.half, end - r, call.k, call.x + m0 * call.k,
-                      m1 - m0, t + r, group.rank);
-    for (int64_t m = m0; group.gate && m < m1; m++)
-      multiply(t + (m - m0) * group.rank + r, gate_of(group, m) + r * group.gate_step, group.gate_step, end - r);
+  const int64_t row_bytes = call.k * (group.half ? 2 : 4), step = call.live[g];
+  for (int64_t s = 0, c = 0; s < run.spans && c < c1; c += run.span[s].to - run.span[s].from, s++) {
+    const int64_t from = run.span[s].from, to = run.span[s].to;
+    const int64_t r0 = c < c0 ? from + c0 - c : from, r1 = to - from < c1 - c ? to : from + c1 - c;
+    if (r0 >= r1) continue;
+    float* t = call.t[g] + m0 * step + c + r0 - from;
+    if (group.gate && m1 - m0 >= 4) fetch(static_cast<const char*>(group.a) + r0 * row_bytes, (r1 - r0) * row_bytes);
+    call.ops->project(static_cast<const char*>(group.a) + r0 * row_bytes, group.half, r1 - r0, call.k, call.x + m0 * call.k,
+                      m1 - m0, t, step);
+    for (int64_t m = m0; group.gate && m < m1; m++, t += step) multiply(t, gate_of(group, m) + r0 * group.gate_step, group.gate_step, r1 - r0);
   }
 }
 
-void project_rows(const Call& call, int g, int64_t m0, int64_t m1, int64_t r0, int64_t r1) {
-  const int64_t stride = live_stride(call.group[g]), each = call.group[g].gate_each;
-  if (!call.live[g]) return project_alike(call, g, nullptr, m0, m1, r0, r1);
-  for (int64_t m = m0, end; m < m1; m = end) {
-    const uint8_t* live = call.live[g] + m / each * stride;
-    for (end = (m / each + 1) * each; end < m1 && alike(live, call.live[g] + end / each * stride, stride);) end += each;
-    project_alike(call, g, live, m, end < m1 ? end : m1, r0, r1);
+const Run* run_of(const Call& call, int g, int64_t m) {
+  const Run* run = call.run[g];
+  while (run->end <= m) run++;
+  return run;
+}
+
+void project_rows(const Call& call, int g, int64_t m0, int64_t m1, int64_t c0, int64_t c1) {
+  const Run* run = run_of(call, g, m0);
+  for (int64_t m = m0, end; m < m1; m = end, run++) {
+    end = run->end < m1 ? run->end : m1;
+    project_run(call, g, *run, m, end, c0, c1);
   }
 }
 
@@ -184,7 +195,7 @@ void quantize_rows(const Call& call, int64_t m0, int64_t m1) {
   }
 }
 
-int64_t rank_units(const Call& call, int g) { return ceil_div(call.group[g].rank, call.ranks_per_unit); }
+int64_t rank_units(const Call& call, int g) { return ceil_div(call.live[g], call.ranks_per_unit); }
 
 // Unit i of some rows: first they are quantized, then come the ranks of each group.
 void prepare(const Call& call, int64_t unit) {
@@ -196,18 +207,16 @@ void prepare(const Call& call, int64_t unit) {
   if (!i--) return quantize_rows(call, m0, m1);
   int g = 0;
   while (i >= rank_units(call, g)) i -= rank_units(call, g++);
-  const int64_t r0 = i * call.ranks_per_unit, left = call.group[g].rank - r0;
-  project_rows(call, g, m0, m1, r0, r0 + (left < call.ranks_per_unit ? left : call.ranks_per_unit));
+  project_rows(call, g, m0, m1, i * call.ranks_per_unit, (i + 1) * call.ranks_per_unit);
 }
 
 void plan_preparation(Call& call) {
-  int64_t ranks = 4, live = 4, most = 1;  // quantizing costs about as much as 4
+  int64_t ranks = 4, most = 1;  // quantizing costs about as much as 4
   for (int g = 0; g < call.groups; g++) {
-    ranks += call.group[g].rank;
-    live += call.live_ranks[g] / call.m;
-    if (call.group[g].rank > most) most = call.group[g].rank;
+    ranks += call.live[g];
+    if (call.live[g] > most) most = call.live[g];
   }
-  const int64_t rows = kUnitMacs / (live * call.k) & ~int64_t{3};
+  const int64_t rows = kUnitMacs / (ranks * call.k) & ~int64_t{3};
   call.rows_per_unit = rows < 4 ? 4 : rows;
   call.ranks_per_unit = call.m <= 4 || call.m * ranks * call.k <= kUnitMacs ? kRankBlock : most;
   call.prepare_units = 1;
@@ -253,14 +262,10 @@ TileJob tile_job(const Call& call, int64_t number, int64_t m0, int64_t m1) {
   } else {
     job.x = call.x_in + m0 * call.k;
   }
-  job.rank = group.rank;
+  job.rank = call.live[g];
   job.t = call.t[g] + m0 * job.rank;
-  job.live_stride = live_stride(group);
-  job.live = call.live[g];
-  job.live_each = group.gate_each;
+  job.run = run_of(call, g, m0);
   job.row = m0;
-  job.live_any = call.live[g] ? call.live_any[g] + m0 / call.rows_per_job * job.live_stride : nullptr;
-  job.in_place = call.in_place[g][m0 / call.rows_per_job];
   job.b = static_cast<const char*>(group.b) + n0 * (group.half ? 2 : 4);
   job.b_step = group.n;
   job.b_half = group.half;
@@ -296,7 +301,7 @@ int64_t plan(Call& call) {
 void place(Call& call, void* scratch) {
   lay_out(call, scratch);
   *call.progress = {};
-  for (int g = 0; g < call.groups; g++) choose_adapter_path(call, g);
+  for (int g = 0; g < call.groups; g++) find_live(call, g);
   plan_preparation(call);
 }
 

@@ -21,6 +21,17 @@ constexpr int kChunk = 512;    // columns of int8 x that lie together, row by ro
 constexpr int kRankBlock = 8;  // ranks that are live, or not, together
 constexpr int kRankPanel = 128; // ranks of B that a tile goes through in a pass: eight adapters of rank 16
 
+struct Span {
+  int64_t from, to;
+};
+
+// Rows of x in turn, up to `end`, through whose gates the same ranks pass.
+struct Run {
+  int64_t end;
+  const Span* span;  // whole blocks of ranks, as many as there are
+  int64_t spans;
+};
+
 struct TileJob {
   int64_t k;               // columns
   int64_t m;               // rows of x, 1..kJobRows
@@ -33,15 +44,11 @@ struct TileJob {
   const float* q_scale;    //   the same by act_block: value of one step; NaN where the block holds NaN or Inf
   const int32_t* q_fix;    //   the same: -zero * sum(q), zero being the row's, in the row's own form
   int64_t q_rows;
-  int64_t rank;            // 0: no adapter, and t, b are not read
-  const float* t;          // [m,rank] gate . (A.x), where it is live
-  const uint8_t* live;     // [..,live_stride] whether rows of x have this block of t, else it counts as zero; null: all have;
-  int64_t live_each;       //   so many rows of x in turn share a row of it,
-  int64_t row;             //   where this job's begin among all rows of x
-  const uint8_t* live_any; // [live_stride] the same of any row of the job
-  int64_t live_stride;     // blocks, in whole panels
-  bool in_place;           // few rows share what is read of B, see adapter.h
-  const void* b;           // [rank,columns] float16 or float32, b_step apart
+  int64_t rank;            // most ranks that are live in a row; 0: no adapter, and t, b are not read
+  const float* t;          // [m,rank] gate . (A.x), of each row what is live, one after the other
+  const Run* run;          // the first of this job's rows, and those that follow
+  int64_t row;             // where this job's begin among all rows of x
+  const void* b;           // [R,columns] float16 or float32, b_step apart
   int64_t b_step;
   bool b_half;
   int64_t blocks;          // J; 0: no offset, and sums, offset are not read
@@ -57,18 +64,6 @@ struct TileJob {
   int64_t y_stride;
   int columns;             // 1..16 * the row's tiles
 };
-
-// Whether two rows have the same live blocks; n: blocks of whole panels.
-static inline bool alike(const uint8_t* a, const uint8_t* b, int64_t n) {
-  uint64_t differ = 0;
-  for (int64_t i = 0; i < n; i += 8) {
-    uint64_t x, y;
-    __builtin_memcpy(&x, a + i, 8);
-    __builtin_memcpy(&y, b + i, 8);
-    differ |= x ^ y;
-  }
-  return !differ;
-}
 
 struct RowOps {
   int tile_m;     // rows of x in one register tile
@@ -197,9 +192,9 @@ struct Call {
   int32_t* q_fix;
   float* sums;                // [M,J]
   float* t[kMaxGroups];
-  uint8_t *live[kMaxGroups], *live_any[kMaxGroups];  // see TileJob; live_any [row_tasks,live_stride]
-  bool* in_place[kMaxGroups];                        // [row_tasks]
-  int64_t live_ranks[kMaxGroups];                    // of all rows
+  Run* run[kMaxGroups];      // of all rows,
+  Span* span[kMaxGroups];    //   and what they point to
+  int64_t live[kMaxGroups];  // most ranks of a row
 };
 
 int64_t plan(Call& call);                       // returns the scratch it needs, in bytes

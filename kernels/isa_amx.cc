@@ -143,7 +143,7 @@ struct AmxTile : Tile<Avx512, AmxChunk<F>, kJobRows> {
 
   void all() {
     this->template begin<6>();
-    if (job.rank) this->template adapter_rows<6>(this->adapter, 0), this->first = false;
+    if (job.rank) this->template adapter_rows<6>(this->adapter), this->first = false;
     for (int64_t m = this->first ? 0 : job.m; m < (job.m + kRows - 1) / kRows * kRows; m++)
       for (int t = 0; t < Avx512::tiles; t++) acc[m][t] = _mm512_setzero_ps();
     int64_t rows = 0;  // configured

@@ -71,17 +71,20 @@ constexpr int32_t zero() {
 template <Format F, Act A, int>
 void tile(const TileJob& job) {
   const FormatInfo& f = info(F);
-  for (int64_t m = 0; m < job.m; m++)
+  const Run* run = job.run;
+  for (int64_t m = 0; m < job.m; m++) {
+    if (job.row + m == run->end) run++;
     for (int n = 0; n < job.columns; n++) {
       float v = A == Act::int8 ? dot_int8(job, f, m, n) : dot_float(job, f, m, n);
-      for (int64_t r = 0; r < job.rank; r++)
-        if (!job.live || job.live[(job.row + m) / job.live_each * job.live_stride + r / kRankBlock])
-          v += element(job.b, job.b_half, r * job.b_step + n) * job.t[m * job.rank + r];
+      const float* t = job.t + m * job.rank;
+      for (int64_t s = 0; s < run->spans; s++)
+        for (int64_t r = run->span[s].from; r < run->span[s].to; r++) v += element(job.b, job.b_half, r * job.b_step + n) * *t++;
       for (int64_t b = 0; b < job.blocks; b++)
         v += element(job.offset, job.offset_half, b * job.offset_step + n) * job.sums[m * job.blocks + b];
       if (job.s_out) v *= job.s_out[n * job.s_out_step];
       job.y[m * job.y_stride + n] = job.bias ? v + job.bias[n * job.bias_step] : v;
     }
+  }
 }
 
 }  // namespace

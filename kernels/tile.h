@@ -243,27 +243,35 @@ struct Tile {
       for (int v = 0; v < kVectors<V>; v++) acc[m + r][v] = V::set1(0.0f);
     return reinterpret_cast<Sums<V, R>&>(acc[m]);
   }
-  // Rows by R, what remains by fewer(R), ... 1.
+  // All rows; of those of a run R at a time, what remains by fewer(R), ... 1.
   template <int R>
-  void adapter_rows(Adapter<V>& from, int64_t m) {
-    for (; m + R <= job.m; m += R) from.template add<R>(m, sums_of<R>(m));
-    if constexpr (R > 1) adapter_rows<fewer(R)>(from, m);
+  void adapter_rows(Adapter<V>& from) {
+    for (int64_t m = 0; m < job.m; m = from.until) {
+      from.look(m);
+      run_rows<R>(from, m);
+    }
+  }
+  template <int R>
+  void run_rows(Adapter<V>& from, int64_t m) {
+    for (; m + R <= from.until; m += R) from.template add<R>(m, sums_of<R>(m));
+    if constexpr (R > 1) run_rows<fewer(R)>(from, m);
   }
   // C.sums, of a tile that has an offset.
   template <int R>
   EP_SHARED void offset_rows() {
+    const Span all = {0, job.blocks};
+    const Run run = {job.row + job.m, &all, 1};
     TileJob part = job;
     part.rank = job.blocks;
+    part.run = &run;
     part.t = job.sums;
-    part.live = part.live_any = nullptr;
     part.b = job.offset;
     part.b_step = job.offset_step;
     part.b_half = job.offset_half;
-    part.in_place = job.m <= R;
     Adapter<V> offset(part);
     for (int64_t r0 = 0; r0 < part.rank; r0 += kRankPanel, first = false) {
-      offset.fill(r0);
-      adapter_rows<R>(offset, 0);
+      offset.begin(r0);
+      adapter_rows<R>(offset);
     }
   }
   template <int R>
@@ -284,10 +292,10 @@ struct Tile {
     if (job.blocks) offset_rows<R>();
     int64_t r0 = 0;
     for (; r0 + kRankPanel < job.rank; r0 += kRankPanel, first = false) {  // rare, so a pass each
-      adapter.fill(r0);
-      adapter_rows<R>(adapter, 0);
+      adapter.begin(r0);
+      adapter_rows<R>(adapter);
     }
-    if (job.rank) adapter.fill(r0);
+    if (job.rank) adapter.begin(r0);
   }
   template <int R>
   void all() {

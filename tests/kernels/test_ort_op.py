@@ -154,8 +154,9 @@ def test_a_row_of_a_mixed_batch_is_what_it_is_alone(activation: str, threads: in
 
 
 @pytest.mark.parametrize("m", [1, 2, 5, 40])
-def test_what_no_gate_lets_through_is_not_computed(m: int) -> None:
-    values = inputs("i4b32", 128, [37], (m,), 40, gate="per row")
+@pytest.mark.parametrize("rank", [40, 300])
+def test_what_no_gate_lets_through_is_not_computed(rank: int, m: int) -> None:
+    values = inputs("i4b32", 128, [37], (m,), rank, gate="per row")
     values[4], values[5], values[6] = (values[i].copy() for i in (4, 5, 6))
     values[6][..., 16:32] = 0
     clean = session("i4b32", 128, [37], values)()[0]
