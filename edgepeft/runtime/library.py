@@ -102,6 +102,7 @@ def _elf_end(data: bytes) -> int:
 
 def open_library(path: Path) -> Library:
     """Load an op library and ask what it is. Raises TargetError when it does not belong here."""
+    path = path.absolute()  # the loader looks for a name without a folder elsewhere
     if sys.platform == "linux":
         _check_elf(path)
     try:

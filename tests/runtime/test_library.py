@@ -30,9 +30,12 @@ def build(folder: Path, abi: int) -> Path:
     return path
 
 
-def test_a_library_says_what_it_is(tmp_path: Path) -> None:
-    found = lib.open_library(build(tmp_path, OP_ABI))
-    assert (found.build, found.kernels) == ("test build", ("fast", "slow"))
+def test_a_library_says_what_it_is_by_a_name_alone_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = build(tmp_path, OP_ABI)
+    monkeypatch.chdir(tmp_path)
+    for given in (path, Path(path.name)):
+        found = lib.open_library(given)
+        assert (found.path, found.build, found.kernels) == (path, "test build", ("fast", "slow"))
 
 
 def test_another_abi_is_refused(sealed: Path, tmp_path: Path) -> None:
