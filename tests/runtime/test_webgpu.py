@@ -230,15 +230,15 @@ def test_what_is_missing_is_said(sealed: Path, monkeypatch, capsys) -> None:
     assert "running on the CPU" in capsys.readouterr().err
 
 
-def test_a_gpu_that_does_not_run_the_graph_leaves_it_to_the_cpu(gpu, sealed: Path, monkeypatch, capsys) -> None:
+def test_a_gpu_that_does_not_run_the_graph_leaves_it_to_the_cpu(gpu, bundle: Path, monkeypatch, capsys) -> None:
     from edgepeft.runtime import load, session
 
-    (sealed / webgpu.FILE).write_bytes(b"no graph")
+    (bundle / webgpu.FILE).write_bytes(b"no graph")
     with pytest.raises(TargetError, match="this GPU does not run it"):
-        load(sealed, device="webgpu", check="quick")
-    shutil.copy(sealed / "model.onnx", sealed / webgpu.FILE)  # opens where the CPU's operators are on the GPU too
+        load(bundle, device="webgpu", check="quick")
+    shutil.copy(bundle / "model.onnx", bundle / webgpu.FILE)  # opens where the CPU's operators are on the GPU too
     monkeypatch.setattr(session, "_said", set())
-    model = load(sealed, device="auto", library="none", check="quick")
+    model = load(bundle, device="auto", library="none", check="quick")
     assert not model.gpu
     assert "running on the CPU" in capsys.readouterr().err
 
