@@ -81,14 +81,14 @@ def sizes(
 
     chosen: {module: format} of those that have one of their own.
     """
-    from edgepeft.backbone.checkpoint import backbone_names, tensor_shapes
+    from edgepeft.backbone.checkpoint import backbone_shapes
     from edgepeft.quant.stage import format_for
 
-    kinds, shapes, tied = family.tensors(source.settings), tensor_shapes(source), family.tied(source.settings)
+    kinds, tied = family.tensors(source.settings), family.tied(source.settings)
     rows: dict[str, list[int]] = {}
     adapter = 0
-    for old, name in backbone_names(source, family).items():
-        kind, shape = kinds[name], shapes[old]
+    for name, shape in backbone_shapes(source, family).items():
+        kind = kinds[name]
         size = math.prod(shape) * FLOAT_BYTES
         fmt, _ = format_for(config, kind, shape, tied, (chosen or {}).get(name.removesuffix(".weight")))
         row = rows.setdefault({"bias": "float", "norm": "float"}.get(kind, kind), [0, 0, 0])

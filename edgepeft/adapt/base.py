@@ -49,13 +49,13 @@ class Base:
     @classmethod
     def planned(cls, source: ModelSource, family: Family, config: Config) -> Self:
         """Return what a model folder will be once it is packed. Its digest is "" where calibration may change it."""
-        from edgepeft.backbone.checkpoint import backbone_names, iter_tensors, tensor_shapes
+        from edgepeft.backbone.checkpoint import backbone_names, backbone_shapes, iter_tensors
         from edgepeft.quant.calibration import calibrated
         from edgepeft.quant.stage import format_for
 
-        found, kinds, tied = tensor_shapes(source), family.tensors(source.settings), family.tied(source.settings)
+        kinds, tied = family.tensors(source.settings), family.tied(source.settings)
         names = {new: old for old, new in backbone_names(source, family).items()}
-        shapes = {**family.shapes(source.settings), **{new: found[old] for new, old in names.items()}}
+        shapes = {**family.shapes(source.settings), **backbone_shapes(source, family)}
         parts, tensors = [], {}
         for name, kind in kinds.items():
             module, format_ = name.removesuffix(".weight"), format_for(config, kind, shapes[name], tied)[0]

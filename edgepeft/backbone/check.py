@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepeft.adapt.methods import METHODS
-from edgepeft.backbone.checkpoint import backbone_names, same_tensor, tensor_shapes
+from edgepeft.backbone.checkpoint import backbone_names, backbone_shapes, same_tensor, tensor_shapes
 from edgepeft.backbone.families import Family, family_of
 from edgepeft.backbone.load import ModelSource, model_json
 from edgepeft.config import Config, own_settings
@@ -33,8 +33,7 @@ def check_model(source: ModelSource) -> Family:
 
     graph = encoder if family.kind == "encoder" else decoder
     graph.check_settings(source.settings, source.path / "config.json")
-    found = tensor_shapes(source)
-    shapes = {new: found[old] for old, new in backbone_names(source, family).items()}
+    shapes = backbone_shapes(source, family)
     _check_tensors(source, family, shapes)
     _check_tied(source, family)
     _check_tokenizer(source, shapes[f"{family.prefix}.{family.embeddings['word']}.weight"][0])
@@ -48,12 +47,13 @@ def check_bindable(config: Config, source: ModelSource, family: Family, most_mib
     """
     from edgepeft.quant.stage import format_for
 
-    kinds, shapes, tied = family.tensors(source.settings), tensor_shapes(source), family.tied(source.settings)
-    large = []
-    for old, name in backbone_names(source, family).items():
-        fmt, _ = format_for(config, kinds[name], shapes[old], tied)
-        size = math.prod(shapes[old]) * (fmt.bits if fmt else FLOAT_BITS) / 8 / 2**20
-        if size > most_mib and not config.size:
+    if config.size:
+        return
+    kinds, tied, large = family.tensors(source.settings), family.tied(source.settings), []
+    for name, shape in backbone_shapes(source, family).items():
+        fmt, _ = format_for(config, kinds[name], shape, tied)
+        size = math.prod(shape) * (fmt.bits if fmt else FLOAT_BITS) / 8 / 2**20
+        if size > most_mib:
             large.append(f"{name}: {size:.0f} MiB as {fmt.tag if fmt else 'float32'}")
     if large:
         raise ModelError(

@@ -51,6 +51,12 @@ def backbone_names(source: ModelSource, family: Family) -> dict[str, str]:
     return names
 
 
+def backbone_shapes(source: ModelSource, family: Family) -> dict[str, tuple[int, ...]]:
+    """Return {name in the task model: shape} of all that belongs to the backbone."""
+    shapes = tensor_shapes(source)
+    return {new: shapes[old] for old, new in backbone_names(source, family).items()}
+
+
 def same_tensor(source: ModelSource, one: str, other: str) -> bool:
     """Tell whether two tensors of a model are the same, bit for bit."""
     import numpy as np

@@ -18,7 +18,7 @@ from edgepeft.deploy import gpus, records
 from edgepeft.deploy.compile import PACKAGE, PLATFORMS, host_platform
 from edgepeft.errors import TargetError, unknown
 
-CPU_FORMATS = ("i4b32", "i4b64", "i4b128", "nf4b64", "i8c")  # the op has kernels for all
+BEST_ON_CPUS = "i4b32"  # of all formats, for each of which the op has kernels
 # The runtime's other wheels; their aarch64 builds run on every ARMv8-A core.
 NUMPY = "numpy>=1.26,<3"
 TOKENIZERS = "tokenizers>=0.20"
@@ -58,7 +58,11 @@ class Target:
     @property
     def formats(self) -> tuple[str, ...]:
         """The formats of linears' weights that run on it, the best first: that all of its GPUs have."""
-        first, *others = [gpus.load_gpu(name).formats for name in self.gpu_classes] or [CPU_FORMATS]
+        from edgepeft.quant.formats import FORMATS
+
+        if not self.gpu_classes:
+            return (BEST_ON_CPUS, *(tag for tag in FORMATS if tag != BEST_ON_CPUS))
+        first, *others = (gpus.load_gpu(name).formats for name in self.gpu_classes)
         return tuple(tag for tag in first if all(tag in formats for formats in others))
 
     @property

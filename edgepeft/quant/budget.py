@@ -25,13 +25,12 @@ HEADER_BYTES = 160  # of a tensor in a safetensors file, and some more
 
 def check_size(config: Config, source: ModelSource, family: Family) -> None:
     """Raise ConfigError where config.size is less than the smallest formats take."""
-    from edgepeft.backbone.checkpoint import backbone_names, tensor_shapes
+    from edgepeft.backbone.checkpoint import backbone_shapes
     from edgepeft.quant.stage import format_for
 
-    kinds, found, tied = family.tensors(source.settings), tensor_shapes(source), family.tied(source.settings)
-    shapes = {new: found[old] for old, new in backbone_names(source, family).items()}
+    kinds, tied = family.tensors(source.settings), family.tied(source.settings)
     least = most = 0
-    for name, shape in shapes.items():
+    for name, shape in backbone_shapes(source, family).items():
         formats = [format_for(config, kinds[name], shape, tied, tag)[0] for tag in CHOICES.get(kinds[name], ())]
         packed = [2 * HEADER_BYTES + fmt.size_bytes(*shape) for fmt in formats if fmt]  # codes and scales
         sizes = packed or [HEADER_BYTES + FLOAT_BYTES * math.prod(shape)]

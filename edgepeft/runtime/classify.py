@@ -22,9 +22,10 @@ from edgepeft.errors import ArtifactError
 from edgepeft.runtime import adapters as ad
 from edgepeft.runtime import library as lib
 from edgepeft.runtime import webgpu
+from edgepeft.runtime.fallback import or_on_the_cpu
 from edgepeft.runtime.manifest import Manifest
 from edgepeft.runtime.mixing import Mix
-from edgepeft.runtime.session import Bundle, Name, Names, or_on_the_cpu, per_row
+from edgepeft.runtime.session import Bundle, Name, Names, per_row
 from edgepeft.runtime.tasks import Prediction, predictions
 from edgepeft.runtime.tokens import Tokens, check_texts
 

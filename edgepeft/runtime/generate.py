@@ -33,9 +33,10 @@ from edgepeft.runtime.adapters import Adapter
 from edgepeft.runtime.answer import Answer, Clock, Row, Stream
 from edgepeft.runtime.cache import Cache, GpuCache, Pool
 from edgepeft.runtime.chat import ChatTemplate
+from edgepeft.runtime.fallback import or_on_the_cpu
 from edgepeft.runtime.manifest import Manifest
 from edgepeft.runtime.sampling import Sampler, Sampling
-from edgepeft.runtime.session import Bundle, Name, Names, cache_scales, or_on_the_cpu, per_row
+from edgepeft.runtime.session import Bundle, Name, Names, cache_scales, per_row
 from edgepeft.runtime.stream import Decoding, Stops
 from edgepeft.runtime.tokens import Tokens, is_unicode
 

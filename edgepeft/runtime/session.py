@@ -28,6 +28,7 @@ from edgepeft.errors import ArtifactError, ConfigError, TargetError, unknown
 from edgepeft.runtime import adapters as ad
 from edgepeft.runtime import library as lib
 from edgepeft.runtime import prompts, vulkan, webgpu
+from edgepeft.runtime.fallback import GpuGaveUpError
 from edgepeft.runtime.manifest import Manifest, check_bundle
 from edgepeft.runtime.mixing import Mixes
 
@@ -180,29 +181,6 @@ def open_session(
             ) from None
         what = f"ONNX Runtime {onnxruntime.__version__} refuses the model: {error}"
         raise ArtifactError(f"{manifest.folder}: {what}") from None
-
-
-class GpuGaveUpError(TargetError):
-    """A run that a GPU began and did not end: it was lost, or its memory is full."""
-
-
-def or_on_the_cpu(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a bundle's method begin again on the CPU, and stay there, where a GPU that device "auto" took gives up."""
-
-    @functools.wraps(call)
-    def called(self: Bundle, *given: Any, **named: Any) -> Any:
-        try:
-            return call(self, *given, **named)
-        except GpuGaveUpError as reason:
-            if self.instead is None:
-                raise
-            _say_once(f"going on on the CPU: {reason}")
-            found, name = self.instead(), self._used
-            found.use(name)
-            self.__dict__ = found.__dict__  # at once, for whoever calls from another thread
-            return call(self, *given, **named)
-
-    return called
 
 
 class Bundle:

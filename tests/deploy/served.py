@@ -45,7 +45,7 @@ class Served:
             self._connections.append(connection)
             return connection, address
 
-        self._server.get_request = get_request  # type: ignore[method-assign]
+        self._server.get_request = get_request  # type: ignore[method-assign]  # to keep the connections
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     @property

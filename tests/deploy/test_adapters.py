@@ -51,12 +51,14 @@ def first(tmp_path_factory):
     return config, finish(config, run, list(LABELS))
 
 
-def sibling(first, folder: Path, name: str, labels: list[str], **how) -> Run:
-    """A second build on the same packed backbone."""
+def sibling(first, folder: Path, name: str, labels: list[str], change=None, **how) -> Run:
+    """A second build on the same packed backbone, whose random adapter `change` may change."""
     config, run = first
     shutil.copytree(run.path("quantized"), folder / name / "quantized")
     other = Run(folder / name)
     random_adapter(other, other.path("adapter"), labels=len(labels), **how)
+    if change:
+        change(other)
     write_json(other.folder / "run.json", {"version": 1, "stages": {}})
     return finish(config, other, labels)
 
@@ -314,14 +316,7 @@ def dora_with_biases(run: Run) -> None:
 @pytest.fixture(scope="module")
 def wide(first, tmp_path_factory):
     """A build whose graph has scales and biases as inputs."""
-    config, run = first
-    folder = tmp_path_factory.mktemp("wide") / "wide"
-    shutil.copytree(run.path("quantized"), folder / "quantized")
-    other = Run(folder)
-    random_adapter(other, other.path("adapter"), rank=2, seed=6)
-    dora_with_biases(other)
-    write_json(folder / "run.json", {"version": 1, "stages": {}})
-    return finish(config, other, list(LABELS))
+    return sibling(first, tmp_path_factory.mktemp("wide"), "wide", list(LABELS), dora_with_biases, rank=2, seed=6)
 
 
 def test_a_graph_is_widened_and_computes_what_a_build_would(second, wide, bundle, capsys):
@@ -361,14 +356,7 @@ def with_tables(run: Run) -> None:
 @pytest.fixture(scope="module")
 def tables(first, tmp_path_factory):
     """A build whose adapter adapts embeddings."""
-    config, run = first
-    folder = tmp_path_factory.mktemp("tables") / "tables"
-    shutil.copytree(run.path("quantized"), folder / "quantized")
-    other = Run(folder)
-    random_adapter(other, other.path("adapter"), rank=3, seed=7)
-    with_tables(other)
-    write_json(folder / "run.json", {"version": 1, "stages": {}})
-    return finish(config, other, list(LABELS))
+    return sibling(first, tmp_path_factory.mktemp("tables"), "tables", list(LABELS), with_tables, rank=3, seed=7)
 
 
 @pytest.mark.parametrize("source", ["build", "peft"])

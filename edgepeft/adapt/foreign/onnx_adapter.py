@@ -47,14 +47,19 @@ def read(path: Path) -> Foreign:
     tool, changes = ("ONNX Runtime GenAI", ("names of its graph", "A and B transposed")) if turned else ("edgepeft", ())
     settings = lora_settings(ranks(tensors), None, None)
     changes = (*changes, "its own file format")
-    tensors = {_of_table(name): array for name, array in tensors.items()}
+    tables = _tables()
+    tensors = {_of_table(name, tables): array for name, array in tensors.items()}
     return Foreign(tool, ".onnx_adapter", path, settings, tensors, {}, changes, strange=tuple(strange))
 
 
-def _of_table(name: str) -> str:
-    """Return PEFT's name of a tensor, which is another where it belongs to an embedding."""
+def _tables() -> set[str]:
+    """Return the embeddings of all families."""
     from edgepeft.backbone.families import FAMILIES
 
-    tables = {f"{row.prefix}.{module}" for row in FAMILIES.values() for module in row.embeddings.values()}
+    return {f"{row.prefix}.{module}" for row in FAMILIES.values() for module in row.embeddings.values()}
+
+
+def _of_table(name: str, tables: set[str]) -> str:
+    """Return PEFT's name of a tensor, which is another where it belongs to an embedding."""
     module, _, side = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
     return f"{PREFIX}{module}.lora_embedding_{side}" if module in tables and side in ("A", "B") else name
